@@ -1,0 +1,160 @@
+"""One family of errors for all packages, and the checks at the border that raise them.
+
+Every message names the argument, what it got and what it takes. :class:`InputError` is the base of every
+complaint about what a caller gave; a package may subclass it under its field's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FusionError(Exception):
+    """Base of every error that the fusion packages raise on purpose."""
+
+
+class InputError(FusionError, ValueError):
+    """What the caller gave cannot be used; the message says what would be."""
+
+
+class ShapeError(InputError):
+    """A tensor or array has the wrong shape."""
+
+
+class DataError(InputError):
+    """Labels, samples or files hold values outside what the function takes."""
+
+
+class NonFiniteError(InputError):
+    """A tensor holds NaN or infinity where finite numbers are needed."""
+
+
+class ConfigError(InputError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class CheckpointError(FusionError):
+    """A checkpoint is missing, truncated, unsafe or does not fit the module."""
+
+
+class StoreError(FusionError):
+    """A store or cache on disk is broken or was made from something else."""
+
+
+class MissingExtraError(FusionError, ImportError):
+    """An optional dependency is not installed; the message holds the install line."""
+
+
+class FusionWarning(UserWarning):
+    """Something was mended or ignored on the caller's behalf."""
+
+
+def require_extra(module: str, extra: str, package: str) -> ModuleType:
+    """Import an optional dependency, or say how to install it.
+
+    Args:
+        module: the module to import, such as ``"matplotlib.pyplot"``.
+        extra: the extra of ``package`` that brings it.
+        package: the distribution that declares the extra.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        MissingExtraError: the module's top-level package is not installed.
+
+    Example:
+        >>> require_extra("json", "plot", "kd-trilateral").dumps([1])
+        '[1]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != module.partition(".")[0]:
+            raise
+        raise MissingExtraError(
+            f'{error.name} is not installed; it comes with: pip install "{package}[{extra}]"'
+        ) from error
+
+
+def check_shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> dict[str, int]:
+    """Check a tensor's shape against named dimensions.
+
+    Args:
+        name: the argument's name, for the message.
+        tensor: any object with a ``shape``.
+        dims: space-separated names, such as ``"batch classes"``; a number stands for itself, a leading
+            ``"..."`` takes any number of dimensions.
+        **sizes: sizes that some names must have.
+
+    Returns:
+        The size of each named dimension.
+
+    Raises:
+        ShapeError: another number of dimensions, or another size.
+
+    Example:
+        >>> import torch
+        >>> check_shape("logits", torch.zeros(2, 5), "batch classes", classes=5)
+        {'batch': 2, 'classes': 5}
+    """
+    shape = tuple(int(size) for size in tensor.shape)
+    names = dims.split()
+    tail = shape
+    if names and names[0] == "...":
+        names = names[1:]
+        tail = shape[max(len(shape) - len(names), 0) :]
+    found: dict[str, int] = {}
+    fits = len(tail) == len(names)
+    if fits:
+        for dim, size in zip(names, tail, strict=True):
+            wanted = int(dim) if dim.isdigit() else sizes.get(dim, found.get(dim, size))
+            fits = fits and size == wanted
+            if not dim.isdigit():
+                found[dim] = size
+    if not fits:
+        told = ", ".join(f"{dim}={size}" for dim, size in sizes.items())
+        raise ShapeError(f"{name} has shape {shape}, wanted ({dims})" + (f" with {told}" if told else ""))
+    return found
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise unless every entry is finite; costs one device synchronisation, so keep it off hot paths.
+
+    Raises:
+        NonFiniteError: names the first bad position and the number of bad entries.
+    """
+    import torch
+
+    bad = ~torch.isfinite(tensor)
+    if bool(bad.any()):
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        raise NonFiniteError(
+            f"{name} holds {int(bad.sum())} non-finite values of {tensor.numel()}, the first at {first}; "
+            "it takes finite numbers"
+        )
+
+
+def check_range(name: str, value: float, low: float, high: float, *, open: bool = False) -> float:  # noqa: A002
+    """Check that a number lies in [low, high], or in (low, high) with ``open=True``.
+
+    Returns:
+        The value, so that the check can stand in an expression.
+
+    Raises:
+        ConfigError: the value is outside, or not a number.
+
+    Example:
+        >>> check_range("temperature", 4.0, 0.0, float("inf"), open=True)
+        4.0
+    """
+    inside = low < value < high if open else low <= value <= high
+    if not inside:
+        left, right = ("(", ")") if open else ("[", "]")
+        raise ConfigError(f"{name} is {value!r}, wanted a number in {left}{low:g}, {high:g}{right}")
+    return value
