@@ -39,7 +39,7 @@ def summary(values: Iterable[float]) -> tuple[float, float | None, Interval | No
         values: one number per seed, at least one.
 
     Returns:
-        ``(mean, std, interval)``; std (n - 1 in the denominator) and interval are None for a single value, and
+        ``(mean, std, interval)``; std (n - 1 in the denominator) and interval are None for a single value and
         for values that are not all finite, whose mean is NaN.
 
     Raises:
