@@ -149,7 +149,7 @@ def _arrays(fields: Mapping[str, Any]) -> dict[str, Any]:
         if _is_array(value):
             found[name] = value
         elif isinstance(value, Result):
-            found |= {f"{name}.{key}": array for key, array in _arrays(value._fields()).items()}
+            found |= {f"{name}.{key}": array for key, array in _arrays(_fields(value)).items()}
         elif isinstance(value, Mapping):
             found |= {f"{name}.{key}": array for key, array in _arrays(value).items()}
     return found
