@@ -171,7 +171,7 @@ class Comparison:
             heads.append(
                 f"{metric}{' %' if how.get('percent') else ''} {'↑' if how['better'] == 'higher' else '↓'}"
             )
-        empty = Cell(text="–", note="", best=False)
+        empty = Cell(text="-", note="", best=False)
         return heads, [(m, [columns[metric].get(m, empty) for metric in self.metrics]) for m in self.methods]
 
     def caption(self) -> str:
@@ -184,7 +184,7 @@ class Comparison:
         )
 
     def print(self, console: Console | None = None) -> None:
-        """Print a table: mean ± std, the paired difference to the baseline and its p; ``*`` marks the best."""
+        """Print a table: mean ± std, the paired difference to the baseline and p; ``*`` marks the best."""
         heads, lines = self.cells()
         table = Table(title=escape(self.title) or None, caption=escape(self.caption()), title_justify="left")
         for i, head in enumerate(heads):
@@ -201,9 +201,9 @@ def data_console() -> Console:
 
 
 def number(value: float | None, decimals: int = 4, sign: str = "") -> str:
-    """A number for a table: fixed decimals, an en dash for None or NaN."""
+    """A number for a table: fixed decimals, a dash for None or NaN."""
     if value is None or not math.isfinite(value):
-        return "–"
+        return "-"
     if value and (abs(value) >= 1e7 or abs(value) < 10.0 ** -(decimals + 1)):
         return format(value, f"{sign}.2e")
     return format(value, f"{sign}.{decimals}f")
@@ -220,7 +220,7 @@ def _decimals(values: Sequence[float]) -> int:
 
 def _spread(row: dict[str, Any], scale: float, decimals: int) -> str:
     if row["mean"] is None:
-        return "–"
+        return "-"
     text = number(row["mean"] * scale, decimals)
     return text if row["std"] is None else f"{text} ± {number(row['std'] * scale, decimals)}"
 
