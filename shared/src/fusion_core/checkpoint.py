@@ -1,111 +1,325 @@
-"""Files that appear whole or not at all, and checkpoints that are read without running anyone's code."""
+"""Checkpoints that are written whole or not at all, and read without running anyone's code."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any, Literal
+import dataclasses
+import enum
+import hashlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, cast
 
-from fusion_core.errors import InputError
+import numpy as np
 
-PathLike = str | os.PathLike[str]
+from fusion_core.atomic import PathLike, atomic_directory, atomic_write
+from fusion_core.errors import CheckpointError, InputError
+from fusion_core.shards import ShardReader, ShardWriter, TensorInfo, dtype_name, raw_bytes, write_tensors
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-def _sibling_parent(path: Path) -> Path:
-    parent = path.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; name a writable place") from error
-    return parent
+__all__ = [
+    "KeyMap",
+    "PathLike",
+    "ShardReader",
+    "ShardWriter",
+    "TensorInfo",
+    "atomic_directory",
+    "atomic_write",
+    "digest",
+    "digest_file",
+    "digest_state",
+    "load_foreign",
+    "load_strict",
+    "load_tensors",
+    "save_tensors",
+]
 
-
-def _sync_directory(path: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a directory
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def atomic_write(path: PathLike, mode: Literal["wb", "w"] = "wb") -> Generator[IO[Any], None, None]:
-    """Write a file that appears whole or not at all.
-
-    The block writes to a temporary sibling; on success it is flushed to disk and renamed over ``path``, on
-    any error (Ctrl-C included) it is removed and an older file at ``path`` stays as it was.
-
-    Raises:
-        InputError: the place cannot be written.
-    """
-    target = Path(path)
-    parent = _sibling_parent(target)
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; name a writable place") from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, mode, encoding=None if mode == "wb" else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(parent)
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_REASON = re.compile(
+    r"Unsupported (?:global: GLOBAL|class|operand) [\w.]+|GLOBAL [\w.]+ whose module \w+ is blocked"
+)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextmanager
-def atomic_directory(path: PathLike, *, overwrite: bool = False) -> Generator[Path, None, None]:
-    """Fill a directory that appears whole or not at all.
-
-    The block gets a temporary sibling directory; on success it is renamed to ``path``, on any error removed.
+def save_tensors(
+    path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to one safetensors file, whole or not at all; views and tied weights are written out.
 
     Args:
-        path: the final directory.
-        overwrite: replace a directory that is already there (it is moved aside, then removed).
+        path: the file.
+        tensors: name -> tensor of any shape and device.
+        metadata: text -> text, kept in the header.
 
     Raises:
-        InputError: ``path`` exists and is not empty without ``overwrite``, or cannot be written.
+        InputError: a value is no tensor, metadata is no text, or the place cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_tensors(f"{folder}/a.safetensors", {"weight": torch.ones(2)})
+        ...     load_tensors(f"{folder}/a.safetensors")
+        {'weight': tensor([1., 1.])}
     """
-    target = Path(path)
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not overwrite:
-        raise InputError(f"{path} is there already and not empty; name another or pass overwrite=True")
-    parent = _sibling_parent(target)
+    for key, value in (metadata or {}).items():
+        if [type(key), type(value)] != [str, str]:
+            raise InputError(f"metadata has {key!r}: {value!r}, wanted text -> text")
+    with atomic_write(path) as file:
+        write_tensors(file, tensors, metadata)
+
+
+def load_tensors(
+    path: PathLike,
+    keys: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, Tensor]:
+    """Read tensors from a safetensors file, an index of shards, or a folder of either.
+
+    Args:
+        path: the file or folder.
+        keys: names to read, in this order; None reads all.
+        device: where the tensors go.
+        shapes: name -> shape that must be there, checked before anything is read.
+
+    Raises:
+        CheckpointError: missing, cut off, a Git LFS pointer, or a tensor that is missing or of another shape.
+    """
+    reader = ShardReader(path)
+    for key, shape in (shapes or {}).items():
+        if reader.info(key).shape != tuple(shape):
+            raise CheckpointError(
+                f"{path}: {key!r} has shape {reader.info(key).shape}, wanted {tuple(shape)}"
+            )
+    wanted = reader.keys() if keys is None else keys
+    for key in wanted:
+        reader.info(key)
+    return {key: reader.get(key, device) for key in wanted}
+
+
+def load_foreign(path: PathLike) -> dict[str, Tensor]:
+    """Read somebody else's checkpoint to the CPU: tensors only, no code of the file is ever run.
+
+    A pickle goes through ``torch.load(weights_only=True)``; ``state_dict``, ``model_state_dict`` and
+    ``model`` are unwrapped, also one within another.
+
+    Raises:
+        CheckpointError: missing, damaged, or it holds anything else than tensors; the message says what.
+    """
+    file = Path(path)
+    if file.is_dir() or file.suffix in (".safetensors", ".json"):
+        return load_tensors(file)
+    import torch
+
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent))
+        with file.open("rb") as handle:
+            if handle.read(8) == b"version ":
+                raise CheckpointError(f"{path} is a Git LFS pointer, not the tensors; run: git lfs pull")
+        found: Any = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; name a writable place") from error
-    old: Path | None = None
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=parent)) / target.name
-            target.rename(old)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old is not None and old.exists() and not target.exists():
-            old.rename(target)
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except CheckpointError:
         raise
-    finally:
-        if old is not None:
-            shutil.rmtree(old.parent, ignore_errors=True)
-    _sync_directory(parent)
+    except Exception as error:
+        reason = _REASON.search(str(error))
+        if reason and "operand" not in reason[0]:
+            name = reason[0].removeprefix("Unsupported global: ")
+            raise CheckpointError(
+                f"{path} holds more than tensors ({name}) and was not loaded: a pickle of objects can run "
+                "any code; ask its author for a state_dict or safetensors"
+            ) from error
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint of tensors: {type(error).__name__}"
+        ) from error
+    for _ in range(2):
+        key = next(
+            (w for w in _WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(w), Mapping)), None
+        )
+        found = found if key is None else found[key]
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, wanted a state_dict of tensors")
+    other = {k: type(v).__name__ for k, v in found.items() if not isinstance(v, torch.Tensor)}
+    if other or not all(isinstance(key, str) for key in found):
+        raise CheckpointError(
+            f"{path} holds more than tensors: {dict(list(other.items())[:5]) or list(found)[:5]}"
+        )
+    return dict(cast("Mapping[str, Tensor]", found))
+
+
+class KeyMap:
+    r"""Rename the tensors of a foreign checkpoint by rules.
+
+    Args:
+        rules: ``(regex, replacement)`` in order, each applied with ``re.sub`` to the name so far; a
+            replacement None drops the tensors whose name the regex finds.
+        strip: prefixes taken off first, as often as they occur.
+
+    Raises:
+        InputError: a rule is no valid regular expression.
+
+    Example:
+        >>> import torch
+        >>> keys = KeyMap([(r"^fc\.", "head."), (r"num_batches", None)])
+        >>> list(keys.apply({"module.fc.bias": torch.zeros(1), "num_batches": torch.zeros(())}))
+        ['head.bias']
+        >>> keys.report()
+        {'renamed': {'module.fc.bias': 'head.bias'}, 'dropped': ['num_batches'], 'unused': []}
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[tuple[str, str | None]] = (),
+        strip: Sequence[str] = ("module.", "_orig_mod."),
+    ) -> None:
+        try:
+            self._rules = [(re.compile(pattern), new) for pattern, new in rules]
+        except re.error as error:
+            raise InputError(f"rules has {error.pattern!r}, no regular expression: {error}") from error
+        self._strip = tuple(strip)
+        self._report: dict[str, Any] = {"renamed": {}, "dropped": [], "unused": []}
+
+    def _name(self, key: str, used: set[str]) -> str | None:
+        while prefix := next((p for p in self._strip if p and key.startswith(p)), None):
+            key = key.removeprefix(prefix)
+        for pattern, new in self._rules:
+            if not pattern.search(key):
+                continue
+            used.add(pattern.pattern)
+            if new is None:
+                return None
+            key = pattern.sub(new, key)
+        return key
+
+    def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state under its new names.
+
+        Raises:
+            CheckpointError: two tensors would get the same name.
+        """
+        used: set[str] = set()
+        names = {key: self._name(key, used) for key in state}
+        origin: dict[str, str] = {}
+        for key, name in names.items():
+            if name is not None and origin.setdefault(name, key) != key:
+                raise CheckpointError(
+                    f"{origin[name]!r} and {key!r} would both be named {name!r}; mend the rules"
+                )
+        self._report = {
+            "renamed": {key: name for key, name in names.items() if name not in (None, key)},
+            "dropped": [key for key, name in names.items() if name is None],
+            "unused": [p.pattern for p, _ in self._rules if p.pattern not in used],
+        }
+        return {name: state[key] for name, key in origin.items()}
+
+    def report(self) -> dict[str, Any]:
+        """What the last :meth:`apply` did: names changed, names dropped, rules that met no tensor."""
+        return self._report
+
+
+def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state into a module; on any misfit the module stays as it was.
+
+    Raises:
+        CheckpointError: lists the missing, the extra and the differently shaped tensors.
+    """
+    own: dict[str, Any] = module.state_dict()
+    shapes = [
+        f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and hasattr(value, "shape") and state[key].shape != value.shape
+    ]
+    lists = {"missing": sorted(own.keys() - state.keys()), "extra": sorted(state.keys() - own.keys())}
+    problems = [
+        f"{len(names)} {word}: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
+        for word, names in {**lists, "of another shape": shapes}.items()
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"state does not fit {type(module).__name__}; " + "; ".join(problems))
+    module.load_state_dict(dict(state))
+
+
+def digest(*objects: Any) -> str:
+    """Sha256 of nested plain values, arrays and tensors: the same in every process and on every machine.
+
+    The order of dictionary keys and set members does not count, a tuple counts as a list, an array as the
+    CPU tensor of the same dtype and shape; ``1``, ``1.0``, ``True`` and ``"1"`` differ.
+
+    Raises:
+        InputError: an object has no stable contents (a function, a module); the message names its type.
+
+    Example:
+        >>> digest({"a": 1, "b": [2.0, None]})[:12] == digest({"b": (2.0, None), "a": 1})[:12]
+        True
+    """
+    return _hash(list(objects)).hex()
+
+
+def _hash(value: Any) -> bytes:
+    sha = hashlib.sha256()
+    for part in _parts(value):
+        # Each part goes in with its length, so that no two values give the same bytes.
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
+    return sha.digest()
+
+
+def _parts(value: Any) -> list[Any]:
+    torch = sys.modules.get("torch")
+    tensors = (np.ndarray, torch.Tensor) if torch else (np.ndarray,)
+    if isinstance(value, enum.Enum):
+        return [b"enum", _hash(value.value)]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None:
+        return [b"none"]
+    for plain in (str, bool, int, float):
+        if isinstance(value, plain):
+            return [plain.__name__.encode(), repr(plain(value)).encode()]
+    if isinstance(value, bytes | bytearray):
+        return [b"bytes", value]
+    if isinstance(value, tensors) and value.dtype != np.dtype(object):
+        return [b"array", dtype_name(value).encode(), repr(tuple(value.shape)).encode(), raw_bytes(value)]
+    if isinstance(value, Mapping):
+        return [b"map", *sorted(_hash([key, item]) for key, item in value.items())]
+    if isinstance(value, set | frozenset):
+        return [b"set", *sorted(_hash(item) for item in value)]
+    if isinstance(value, Sequence):
+        return [b"list", *(_hash(item) for item in value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return [b"dataclass", type(value).__qualname__.encode(), _hash(fields)]
+    if isinstance(value, PurePath):
+        return [b"path", value.as_posix().encode()]
+    if torch and isinstance(value, torch.dtype | torch.device):
+        return [type(value).__name__.encode(), str(value).encode()]
+    raise InputError(f"digest got a {type(value).__name__}, wanted plain values, arrays and tensors")
+
+
+def digest_file(path: PathLike) -> str:
+    """Sha256 of a file's bytes, read by the piece.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def digest_state(state: Mapping[str, Tensor]) -> str:
+    """Sha256 of a state: names, dtypes, shapes and bytes, whatever the order of its keys.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.zeros(2), torch.ones(3)
+        >>> digest_state({"a": a, "b": b}) == digest_state({"b": b, "a": a})
+        True
+    """
+    return digest(dict(state))

@@ -1,1 +1,27 @@
-"""Helpers for the test suites of the fusion packages."""
+"""Helpers for the test suites of the fusion packages; none loads torch or pytest before it is used."""
+
+from typing import TYPE_CHECKING
+
+from fusion_core.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from fusion_core.testing import detfill, strategies
+    from fusion_core.testing.detfill import array, fill_state_dict, parameter
+    from fusion_core.testing.plugin import Golden
+    from fusion_core.testing.processes import kill_when, run_cli
+
+__all__ = ["Golden", "array", "detfill", "fill_state_dict", "kill_when", "parameter", "run_cli", "strategies"]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Golden": "plugin",
+        "array": "detfill",
+        "detfill": "detfill",
+        "fill_state_dict": "detfill",
+        "kill_when": "processes",
+        "parameter": "detfill",
+        "run_cli": "processes",
+        "strategies": "strategies",
+    },
+)

@@ -1,0 +1,105 @@
+"""The command lines' common grammar: options of one name and meaning, one line per error, exit codes.
+
+0 done, 1 unexpected, 2 bad input or a missing extra, 3 a gate that the user set was not met, 130 Ctrl-C.
+stdout carries data only; bars, warnings and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fusion_core.errors import CheckpointError, FusionError, InputError, MissingExtraError, StoreError
+
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Where results go: a directory, or a file by its suffix.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0 or mps.")]
+DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
+Seed = Annotated[int, typer.Option("--seed", help="All random draws follow from it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N inputs only.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Items per forward pass.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in --out.")]
+
+_EXPECTED = (InputError, CheckpointError, StoreError, MissingExtraError)
+
+
+def new_app(name: str, help: str, version: str) -> typer.Typer:  # noqa: A002
+    """A typer app with ``--version``, help when called without a verb, and plain tracebacks.
+
+    Args:
+        name: the console script.
+        help: the first line says what the tool does.
+        version: printed by ``--version``.
+    """
+    app = typer.Typer(
+        name=name,
+        help=help,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"{name} {version}")
+            raise typer.Exit
+
+    @app.callback()
+    def common(  # pyright: ignore[reportUnusedFunction]
+        _version: Annotated[
+            bool, typer.Option("--version", callback=show, is_eager=True, help="Print the version and stop.")
+        ] = False,
+    ) -> None:
+        pass
+
+    return app
+
+
+def run(app: typer.Typer) -> None:
+    """Run an app as a console script: an error of the family is one line on stderr, without a traceback.
+
+    Raises:
+        SystemExit: 2 for bad input, checkpoints, stores and missing extras, 1 for others of the family, 130
+            after Ctrl-C; typer's own codes otherwise.
+    """
+    try:
+        app()
+    except FusionError as error:
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"error: {line or type(error).__name__}\n")
+        sys.exit(2 if isinstance(error, _EXPECTED) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def emit(result: Any, json: bool) -> None:
+    """Print a result to stdout: one JSON document, or a table for people.
+
+    Args:
+        result: something with ``print()`` and ``to_dict()``, a mapping, mappings (rows), or text.
+        json: what ``--json`` said.
+    """
+    if json:
+        from fusion_core.results import dump_json
+
+        sys.stdout.write(dump_json(result))
+    elif hasattr(result, "print"):
+        result.print()
+    elif isinstance(result, str):
+        typer.echo(result)
+    else:
+        from fusion_core.report import print_rows
+        from fusion_core.results import plain
+
+        shown = plain(result)
+        pairs = isinstance(shown, Mapping)
+        print_rows([{"name": key, "value": value} for key, value in shown.items()] if pairs else shown)

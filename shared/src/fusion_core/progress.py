@@ -1,0 +1,36 @@
+"""Progress bars on stderr, where a person looks; none where nobody does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+
+def track(
+    iterable: Iterable[T], text: str, total: int | None = None, enabled: bool | None = None
+) -> Iterator[T]:
+    """Iterate with a progress bar on stderr.
+
+    Args:
+        iterable: what to go through.
+        text: what is being done, before the bar.
+        total: number of items where ``len(iterable)`` does not tell.
+        enabled: None shows the bar on a terminal only.
+
+    Example:
+        >>> list(track([1, 2], "counting"))
+        [1, 2]
+    """
+    console = Console(stderr=True)
+    if not (console.is_terminal if enabled is None else enabled):
+        yield from iterable
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield from bar.track(iterable, total=total, description=escape(text))
