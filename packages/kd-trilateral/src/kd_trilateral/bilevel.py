@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fusion_core.errors import ConfigError, DataError, check_range
 from kd_trilateral.directional import Batch
 from kd_trilateral.engines import ENGINES, WITH_HESSIAN, WITHOUT_THETA, CEngine, Engine
-from kd_trilateral.forward import Forward, Stochastic, foreach_copy
+from kd_trilateral.forward import Forward, Stochastic
 from kd_trilateral.heldout import HeldOut, ValBatches
 from kd_trilateral.hypergradient import OUTER_LOSSES, OuterLoss, outer_objective, training_loss
 from kd_trilateral.losses import as_pair, mix
 from kd_trilateral.module import Output, TrilateralKD
 from kd_trilateral.outer import OuterStep
+from kd_trilateral.tensors import copy_
 
 
 class Bilevel:
@@ -317,7 +318,7 @@ class Bilevel:
         self.after_optimizer_step(x, out)
         self.optimizer.state.clear()
         self.optimizer.state.update(state)
-        foreach_copy(self.forward.parameters, theta)
+        copy_(self.forward.parameters, theta)
         self.optimizer.zero_grad(set_to_none=True)
         alpha = self.loss.alpha_of(out.context).detach()
         if kept:

@@ -21,7 +21,7 @@ from kd_trilateral.directional import (
     jvp_tangent,
     logit_gradient,
 )
-from kd_trilateral.forward import Forward, RNGState, foreach_copy, rng_snapshot, rows
+from kd_trilateral.forward import Forward, RNGState, rng_snapshot, rows
 from kd_trilateral.heldout import HeldOutBatch
 from kd_trilateral.hypergradient import (
     OuterLoss,
@@ -33,6 +33,7 @@ from kd_trilateral.hypergradient import (
 )
 from kd_trilateral.module import Output, TrilateralKD
 from kd_trilateral.precondition import precondition
+from kd_trilateral.tensors import copy_, gradients
 
 Engine = Literal["jvp", "fd", "fd1", "head", "unrolled", "neumann", "implicit", "joint", "val_mix", "frozen"]
 ENGINES = ("jvp", "fd", "fd1", "head", "unrolled", "neumann", "implicit", "joint", "val_mix", "frozen")
@@ -107,7 +108,7 @@ class CEngine:
         """Keep theta before the optimiser moves it."""
         if self._theta is None:
             self._theta = [torch.empty_like(p) for p in self.forward.parameters]
-        foreach_copy(self._theta, self.forward.parameters)
+        copy_(self._theta, self.forward.parameters)
 
     def forget(self) -> None:
         """Drop what one training forward left; theta's buffer is kept for the next."""
@@ -133,8 +134,8 @@ class CEngine:
     def held_out_gradient(self, batch: HeldOutBatch) -> list[Tensor]:
         """V before preconditioning, one tensor per trainable parameter."""
         own = self.forward.parameters
-        found = torch.autograd.grad(self.held_out_loss(batch), own, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g.to(p.dtype) for g, p in zip(found, own, strict=True)]
+        found = gradients(self.held_out_loss(batch), own)
+        return [g.to(p.dtype) for g, p in zip(found, own, strict=True)]
 
     def _stepped(
         self, v: Sequence[Tensor], first: bool, parameters: Sequence[Tensor] | None = None
@@ -239,10 +240,8 @@ class CEngine:
             )
         if layer.out_features == 1:  # the pair (0, u) of one logit u
             slope, gradient = slope[:, 1:], gradient[:, 1:]
-        v, held = [slope.T @ seen.input.to(slope.dtype)], [layer.weight]
-        if layer.bias is not None:
-            v.append(slope.sum(0))
-            held.append(layer.bias)
+        held = list(layer.parameters())  # weight, and bias if it has one
+        v = [slope.T @ seen.input.to(slope.dtype), slope.sum(0)][: len(held)]
         v = self._stepped(v, first, held)
         return head_directional(gradient, self._hidden[start:stop], v[0], v[1] if len(v) == 2 else None)
 

@@ -44,12 +44,6 @@ def rng_snapshot(device: torch.device) -> RNGState:
     return torch.get_rng_state(), on_device
 
 
-def foreach_copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    """Copy one list of tensors into another in one fused call."""
-    with torch.no_grad():
-        torch._foreach_copy_([t.detach() for t in to], [t.detach() for t in source])  # pyright: ignore[reportPrivateUsage]
-
-
 class Forward:
     """Evaluates a student at given parameters: its buffers, mode, gradients and the RNG stay untouched.
 
