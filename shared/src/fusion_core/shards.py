@@ -124,6 +124,8 @@ def read_header(path: PathLike) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             info = TensorInfo(
                 _NAMES[entry["dtype"]], tuple(entry["shape"]), file, 8 + length + begin, end - begin
             )
+            if not all(type(size) is int for size in info.shape):
+                raise TypeError(info.shape)
             itemsize = _SIZES.get(info.dtype) or np.dtype(info.dtype).itemsize
             if begin < 0 or min(info.shape, default=0) < 0 or prod(info.shape) * itemsize != info.nbytes:
                 raise CheckpointError(
@@ -226,10 +228,16 @@ class ShardReader:
         import torch
 
         info = self.info(key)
-        data = np.fromfile(info.file, np.uint8, info.nbytes, offset=info.offset)
-        if data.nbytes != info.nbytes:
+        tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
+        try:
+            with info.file.open("rb") as file:
+                file.seek(info.offset)
+                count = file.readinto(raw_bytes(tensor).data)
+        except OSError as error:
+            raise CheckpointError(f"{info.file} cannot be read: {error.strerror or error}") from error
+        if count != info.nbytes:
             raise CheckpointError(f"{info.file} is cut off inside {key!r}; copy it again")
-        return torch.from_numpy(data).view(getattr(torch, info.dtype)).reshape(info.shape).to(device)
+        return tensor.to(device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())

@@ -1,0 +1,146 @@
+# ruff: noqa: PT012
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from fusion_core.atomic import atomic_directory, atomic_write
+from fusion_core.errors import InputError
+
+STEPS = [(tempfile, "mkstemp"), (os, "fdopen"), (os, "fsync"), (Path, "chmod"), (Path, "replace")]
+
+
+class Boom(BaseException):
+    pass
+
+
+def fail(*args, **kwargs):
+    raise Boom
+
+
+def test_write_makes_folders_and_replaces(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    for text in ("one", "two"):
+        with atomic_write(path, "w") as file:
+            file.write(text)
+    assert path.read_text() == "two"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask")
+def test_write_keeps_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "a") as file:
+            file.write(b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
+def test_stop_at_any_step_leaves_the_old_file(tmp_path, monkeypatch, owner, name):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(Boom), atomic_write(path) as file:
+        file.write(b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_error_in_the_block_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "a") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, time
+from fusion_core.atomic import atomic_write, atomic_directory
+if sys.argv[2] == "file":
+    with atomic_write(sys.argv[1]) as file:
+        file.write(b"new" * 100000); file.flush()
+        print("ready", flush=True); time.sleep(60)
+with atomic_directory(sys.argv[1], overwrite=True) as folder:
+    (folder / "new").write_text("half")
+    print("ready", flush=True); time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_kill_leaves_the_old_one(tmp_path, kind):
+    path = tmp_path / "thing"
+    inner = path if kind == "file" else path / "old"
+    inner.parent.mkdir(exist_ok=True)
+    inner.write_text("old")
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path), kind], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.kill()
+    code = child.wait()
+    assert os.name == "nt" or code == -signal.SIGKILL
+    child.stdout.close()
+    assert inner.read_text() == "old"
+    if kind == "folder":
+        assert list(path.iterdir()) == [inner]
+
+
+def test_unwritable_place_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(InputError, match=r"cannot write .*file.*name a writable place"),
+        atomic_write(tmp_path / "file" / "a"),
+    ):
+        pass
+    with pytest.raises(InputError, match="name a writable place"), atomic_directory(tmp_path / "file" / "a"):
+        pass
+
+
+def test_directory_refuses_a_filled_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    with atomic_directory(tmp_path / "run") as folder:  # an empty one is free
+        (folder / "a").write_text("1")
+    with (
+        pytest.raises(InputError, match=r"run is there already and not empty; .*overwrite=True"),
+        atomic_directory(tmp_path / "run"),
+    ):
+        pass
+    with atomic_directory(tmp_path / "run", overwrite=True) as folder:
+        (folder / "b").write_text("2")
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["b"]
+    assert [f.name for f in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_directory_stopped_at_either_rename_keeps_the_old(tmp_path, monkeypatch, stop_at):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").write_text("old")
+    calls, rename = [], Path.rename
+
+    def stops(self, target):
+        calls.append(target)
+        if len(calls) == stop_at:
+            raise Boom
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stops)
+    with pytest.raises(Boom), atomic_directory(tmp_path / "run", overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["old"]
+    assert [f.name for f in tmp_path.iterdir()] == ["run"]
+
+
+def test_error_in_the_directory_block(tmp_path):
+    with pytest.raises(RuntimeError, match="mine"), atomic_directory(tmp_path / "run") as folder:
+        (folder / "a").write_text("1")
+        raise RuntimeError("mine")
+    assert list(tmp_path.iterdir()) == []
