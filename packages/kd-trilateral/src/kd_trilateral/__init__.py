@@ -1,4 +1,4 @@
-"""Per-sample distillation ratios from trilateral geometry (TGeo-KD): every ``alpha`` is the weight of the TEACHER.
+"""TGeo-KD: per-sample distillation ratios from trilateral geometry; ``alpha`` is the weight of the TEACHER.
 
 Names load their module on first use, so ``import kd_trilateral`` costs little.
 """
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from kd_trilateral.config import Config
     from kd_trilateral.directional import per_sample_directional
     from kd_trilateral.errors import DivergedError, StateError
-    from kd_trilateral.fit import FitResult, fit
     from kd_trilateral.geometry import Geometry, features, register_geometry
-    from kd_trilateral.hypergradient import hypergradient
+    from kd_trilateral.hyper import hypergradient
     from kd_trilateral.losses import kd_terms, mix
     from kd_trilateral.module import Output, TrilateralKD
-    from kd_trilateral.precondition import precondition
+    from kd_trilateral.preconditioner import precondition
     from kd_trilateral.ratio import RatioNet
     from kd_trilateral.trace import AlphaTrace
+    from kd_trilateral.training import FitResult, fit
 
 __all__ = [
     "AlphaTrace",
@@ -59,7 +59,7 @@ __getattr__, __dir__ = lazy_exports(
         "Bilevel": "bilevel",
         "Config": "config",
         "DivergedError": "errors",
-        "FitResult": "fit",
+        "FitResult": "training",
         "Geometry": "geometry",
         "Output": "module",
         "RatioNet": "ratio",
@@ -68,12 +68,12 @@ __getattr__, __dir__ = lazy_exports(
         "TrilateralKD": "module",
         "class_mean": "classmean",
         "features": "geometry",
-        "fit": "fit",
-        "hypergradient": "hypergradient",
+        "fit": "training",
+        "hypergradient": "hyper",
         "kd_terms": "losses",
         "mix": "losses",
         "per_sample_directional": "directional",
-        "precondition": "precondition",
+        "precondition": "preconditioner",
         "ratios": "ratios",
         "register_geometry": "geometry",
         "report": "report",

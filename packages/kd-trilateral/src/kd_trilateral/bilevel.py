@@ -6,16 +6,16 @@ from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
-from fusion_core.modules import logits_of
-from fusion_core.numerics import masked_mean
 from torch import Tensor, nn
 
 from fusion_core.errors import ConfigError, DataError, check_range
+from fusion_core.modules import logits_of
+from fusion_core.numerics import masked_mean
 from kd_trilateral.directional import Batch
 from kd_trilateral.engines import ENGINES, WITH_HESSIAN, WITHOUT_THETA, CEngine, Engine
 from kd_trilateral.forward import Forward, Stochastic
 from kd_trilateral.heldout import HeldOut, ValBatches
-from kd_trilateral.hypergradient import OUTER_LOSSES, OuterLoss, outer_objective, training_loss
+from kd_trilateral.hyper import OUTER_LOSSES, OuterLoss, outer_objective, training_loss
 from kd_trilateral.losses import as_pair, mix
 from kd_trilateral.module import Output, TrilateralKD
 from kd_trilateral.outer import OuterStep

@@ -12,7 +12,7 @@ from fusion_core.errors import ShapeError
 
 
 class ClassMeanState(NamedTuple):
-    """Sums ``(classes, classes)`` of probabilities by label and counts ``(classes,)``: they add up over parts."""
+    """Sums ``(classes, classes)`` of probabilities by label, and counts; both add up over parts."""
 
     sums: Tensor
     counts: Tensor

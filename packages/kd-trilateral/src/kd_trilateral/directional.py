@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fusion_core.errors import ConfigError, ShapeError
 from kd_trilateral.forward import Forward, RNGState
 from kd_trilateral.losses import kd_terms
+from kd_trilateral.tensors import add_, mul_, norm
 
 DirectionalEngine = Literal["jvp", "fd", "fd1", "head"]
 Terms = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -49,11 +50,6 @@ def contract(gradient: Tensor, tangent: Tensor) -> Tensor:
     return (
         (gradient.to(wide) * tangent.to(wide)).flatten(1).sum(1) if gradient.dim() > 1 else gradient * tangent
     )
-
-
-def norm_of(v: Sequence[Tensor]) -> Tensor:
-    """One Euclidean norm over all tensors, without leaving the device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(v)))  # pyright: ignore[reportPrivateUsage]
 
 
 def jvp_tangent(
@@ -93,19 +89,18 @@ def difference_tangent(
     """
     double = theta[0].dtype == torch.float64
     step = epsilon or (1e-4 if double else 1e-3)
-    norm = norm_of(v)
+    length = norm(v)
     if not in_place:
         theta, v = [p.clone() for p in theta], [p.clone() for p in v]
-    scale = torch.where(norm > 0, step / norm, 0.0)
+    mul_(v, torch.where(length > 0, step / length, 0.0))
+    add_(theta, v)
     with torch.no_grad():
-        torch._foreach_mul_(v, scale)  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_add_(theta, v)  # pyright: ignore[reportPrivateUsage]
         ahead = forward(inputs, theta, rng=rng).to(torch.promote_types(theta[0].dtype, torch.float32))
         if logits is not None:
-            return logits, (ahead - logits.to(ahead.dtype)) * (norm / step)
-        torch._foreach_add_(theta, v, alpha=-2.0)  # pyright: ignore[reportPrivateUsage]
+            return logits, (ahead - logits.to(ahead.dtype)) * (length / step)
+        add_(theta, v, -2.0)
         behind = forward(inputs, theta, rng=rng).to(ahead.dtype)
-    return (ahead + behind) / 2.0, (ahead - behind) * (norm / (2.0 * step))
+    return (ahead + behind) / 2.0, (ahead - behind) * (length / (2.0 * step))
 
 
 def head_directional(
@@ -225,14 +220,11 @@ def per_sample_directional(
         with torch.no_grad(), Captured(layer) as seen:
             z = forward(inputs, values)
         assert seen.input is not None
-        slot = {n: i for i, n in enumerate(forward.names)}
-        bias = slot.get(f"{name}.bias")
-        return head_directional(
-            logit_gradient(use, z, teacher_logits, labels),
-            seen.input,
-            direction[slot[f"{name}.weight"]],
-            None if bias is None else direction[bias],
-        )
+        along = dict(zip(forward.names, direction, strict=True))
+        prefix = f"{name}." if name else ""  # the student may be that layer itself
+        weight = along.get(f"{prefix}weight", torch.zeros_like(layer.weight))
+        gradient = logit_gradient(use, z, teacher_logits, labels)
+        return head_directional(gradient, seen.input, weight, along.get(f"{prefix}bias"))
     else:
         raise ConfigError(f"engine is {engine!r}, wanted 'jvp', 'fd', 'fd1' or 'head'")
     return contract(logit_gradient(use, z, teacher_logits, labels), tangent)

@@ -23,7 +23,7 @@ from kd_trilateral.directional import (
 )
 from kd_trilateral.forward import Forward, RNGState, rng_snapshot, rows
 from kd_trilateral.heldout import HeldOutBatch
-from kd_trilateral.hypergradient import (
+from kd_trilateral.hyper import (
     OuterLoss,
     hessian_product,
     implicit_direction,
@@ -32,7 +32,7 @@ from kd_trilateral.hypergradient import (
     unrolled_directional,
 )
 from kd_trilateral.module import Output, TrilateralKD
-from kd_trilateral.precondition import precondition
+from kd_trilateral.preconditioner import precondition
 from kd_trilateral.tensors import copy_, gradients
 
 Engine = Literal["jvp", "fd", "fd1", "head", "unrolled", "neumann", "implicit", "joint", "val_mix", "frozen"]

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from fusion_core.modules import logits_of
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fusion_core.errors import ConfigError
+from fusion_core.modules import logits_of
 
 Stochastic = Literal["replay", "off"]
 RNGState = tuple[Tensor, Tensor | None]

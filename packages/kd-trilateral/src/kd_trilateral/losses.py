@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from fusion_core.numerics import kl_divergence
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusion_core.errors import ConfigError, ShapeError
+from fusion_core.errors import ConfigError, ShapeError, check_range
+from fusion_core.numerics import kl_divergence
 
 Task = Literal["multiclass", "binary"]
 CEOn = Literal["logits", "probs"]
@@ -113,8 +113,7 @@ def kd_terms(
     """
     if task not in TASKS:
         raise ConfigError(f"task is {task!r}, wanted one of {TASKS}")
-    if not 0.0 < temperature < float("inf"):
-        raise ConfigError(f"temperature is {temperature!r}, wanted a positive finite number")
+    check_range("temperature", temperature, 0.0, float("inf"), open=True)
     if task == "binary":
         student_logits, teacher_logits = as_pair(student_logits), as_pair(teacher_logits)
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from fusion_core.numerics import masked_mean
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion_core.errors import ConfigError, DataError, ShapeError, check_range, check_shape
+from fusion_core.numerics import masked_mean
 from kd_trilateral import ratios
 from kd_trilateral.classmean import ClassMeanState, class_mean
 from kd_trilateral.errors import StateError

@@ -1,6 +1,5 @@
 """Operations on lists of tensors, one fused call each, and gradients without holes."""
-# pyright: reportPrivateImportUsage=false
-# ruff: noqa: SLF001
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 
 from __future__ import annotations
 

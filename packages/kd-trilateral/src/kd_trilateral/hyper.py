@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from fusion_core.numerics import masked_mean
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fusion_core.errors import check_range
+from fusion_core.numerics import masked_mean
 from kd_trilateral.directional import Batch, Terms
 from kd_trilateral.forward import Forward, RNGState
 from kd_trilateral.losses import generalized_ce, mix
+from kd_trilateral.tensors import dot, gradients
 
 Values = Sequence[Tensor]
 Apply = Callable[[Values], list[Tensor]]
@@ -123,28 +124,21 @@ def unrolled_directional(
         at = [p.detach().requires_grad_() for p in theta]
         ratio = alpha.detach().clone().requires_grad_()
         loss = training_loss(forward, at, batch, terms, ratio, mask, rng)
-        g = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
-        g = [torch.zeros_like(p) if x is None else x for x, p in zip(g, at, strict=True)]
+        g = gradients(loss, at, create_graph=True)
         step = preconditioner([x - x.detach() for x in g])
         moved = [p.detach() - s for p, s in zip(theta_next, step, strict=True)]
-        (slope,) = torch.autograd.grad(held_out(moved), ratio, allow_unused=True)
-    count = mask.sum().clamp_min(1)
-    return torch.zeros_like(alpha) if slope is None else -count * slope
+        (slope,) = gradients(held_out(moved), [ratio])
+    return -mask.sum().clamp_min(1) * slope
 
 
 def hessian_product(loss: Tensor, at: Values) -> Apply:
     """``x -> H x`` for the Hessian of a scalar, by a second backward pass over a graph that is kept."""
-    g = torch.autograd.grad(loss, list(at), create_graph=True, allow_unused=True)
-    used = [(i, x) for i, x in enumerate(g) if x is not None and x.requires_grad]
+    used = [(i, g) for i, g in enumerate(gradients(loss, at, create_graph=True)) if g.requires_grad]
 
     def product(x: Values) -> list[Tensor]:
-        out = [torch.zeros_like(p) for p in at]
-        if used:
-            found = torch.autograd.grad(
-                [y for _, y in used], list(at), [x[i] for i, _ in used], retain_graph=True, allow_unused=True
-            )
-            out = [zero if y is None else y for zero, y in zip(out, found, strict=True)]
-        return out
+        if not used:
+            return [torch.zeros_like(p) for p in at]
+        return gradients([g for _, g in used], at, [x[i] for i, _ in used], retain_graph=True)
 
     return product
 
@@ -168,10 +162,6 @@ def neumann_direction(gradient: Values, hessian: Apply, preconditioner: Apply, t
     return total
 
 
-def _dot(a: Values, b: Values) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
-
-
 def implicit_direction(
     gradient: Values, hessian: Apply, *, damping: float = 0.1, steps: int = 50, tolerance: float = 1e-10
 ) -> list[Tensor]:
@@ -189,19 +179,19 @@ def implicit_direction(
     solution = [torch.zeros_like(g) for g in gradient]
     residual = [g.clone() for g in gradient]
     search = [r.clone() for r in residual]
-    rho = _dot(residual, residual)
+    rho = dot(residual, residual)
     floor = rho * tolerance**2
     on_host = gradient[0].device.type == "cpu"
     for _ in range(steps):
         if on_host and not bool(rho > floor):
             break
         image = [h + damping * s for h, s in zip(hessian(search), search, strict=True)]
-        curvature = _dot(search, image)
+        curvature = dot(search, image)
         going = (rho > floor) & (curvature > 0)
         length = torch.where(going, rho / torch.where(going, curvature, 1.0), 0.0)
         solution = [x + length * s for x, s in zip(solution, search, strict=True)]
         residual = [r - length * w for r, w in zip(residual, image, strict=True)]
-        fresh = _dot(residual, residual)
+        fresh = dot(residual, residual)
         ratio = torch.where(going, fresh / torch.where(rho > 0, rho, 1.0), 0.0)
         search = [r + ratio * s for r, s in zip(residual, search, strict=True)]
         rho = fresh
