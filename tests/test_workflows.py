@@ -16,7 +16,9 @@ ids = {"ids": lambda value: value.name}
 
 def read(path: Path) -> dict[str, Any]:
     # YAML 1.1 reads the key `on` as true
-    return {"on" if key is True else key: value for key, value in yaml.safe_load(path.read_text("utf-8")).items()}
+    return {
+        "on" if key is True else key: value for key, value in yaml.safe_load(path.read_text("utf-8")).items()
+    }
 
 
 def caller(member: Member) -> Path:
