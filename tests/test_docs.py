@@ -10,19 +10,16 @@ import shlex
 import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from workspace import CORE, ROOT, packages, tracked_files
+from workspace import ROOT, members, tracked_files
 
-FILES = [
-    path
-    for path in (ROOT / "README.md", *(member.directory / "README.md" for member in (CORE, *packages())))
-    if path.is_file()
-]
+FILES = [ROOT / "README.md", *(member.directory / "README.md" for member in members())]
 FENCE = re.compile(r"^```(\w+)[ ]*([^\n]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 SCRIPTS = {entry.name: entry for entry in entry_points(group="console_scripts")}
-OURS = {CORE.script, *(member.script for member in packages())}
+OURS = {member.script for member in members()}
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
@@ -45,7 +42,7 @@ def command_lines(path: Path) -> Iterator[list[str]]:
                 *(i + 1 for i, word in enumerate(words) if word in {"&&", "||", "|", ";"}),
                 len(words) + 1,
             ]
-            for start, stop in zip(starts, starts[1:], strict=False):
+            for start, stop in pairwise(starts):
                 call = words[start : stop - 1]
                 if call[:2] == ["uv", "run"]:
                     call = call[next((i for i, word in enumerate(call) if word in OURS), len(call)) :]
