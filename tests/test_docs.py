@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -37,15 +37,13 @@ def command_lines(path: Path) -> Iterator[list[str]]:
     for _, _, block in fences(path, "bash", "sh", "shell", "console"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.strip().removeprefix("$ "), comments=True)
-            starts = [
-                0,
-                *(i + 1 for i, word in enumerate(words) if word in {"&&", "||", "|", ";"}),
-                len(words) + 1,
-            ]
-            for start, stop in pairwise(starts):
-                call = words[start : stop - 1]
+            for between, group in groupby(words, key={"&&", "||", "|", ";"}.__contains__):
+                call = [] if between else list(group)
                 if call[:2] == ["uv", "run"]:
-                    call = call[next((i for i, word in enumerate(call) if word in OURS), len(call)) :]
+                    scripts = [i for i, word in enumerate(call) if word in OURS]
+                    if scripts and call[scripts[0] - 1] == "--package":
+                        scripts = scripts[1:]
+                    call = call[scripts[0] :] if scripts else []
                 if call and call[0] in OURS:
                     yield call
 
@@ -105,7 +103,8 @@ def test_console_scripts_answer(
 def test_snippets_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "x\n```python no-run slow\na\n```\n```python\nb\n```\n```bash\n$ fusion demo \\\n  --out x # y\n```\n"
+        "x\n```python no-run slow\na\n```\n```python\nb\n```\n"
+        "```bash\n$ fusion demo \\\n  --out x # y\ncd y && uv run --package fusion fusion list | cat\n```\n"
     )
     assert list(fences(page, "python")) == [(2, "no-run slow", "a\n"), (5, "", "b\n")]
-    assert list(command_lines(page)) == [["fusion", "demo", "--out", "x"]]
+    assert list(command_lines(page)) == [["fusion", "demo", "--out", "x"], ["fusion", "list"]]
