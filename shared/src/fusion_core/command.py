@@ -227,6 +227,10 @@ def _page(results: Iterable[dict[str, Any]], methods: dict[str, Method], place: 
         "Each method was run beside its baselines on this machine. Under each stand the claims of its paper "
         "and whether these numbers show them at this scale."
     )
+    machine = listed[0]["environment"]
+    versions = [f"{name} {version}" for name, version in machine["versions"].items()]
+    hardware = [machine["os"], f"{machine['cores']} cores", *machine["accelerators"]]
+    page.raw(piece("facts", [*hardware, f"Python {machine['python']}", *versions]))
     page.raw(piece("overview", [(document, methods.get(document["method"])) for document in listed]))
     for document in listed:
         add_result(page, document, place / document["method"], methods.get(document["method"]))

@@ -75,10 +75,20 @@ class Method:
     @property
     def version(self) -> str:
         """The installed version of the package."""
-        try:
-            return version(self.package)
-        except PackageNotFoundError:
-            return "not installed"
+        return package_version(self.package)
+
+
+def package_version(package: str) -> str:
+    """The installed version of a distribution.
+
+    Example:
+        >>> package_version("no-such-distribution")
+        'not installed'
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def discover(broken: dict[str, str] | None = None, only: str | None = None) -> dict[str, Method]:
@@ -99,6 +109,8 @@ def discover(broken: dict[str, str] | None = None, only: str | None = None) -> d
             method = entry.load()
             if not isinstance(method, Method):
                 raise TypeError(f"{entry.value} is {type(method).__name__}, wanted fusion_core.demo.Method")
+            if method.name != entry.name:
+                raise ValueError(f"{entry.value} is named {method.name!r}, its entry point {entry.name!r}")
             found[entry.name] = method
         except Exception as error:  # noqa: BLE001 - someone else's import may raise anything
             reason = f"{type(error).__name__}: {error}"
