@@ -132,9 +132,23 @@ def test_options():
         False,
         False,
     ]
-    words = (
-        ["-o", "x", "--device", "cpu", "--dtype", "float64", "--seed", "3", "-q", "--limit", "5", "--batch-size", "2", "--resume", "--overwrite"]
-    )
+    words = [
+        "-o",
+        "x",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float64",
+        "--seed",
+        "3",
+        "-q",
+        "--limit",
+        "5",
+        "--batch-size",
+        "2",
+        "--resume",
+        "--overwrite",
+    ]
     wanted = ["x", "cpu", "float64", 3, True, 5, 2, True, True]
     assert json.loads(run_cli(main, "options", *words).stdout) == wanted
 

@@ -103,6 +103,7 @@ def test_a_diverged_run_stays_visible():
 def test_cells_mark_the_best_of_each_metric(comparison):
     heads, lines = comparison.cells()
     assert heads == ["method", "accuracy % ↑", "loss ↓"]
+    assert dict(lines)["plain"][0]["note"] == "baseline"
     best = {method: [cell["best"] for cell in cells] for method, cells in lines}
     assert best == {"plain": [False, True], "ours": [False, False], "teacher": [True, False]}
     assert dict(lines)["ours"][0]["text"] == "92.10 ± 1.10"

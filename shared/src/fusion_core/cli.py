@@ -4,8 +4,6 @@
 stdout carries data only; bars, warnings and errors go to stderr.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from pathlib import Path

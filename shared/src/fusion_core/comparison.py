@@ -163,14 +163,17 @@ class Comparison:
             columns[metric] = {
                 method: {
                     "text": _spread(row, scale, decimals),
-                    "note": _difference(row, scale, decimals),
+                    "note": _difference(row, scale, decimals)
+                    if method != self.baseline
+                    else "baseline"
+                    if len(self.methods) > 1
+                    else "",
                     "best": row["mean"] is not None and row["mean"] == best and len(column) > 1,
                 }
                 for method, row in column.items()
             }
-            heads.append(
-                f"{metric}{' %' if how.get('percent') else ''} {'↑' if how['better'] == 'higher' else '↓'}"
-            )
+            percent, arrow = " %" if how.get("percent") else "", "↑" if how["better"] == "higher" else "↓"
+            heads.append(f"{metric.replace('_', ' ')}{percent} {arrow}")
         empty = Cell(text="-", note="", best=False)
         return heads, [(m, [columns[metric].get(m, empty) for metric in self.metrics]) for m in self.methods]
 
@@ -186,12 +189,14 @@ class Comparison:
     def print(self, console: Console | None = None) -> None:
         """Print a table: mean ± std, the paired difference to the baseline and p; ``*`` marks the best."""
         heads, lines = self.cells()
-        table = Table(title=escape(self.title) or None, caption=escape(self.caption()), title_justify="left")
+        table = Table(title=escape(self.title) or None, title_justify="left")
         for i, head in enumerate(heads):
             table.add_column(escape(head), justify="right" if i else "left", no_wrap=bool(i))
         for method, cells in lines:
             table.add_row(escape(method), *(_markup(cell) for cell in cells))
-        (console or data_console()).print(table)
+        console = console or data_console()
+        console.print(table)
+        console.print(self.caption(), style="dim", markup=False, soft_wrap=True)
 
 
 def data_console() -> Console:

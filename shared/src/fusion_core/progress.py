@@ -32,5 +32,5 @@ def track(
         yield from iterable
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=console.is_terminal) as bar:
         yield from bar.track(iterable, total=total, description=escape(text))
