@@ -65,8 +65,8 @@ def test_round_trips(tmp_path, config):
 
 def test_plain_values():
     assert FULL.to_dict() == {
-        "optimizer": {"lr": 0.5, "warmup_steps": 3}, "steps": 7, "clip": math.inf, "out": "a/b", "rule": "mean",
-        "sizes": [3], "mode": "slow", "teacher": {"lr": 1.0, "warmup_steps": 0},
+        "optimizer": {"lr": 0.5, "warmup_steps": 3}, "steps": 7, "clip": math.inf, "out": "a/b",
+        "rule": "mean", "sizes": [3], "mode": "slow", "teacher": {"lr": 1.0, "warmup_steps": 0},
     }  # fmt: skip
     assert Train.from_dict({"optimizer": {"lr": 1}}).optimizer == Optimizer(1.0)
     assert type(Train.from_dict({"optimizer": {"lr": 1}}).optimizer.lr) is float
@@ -86,7 +86,7 @@ def test_none_in_files(tmp_path):
     none.save(tmp_path / "a.json")
     assert Train.load(tmp_path / "a.json") == none
     assert json.loads((tmp_path / "a.json").read_text())["clip"] is None
-    with pytest.raises(ConfigError, match="JSON has no infinity and no NaN; save as .toml"):
+    with pytest.raises(ConfigError, match=r"JSON has no infinity and no NaN; save as .toml"):
         FULL.save(tmp_path / "b.json")
 
 
