@@ -1,5 +1,6 @@
 import sys
 import types
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -52,13 +53,13 @@ def test_tuple_of_inputs():
 def test_halves_and_remembers(error):
     model = Model(3, error)
     found = list(map_batches(model, list(range(11)), 8))
-    assert sum(found, []) == list(range(11))
+    assert list(chain(*found)) == list(range(11))
     assert model.seen == [8, 4, 2, 2, 2, 2, 2, 1]
 
 
 def test_halves_what_was_tried_not_what_was_asked():
     model = Model(2, MemoryError())
-    assert sum(map_batches(model, [1, 2, 3], 1000), []) == [1, 2, 3]
+    assert list(chain(*map_batches(model, [1, 2, 3], 1000))) == [1, 2, 3]
     assert model.seen == [3, 1, 1, 1]
 
 

@@ -318,7 +318,8 @@ def test_digest_tells_apart():
     values = [
         1, 1.0, True, "1", b"1", None, [1], [[1]], [], {}, {1}, {1: 1}, array, array.reshape(2, 3),
         array.astype(np.float64), array[::-1], torch.zeros(0), torch.zeros(0, 2),
-        torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.float16), Point(1, 2.0), Color.RED, Path("1"), torch.float32,
+        torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.float16), Point(1, 2.0), Color.RED,
+        Path("1"), torch.float32,
         torch.device("cpu"), "cpu", [1, [2]], [[1], 2], ["ab", "c"], ["a", "bc"],
     ]  # fmt: skip
     assert len({digest(value) for value in values}) == len(values)

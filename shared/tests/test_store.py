@@ -263,14 +263,14 @@ def test_kill_at_any_time_leaves_a_store(tmp_path):
 
 
 def test_damaged_stores(tmp_path):
-    with pytest.raises(StoreError, match="is no store: manifest.json cannot be read"):
+    with pytest.raises(StoreError, match=r"is no store: manifest.json cannot be read"):
         ShardStore.open(tmp_path)
     make(tmp_path, (0, 2), (2, 4))
     shard, manifest = tmp_path / "shard-00001.safetensors", tmp_path / "manifest.json"
     whole, text = shard.read_bytes(), manifest.read_text()
     shard.write_bytes(whole[:-1] + b"\x07")
     store = ShardStore.open(tmp_path)
-    with pytest.raises(StoreError, match="shard-00001.safetensors does not have the digest of the manifest"):
+    with pytest.raises(StoreError, match=r"shard-00001.safetensors does not have the digest of the manifest"):
         store.verify()
     shard.write_bytes(whole[:-1])
     with pytest.raises(StoreError, match=r"shard-00001.safetensors does not fit the manifest: .* is cut off"):

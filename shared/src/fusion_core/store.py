@@ -58,15 +58,20 @@ class ShardStore:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
-        self._manifest = manifest
         self._maps: dict[str, Arrays] = {}
         self._schema = {name: (dtype, tuple(tail)) for name, (dtype, tail) in manifest["arrays"].items()}
-        self._shards = sorted(manifest["shards"], key=lambda shard: shard["start"])
+        self._arrange(manifest)
         for before, after in pairwise(self._shards):
             if after["start"] < before["stop"]:
                 raise StoreError(f"{folder}: {before['file']} and {after['file']} hold the same rows")
         for shard in self._shards:
             self._check(shard)
+
+    def _arrange(self, manifest: dict[str, Any]) -> None:
+        self._manifest = manifest
+        self._shards: list[dict[str, Any]] = sorted(manifest["shards"], key=lambda shard: shard["start"])
+        self._starts = np.array([shard["start"] for shard in self._shards], np.int64)
+        self._stops = np.array([shard["stop"] for shard in self._shards], np.int64)
 
     @classmethod
     def create(
@@ -180,8 +185,7 @@ class ShardStore:
     def _write(self, manifest: dict[str, Any]) -> None:
         with atomic_write(self.folder / "manifest.json", "w") as file:
             json.dump(manifest, file, indent=1)
-        self._manifest = manifest
-        self._shards = sorted(manifest["shards"], key=lambda shard: shard["start"])
+        self._arrange(manifest)
 
     def append(self, arrays: Mapping[str, np.ndarray[Any, Any]], index: tuple[int, int]) -> None:
         """Write the rows ``start`` to ``stop`` as one shard.
@@ -280,17 +284,15 @@ class ShardStore:
                 f"rows is {wanted.dtype} of shape {wanted.shape}, wanted a slice or 1-D integers"
             )
         wanted = np.where(wanted < 0, wanted + extent, wanted)
-        stops = np.array([s["stop"] for s in self._shards], np.int64)
-        starts = np.array([s["start"] for s in self._shards], np.int64)
-        place = np.searchsorted(stops, wanted, "right")
+        place = np.searchsorted(self._stops, wanted, "right")
         bad = (wanted < 0) | (wanted >= extent)
-        bad[~bad] = wanted[~bad] < starts[place[~bad]]
+        bad[~bad] = wanted[~bad] < self._starts[place[~bad]]
         if bad.any():
             raise StoreError(f"{self.folder} has no row {int(wanted[bad.argmax()])}; it has {len(self)} rows")
         out = {n: np.empty((len(wanted), *tail), dtype) for n, (dtype, tail) in self._schema.items()}
         for number in np.unique(place):
             here = place == number
-            local = wanted[here] - starts[number]
+            local = wanted[here] - self._starts[number]
             for name, array in self._map(self._shards[number]).items():
                 out[name][here] = array[local]
         return out
