@@ -44,7 +44,7 @@ class Bilevel:
             Hessian. ``joint``: omega descends the training loss, at every step; ``val_mix``: the mixed loss
             on held-out rows; ``frozen``: omega stays.
         every: student steps per outer step; 0 = frozen.
-        warmup: student steps before the first outer step.
+        warmup_steps: student steps before the first outer step.
         order: ``"inner_first"``, or ``"outer_first"`` (omega moves at the virtual step, then the student
             really moves with the new ratios; call :meth:`backward` instead of ``out.loss.backward()`` to
             save a forward).
@@ -93,7 +93,7 @@ class Bilevel:
         *,
         hypergradient: Engine = "jvp",
         every: int = 4,
-        warmup: int = 0,
+        warmup_steps: int = 0,
         order: Literal["inner_first", "outer_first"] = "inner_first",
         subsample: float | int = 1.0,
         outer_loss: Literal["ce", "gce"] | OuterLoss | None = None,
@@ -122,7 +122,7 @@ class Bilevel:
         if not callable(chosen) and chosen not in OUTER_LOSSES:
             raise ConfigError(f"outer_loss is {chosen!r}, wanted one of {tuple(OUTER_LOSSES)} or a callable")
         check_range("every", every, 0, float("inf"))
-        check_range("warmup", warmup, 0, float("inf"))
+        check_range("warmup_steps", warmup_steps, 0, float("inf"))
         check_range("subsample", subsample, 0.0, 1.0 if isinstance(subsample, float) else float("inf"))
         find = logits_from or logits_of
         pair = (lambda output: as_pair(find(output))) if loss.task == "binary" else find
@@ -135,7 +135,7 @@ class Bilevel:
         loss.detach_alpha = name != "joint"
         if name not in ("joint", "frozen") and val_batches is None:
             raise DataError(f"hypergradient {name!r} needs held-out data; pass val_batches")
-        self.every, self.warmup, self.order = every, warmup, order
+        self.every, self.warmup_steps, self.order = every, warmup_steps, order
         self.normalize, self.center = normalize, center
         self.held_out = None if val_batches is None else HeldOut(val_batches, self.forward.device)
         self.c_engine = CEngine(
@@ -197,9 +197,9 @@ class Bilevel:
     @property
     def due(self) -> bool:
         """Whether the coming student step is followed by an outer step."""
-        if self.engine == "frozen" or self.steps < self.warmup:
+        if self.engine == "frozen" or self.steps < self.warmup_steps:
             return False
-        return self.engine == "joint" or (self.steps - self.warmup) % self.every == 0
+        return self.engine == "joint" or (self.steps - self.warmup_steps) % self.every == 0
 
     def backward(self, out: Output) -> None:
         """``out.loss.backward()``, keeping the graph where ``outer_first`` will go through it again."""
