@@ -20,6 +20,7 @@ PNG = (
 )
 FAKES = f"""
 import os, time
+from fusion_core import require_extra
 from fusion_core.demo import Demo, Method
 from fusion_core.report import Claim, Comparison, Figure
 
@@ -38,6 +39,9 @@ def bad(out, **_):
     (out / "half.png").write_bytes(b"half")
     raise RuntimeError("the teacher left")
 
+def needy(out, **_):
+    require_extra("no_such_module", "demo", "fake-methods")
+
 def crash(out, **_):
     os._exit(41)
 
@@ -46,7 +50,7 @@ def vanish(out, **_):
 
 def slow(out, **_):
     (out / "started").write_text("")
-    time.sleep(60)
+    time.sleep(15)
 
 def method(name, function):
     return Method(name, "fake-methods", f"<script>{{name}}</script>", "A. Author, 2024", "https://example.org/paper",
@@ -54,8 +58,9 @@ def method(name, function):
 
 m_good, m_bad, m_crash = method("good", good), method("bad", bad), method("crash", crash)
 m_vanish, m_slow, m_odd = method("vanish", vanish), method("slow", slow), "no method"
+m_needy = method("needy", needy)
 """
-NAMES = ["good", "bad", "crash", "vanish", "slow", "odd"]
+NAMES = ["good", "bad", "crash", "vanish", "slow", "odd", "needy"]
 
 
 @pytest.fixture
@@ -92,9 +97,9 @@ def fusion(*arguments):
 
 def test_demo_runs_each_method_apart_and_names_the_failed(fakes, tmp_path):
     out = tmp_path / "page"
-    done = fusion("demo", "good", "bad", "crash", "vanish", "gone", "--out", out, "--seed", "3")
+    done = fusion("demo", "good", "bad", "crash", "vanish", "needy", "gone", "--out", out, "--seed", "3")
     assert done.code == 1
-    assert done.stderr.splitlines()[-1] == "error: failed: bad, crash, vanish, gone"
+    assert done.stderr.splitlines()[-1] == "error: failed: bad, crash, vanish, needy, gone"
     assert "RuntimeError: the teacher left" in done.stderr
     assert "91.35 ± 0.07 *" in done.stdout
     assert "shown: It helps (table 1) By a point." in done.stdout
@@ -102,11 +107,13 @@ def test_demo_runs_each_method_apart_and_names_the_failed(fakes, tmp_path):
 
     document = json.loads((out / "result.json").read_text())
     assert document["schema"] == "fusion.demo/1"
-    assert document["failed"] == ["bad", "crash", "vanish", "gone"]
+    assert document["failed"] == ["bad", "crash", "vanish", "needy", "gone"]
     errors = {result["method"]: result["error"] for result in document["results"]}
     assert errors["good"] is None
     assert "exit code 41" in errors["crash"]
     assert "exit code 0" in errors["vanish"]
+    remedy = 'no_such_module is not installed; it comes with: pip install "fake-methods[demo]"'
+    assert errors["needy"] == f"{remedy}\nexit code 2"
     assert "fusion_no_such_module" in errors["gone"]
 
     result = json.loads((out / "good" / "result.json").read_text())
@@ -129,7 +136,7 @@ def test_demo_runs_each_method_apart_and_names_the_failed(fakes, tmp_path):
     assert "<script" not in page
     assert "&lt;script&gt;good&lt;/script&gt;" in page
     assert "data:image/png;base64," in page
-    assert page.count("✗ failed") == 8  # in the overview and in the section of each
+    assert page.count("✗ failed") == 10  # in the overview and in the section of each
     for word in (
         "the teacher left",
         "exit code 41",

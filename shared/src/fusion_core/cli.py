@@ -4,6 +4,7 @@
 stdout carries data only; bars, warnings and errors go to stderr.
 """
 
+import io
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,6 +70,9 @@ def run(app: typer.Typer) -> None:
         SystemExit: 2 for bad input, checkpoints, stores and missing extras, 1 for others of the family, 130
             after Ctrl-C; typer's own codes otherwise.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign shows "?" instead of failing
+            stream.reconfigure(errors="replace")
     try:
         app()
     except FusionError as error:

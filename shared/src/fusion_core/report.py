@@ -297,7 +297,7 @@ def _show(value: Any) -> str:
         case float() as decimal:
             return f"{decimal:.5g}"
         case list() as entries:
-            return ", ".join(map(_show, entries))
+            return ", ".join(map(_show, entries)) or "-"
         case other:
             return str(other)
 

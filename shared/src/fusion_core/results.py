@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from fusion_core.checkpoint import atomic_directory, atomic_write
 from fusion_core.errors import InputError
+from fusion_core.stats import Interval
+
+__all__ = ["Interval", "Result", "dump_json", "plain"]
 
 
 def plain(value: Any) -> Any:
