@@ -63,6 +63,13 @@ def test_halves_what_was_tried_not_what_was_asked():
     assert model.seen == [3, 1, 1, 1]
 
 
+def test_a_real_allocation_that_fails():
+    def fn(batch):
+        return torch.empty(2**50 if len(batch) > 2 else 1).numel() * len(batch)
+
+    assert list(map_batches(fn, list(range(6)), 6)) == [1] * 6
+
+
 def test_single_item_that_does_not_fit():
     model = Model(0, OOM[0])
     words = r"out of memory on a single item, number 0 of 4 \(batch_size was 4\); take smaller"

@@ -306,7 +306,7 @@ def test_digest_is_the_same_in_another_process():
         "print(digest({'b', 'a', 'c'}, {'x': np.arange(3, dtype='float32')}))"
     )
     runs = {
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PATH": ""},
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed},
                        capture_output=True, text=True, check=True).stdout.strip()
         for seed in "123"
     }  # fmt: skip
