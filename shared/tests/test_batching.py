@@ -1,5 +1,6 @@
 import sys
 import types
+import weakref
 from itertools import chain
 
 import numpy as np
@@ -116,6 +117,20 @@ def test_failed_call_is_let_go_and_the_cache_emptied(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
     list(map_batches(fn, [1, 2], 2))
     assert events == [2, "freed", "emptied", 1, "freed", 1, "freed"]
+
+
+def test_no_output_is_held_while_the_next_is_made():
+    alive = []
+
+    def fn(batch):
+        assert all(ref() is None for ref in alive)
+        array = np.zeros(len(batch))
+        alive.append(weakref.ref(array))
+        return array
+
+    for output in map_batches(fn, [1, 2, 3], 1):
+        assert alive[-1]() is output
+        del output
 
 
 def test_batch_size_is_checked_at_once():
