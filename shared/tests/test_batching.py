@@ -1,5 +1,6 @@
 import sys
 import types
+import weakref
 from itertools import chain
 
 import numpy as np
@@ -63,6 +64,13 @@ def test_halves_what_was_tried_not_what_was_asked():
     assert model.seen == [3, 1, 1, 1]
 
 
+def test_a_real_allocation_that_fails():
+    def fn(batch):
+        return torch.empty(2**50 if len(batch) > 2 else 1).numel() * len(batch)
+
+    assert list(map_batches(fn, list(range(6)), 6)) == [1] * 6
+
+
 def test_single_item_that_does_not_fit():
     model = Model(0, OOM[0])
     words = r"out of memory on a single item, number 0 of 4 \(batch_size was 4\); take smaller"
@@ -109,6 +117,20 @@ def test_failed_call_is_let_go_and_the_cache_emptied(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
     list(map_batches(fn, [1, 2], 2))
     assert events == [2, "freed", "emptied", 1, "freed", 1, "freed"]
+
+
+def test_no_output_is_held_while_the_next_is_made():
+    alive = []
+
+    def fn(batch):
+        assert all(ref() is None for ref in alive)
+        array = np.zeros(len(batch))
+        alive.append(weakref.ref(array))
+        return array
+
+    for output in map_batches(fn, [1, 2, 3], 1):
+        assert alive[-1]() is output
+        del output
 
 
 def test_batch_size_is_checked_at_once():

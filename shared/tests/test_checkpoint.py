@@ -56,6 +56,8 @@ def test_save_and_load_agree_with_the_format_library(tmp_path):
     assert same(load_file(path), tensors)
     assert same(load_tensors(path), tensors)
     assert ShardReader(path).metadata == {"format": "pt", "note": "x"}
+    places = {key: ShardReader(path).info(key).offset for key in tensors}
+    assert all(place % tensors[key].element_size() == 0 for key, place in places.items())
     save_file({k: v.clone() for k, v in tensors.items()}, tmp_path / "b.safetensors")
     assert same(load_tensors(tmp_path / "b.safetensors"), tensors)
 
@@ -306,7 +308,7 @@ def test_digest_is_the_same_in_another_process():
         "print(digest({'b', 'a', 'c'}, {'x': np.arange(3, dtype='float32')}))"
     )
     runs = {
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PATH": ""},
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed},
                        capture_output=True, text=True, check=True).stdout.strip()
         for seed in "123"
     }  # fmt: skip

@@ -186,7 +186,7 @@ def test_files(tmp_path):
     with pytest.raises(ConfigError, match=r"a.json is not JSON"):
         Train.load(tmp_path / "a.json")
     (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"a.json: "):
+    with pytest.raises(ConfigError, match=r"a.json: settings are \[\], wanted names with values"):
         Train.load(tmp_path / "a.json")
     for name in ("a.yaml", "a"):
         with pytest.raises(ConfigError, match=r"has suffix .*, wanted .toml or .json"):

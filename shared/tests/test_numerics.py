@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from fusion_core.errors import ConfigError, DataError, ShapeError
 from fusion_core.numerics import TopK, kl_divergence, masked_mean
@@ -89,9 +89,12 @@ def test_kl_gradient_with_zeros():
     log_p = torch.tensor([[0.7, 0.3, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64).log()
     log_q = torch.tensor([[0.2, 0.3, 0.5, 0.0], [0.4, 0.3, 0.2, 0.1]], dtype=torch.float64).log()
     assert gradcheck(kl_divergence, (log_p.requires_grad_(), log_q.requires_grad_()))
+    assert gradgradcheck(kl_divergence, (log_p, log_q))  # bilevel methods differentiate twice
     logits = torch.tensor([[1.0, 2.0, -INF]], dtype=torch.float64, requires_grad=True)
     other = torch.tensor([[0.5, -1.0, -INF]], dtype=torch.float64, requires_grad=True)
-    kl_divergence(logits.log_softmax(-1), other.log_softmax(-1)).sum().backward()
+    log_probs = logits.log_softmax(-1), other.log_softmax(-1)
+    with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():
+        kl_divergence(*log_probs).sum().backward()  # no NaN on the way either
     for leaf in (logits, other):
         assert leaf.grad is not None
         assert torch.isfinite(leaf.grad).all()

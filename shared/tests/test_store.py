@@ -210,6 +210,8 @@ class Stop(BaseException):
 @pytest.mark.parametrize("name", ["fsync", "replace", "chmod"])
 @pytest.mark.parametrize("stop_at", [1, 2])
 def test_stop_between_any_two_steps_is_resumed(tmp_path, monkeypatch, name, stop_at):
+    if name == "fsync" and os.name == "nt":
+        pytest.skip("folders are not synced there")
     store = make(tmp_path, (0, 2))
     owner = os if name == "fsync" else Path
     real, calls = getattr(owner, name), []

@@ -122,7 +122,7 @@ def load_foreign(path: PathLike) -> dict[str, Tensor]:
         found: Any = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:
         reason = _REASON.search(str(error))
@@ -228,9 +228,9 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     own: dict[str, Any] = module.state_dict()
     shapes = [
-        f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
+        f"{key} {tuple(getattr(state[key], 'shape', ()))} for {tuple(value.shape)}"
         for key, value in own.items()
-        if key in state and hasattr(value, "shape") and state[key].shape != value.shape
+        if key in state and hasattr(value, "shape") and getattr(state[key], "shape", None) != value.shape
     ]
     lists = {"missing": sorted(own.keys() - state.keys()), "extra": sorted(state.keys() - own.keys())}
     problems = [
@@ -282,7 +282,7 @@ def _parts(value: Any) -> list[Any]:
             return [plain.__name__.encode(), repr(plain(value)).encode()]
     if isinstance(value, bytes | bytearray):
         return [b"bytes", value]
-    if isinstance(value, tensors) and value.dtype != np.dtype(object):
+    if isinstance(value, tensors) and dtype_name(value) != "object":
         return [b"array", dtype_name(value).encode(), repr(tuple(value.shape)).encode(), raw_bytes(value)]
     if isinstance(value, Mapping):
         return [b"map", *sorted(_hash([key, item]) for key, item in value.items())]

@@ -51,7 +51,8 @@ def _complaint(cls: type, error: Mapping[str, Any]) -> ConfigError:
     if reason is not None:
         return ConfigError(f"setting {key!r}: {reason}" if key else str(reason))
     wanted = str(error["msg"]).removeprefix("Input should be ")
-    return ConfigError(f"setting {key!r} is {error['input']!r}, wanted {wanted}")
+    what = f"setting {key!r} is" if key else "settings are"
+    return ConfigError(f"{what} {error['input']!r}, wanted {wanted if key else 'names with values'}")
 
 
 def _unknown(key: str, known: list[str]) -> ConfigError:

@@ -158,7 +158,8 @@ def _index_files(index: Path) -> dict[str, Path]:
 class ShardReader:
     """Read tensors one at a time from a safetensors file, an index of shards, or a folder of either.
 
-    Only headers are read until :meth:`get`; nothing is kept open and nothing is kept in memory.
+    Only headers are read until :meth:`get`; nothing is kept open and nothing is kept in memory. ``metadata``
+    holds the text of the headers read so far.
 
     Args:
         path: ``*.safetensors``, ``*.index.json`` or a folder that holds them.

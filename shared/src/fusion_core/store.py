@@ -167,7 +167,7 @@ class ShardStore:
 
     def __len__(self) -> int:
         """How many rows are there."""
-        return self._manifest["rows"]
+        return int((self._stops - self._starts).sum())
 
     def _check(self, shard: dict[str, Any]) -> None:
         try:
