@@ -11,17 +11,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from fusion_core.checkpoint import PathLike, atomic_write
-from fusion_core.errors import DataError, InputError, check_range, require_extra
-from fusion_core.results import Result
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fusion_core.checkpoint import PathLike, atomic_write
+from fusion_core.errors import DataError, InputError, check_range, require_extra
+from fusion_core.results import Result
 from kd_trilateral.module import Output
 
 Array = NDArray[Any]
 _FLUSH = 64
-_NAMES = ("step", "sample", "alpha", "st", "sg", "tg", "label", "student_class", "teacher_class", "teacher_margin")
+_NAMES = (
+    "step",
+    "sample",
+    "alpha",
+    "st",
+    "sg",
+    "tg",
+    "label",
+    "student_class",
+    "teacher_class",
+    "teacher_margin",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +143,8 @@ class AlphaTrace:
     Example:
         >>> from kd_trilateral.module import TrilateralKD
         >>> trace = AlphaTrace()
-        >>> trace.record(0, TrilateralKD(3, tbar="none")(torch.zeros(2, 3), torch.eye(3)[:2], torch.tensor([0, 1])))
+        >>> trace.record(0, TrilateralKD(3, tbar="none")(torch.zeros(2, 3), torch.eye(3)[:2],
+        torch.tensor([0, 1])))
         >>> trace.rows().alpha
         array([0.5, 0.5], dtype=float32)
     """
@@ -177,7 +189,9 @@ class AlphaTrace:
         """Everything that is held, oldest first."""
         self._flush()
         if not self._parts:
-            return TraceRows(*(np.zeros(0, dtype=np.int64 if n in ("step", "sample") else np.float32) for n in _NAMES))
+            return TraceRows(
+                *(np.zeros(0, dtype=np.int64 if n in ("step", "sample") else np.float32) for n in _NAMES)
+            )
         if len(self._parts) > 1:
             whole = TraceRows(*(np.concatenate([getattr(p, n) for p in self._parts]) for n in _NAMES))
             self._parts = deque([whole])

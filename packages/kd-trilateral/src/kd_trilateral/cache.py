@@ -1,0 +1,421 @@
+"""The teacher's logits on disk: computed once, resumable, and tied to what they were made from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fusion_core.batching import map_batches
+from fusion_core.checkpoint import PathLike, digest_state
+from fusion_core.device import resolve_device
+from fusion_core.errors import ConfigError, DataError, StoreError
+from fusion_core.numerics import TopK
+from fusion_core.progress import track
+from fusion_core.store import ShardStore
+from kd_trilateral.classmean import ClassMeanState, class_mean
+from kd_trilateral.losses import as_pair
+from kd_trilateral.rowsource import Rows, check_teacher, teacher_logits
+
+_FORMAT = 1
+_SHARD_ROWS = 8192
+_CHUNK = 16384
+_FLOOR = -60.0
+
+
+class TeacherCache:
+    """Logits of every training row, memory-mapped.
+
+    A cache knows the digest of the teacher's weights and of the data; opening it for others is an error that
+    names the difference. Whole rows are stored (float16 by default), or the ``top_k`` largest
+    log-probabilities, whose left-over mass is spread evenly over the other classes.
+
+    Args:
+        store: an open store, see :meth:`open` and :meth:`build`.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> teacher = nn.Linear(4, 3).eval()
+        >>> data = torch.randn(10, 4), torch.arange(10) % 3
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache = TeacherCache.build(teacher, data, pathlib.Path(folder) / "teacher.kdc")
+        ...     cache.logits(torch.tensor([0, 9])).shape, cache.info()["rows"]
+        (torch.Size([2, 3]), 10)
+    """
+
+    def __init__(self, store: ShardStore) -> None:
+        if not store.complete:
+            raise StoreError(
+                f"{store.folder} is unfinished ({len(store)} rows so far); call TeacherCache.build again "
+                "with the "
+                "same teacher and data, it goes on where it stopped"
+            )
+        self.store = store
+        self.num_classes = int(store.fingerprint["classes"])
+        self.views = int(store.fingerprint["views"])
+        self.top_k: int | None = store.fingerprint["top_k"]
+
+    @classmethod
+    def build(
+        cls,
+        teacher: nn.Module,
+        data: Any,
+        path: PathLike,
+        *,
+        top_k: int | None = None,
+        dtype: Literal["float16", "float32"] = "float16",
+        task: Literal["multiclass", "binary"] = "multiclass",
+        views: int = 1,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        device: str | torch.device = "auto",
+        progress: bool | None = None,
+    ) -> TeacherCache:
+        """Run the teacher over the rows that are not stored yet.
+
+        Args:
+            teacher: any module with logits; used in evaluation mode, without gradients, comes back untouched.
+            data: the training rows, see :class:`~kd_trilateral.rowsource.Rows`.
+            path: a directory, ``NAME.kdc`` by custom.
+            top_k: classes stored per row; None = all.
+            dtype: of the stored numbers.
+            task: ``"binary"`` stores the pair (0, u) of a single logit u.
+            views: for random augmentation: the dataset's ``view(v)`` gives the v-th fixed version of it, and
+                each is stored. A dataset that says ``random = True`` is refused otherwise.
+            batch_size: rows per forward; halved by itself where memory runs out.
+            num_workers: loader processes.
+            device: where the teacher runs.
+            progress: show a bar; None = on a terminal.
+
+        Returns:
+            The finished cache, opened.
+
+        Raises:
+            DataError: logits that are not finite (rows are named), a random dataset without views, labels
+                that do not fit.
+            StoreError: the path holds the cache of another teacher or other data.
+        """
+        source = Rows(data)
+        if getattr(source.dataset, "random", False) and views == 1:
+            raise DataError(
+                "the dataset says that it is random, so one stored row would not be what training sees; "
+                "give it a "
+                "view(v) method and pass views=V"
+            )
+        if views > 1 and not hasattr(source.dataset, "view"):
+            raise DataError(f"views is
+            {views},
+
+            but
+
+
+            the
+
+
+
+            dataset
+
+
+
+
+            has
+
+
+
+
+
+            no
+
+
+
+
+
+
+            view(v)
+
+
+
+
+
+
+
+            method
+
+
+
+
+
+
+
+
+            that
+
+
+
+
+
+
+
+
+
+            fixes
+
+
+
+
+
+
+
+
+
+
+            its
+
+
+
+
+
+
+
+
+
+
+
+            randomness")
+
+
+
+        if
+
+
+
+        top_k
+
+
+
+
+        is
+
+
+
+
+
+        not
+
+        None
+
+
+
+
+
+
+
+        and
+
+        top_k
+
+
+
+
+
+
+
+
+
+        <
+
+
+
+
+
+
+
+
+
+
+        1:
+
+
+
+            raise
+
+
+
+            ConfigError(f"top_k
+
+
+
+
+            is
+
+
+
+
+
+            {top_k},
+
+
+
+
+
+
+            wanted
+
+
+
+
+
+
+
+            at
+
+
+
+
+
+
+
+
+            least
+
+
+
+
+
+
+
+
+
+            1")
+
+
+        check_teacher(teacher) where = resolve_device(device) home
+        = next((p.device
+        for p in teacher.parameters()), where) seen = [source] if views == 1
+        else [Rows(source.dataset.view(v))
+        for v in range(views)]
+        try:
+            teacher.to(where)
+
+            def run(part: Rows, index: Tensor) -> Tensor:
+                found = teacher_logits(teacher, part, index, device=where, num_workers=num_workers)
+                return as_pair(found) if task == "binary" else found
+
+            classes = run(seen[0], torch.arange(1)).shape[1]
+            kept = None if top_k is None or top_k >= classes else top_k
+            fingerprint = {
+                "format": _FORMAT,
+                "rows": len(source),
+                "classes": classes,
+                "dtype": dtype,
+                "top_k": kept,
+                "task": task,
+                "views": views,
+                "teacher": digest_state(teacher.state_dict()),
+                "data": source.fingerprint(),
+            }
+            width = (views, classes if kept is None else kept)
+            schema = {"logits": (dtype, width), "labels": ("int64", ())}
+            if kept is not None:
+                schema["indices"] = ("int32", width)
+            store = ShardStore.create(path, fingerprint, schema, kind="kd-trilateral teacher cache")
+            gaps = store.missing(len(source))
+            cuts = [
+                (a, min(a + _SHARD_ROWS, stop)) for start, stop in gaps for a in range(start, stop,
+                _SHARD_ROWS)
+            ]
+            for start, stop in track(cuts, "teacher logits", enabled=progress):
+                store.append(_shard(run, seen, start, stop, batch_size, kept, dtype), (start, stop))
+            store.finish(len(source))
+        finally:
+            teacher.to(home)
+        return cls(store)
+
+    @classmethod
+    def open(cls, path: PathLike, teacher: nn.Module | None = None, data: Any = None) -> TeacherCache:
+        """Open a finished cache.
+
+        Args:
+            path: its directory.
+            teacher: must be the one that it was made from; None is not checked.
+            data: likewise.
+
+        Raises:
+            StoreError: no cache there, unfinished, damaged, or made from something else.
+        """
+        found = ShardStore.open(path)
+        wanted = dict(found.fingerprint)
+        if "teacher" not in wanted or wanted.get("format") != _FORMAT:
+            raise StoreError(f"{path} is a store of another kind ({found.kind}), wanted a teacher cache")
+        if teacher is not None:
+            wanted["teacher"] = digest_state(teacher.state_dict())
+        if data is not None:
+            rows = Rows(data)
+            wanted |= {"rows": len(rows), "data": rows.fingerprint()}
+        return cls(ShardStore.open(path, wanted))
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def logits(self, index: Tensor | slice, view: int = 0) -> Tensor:
+        """Logits (log-probabilities of a top-k cache) of some rows, ``(rows, classes)`` float32."""
+        part = self.store[index.numpy() if isinstance(index, Tensor) else index]
+        values = torch.from_numpy(part["logits"][:, view % self.views].astype(np.float32))
+        if self.top_k is None:
+            return values
+        places = torch.from_numpy(part["indices"][:, view % self.views].astype(np.int64))
+        log_probs = TopK(values, places, torch.zeros(len(values))).log_probs(self.num_classes, tail="uniform")
+        return log_probs.clamp_min(_FLOOR)  # rounding may leave the tail nothing; the loss takes finite
+        numbers
+
+    def labels(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """Labels of some rows, ``(rows,)``."""
+        return torch.from_numpy(self.store[index.numpy() if isinstance(index, Tensor) else index]["labels"])
+
+    def class_mean(self, temperature: float = 1.0) -> Tensor:
+        """T-bar ``(classes, classes)`` of all rows and views, streamed."""
+        state: ClassMeanState | None = None
+        tbar = torch.empty(0)
+        for start in range(0, len(self), _CHUNK):
+            part = slice(start, min(start + _CHUNK, len(self)))
+            for view in range(self.views):
+                t = (self.logits(part, view) / temperature).softmax(-1)
+                tbar, state = class_mean(t, self.labels(part), self.num_classes, state)
+        return tbar
+
+    def verify(self) -> None:
+        """Compare every shard with its digest; StoreError names the first that differs."""
+        self.store.verify()
+
+    def info(self) -> dict[str, Any]:
+        """What the cache holds and what it was made from."""
+        size = sum(file.stat().st_size for file in self.store.folder.iterdir())
+        return {"path": str(self.store.folder), "bytes": size, "complete": self.store.complete,
+        **self.store.fingerprint}
+
+
+def _shard(
+    run: Any, seen: list[Rows], start: int, stop: int, batch_size: int, kept: int | None, dtype: str
+) -> dict[str, Any]:
+    index = torch.arange(start, stop)
+    views: list[Tensor] = []
+    for part in seen:
+        logits = torch.cat(list(map_batches(lambda some, part=part: run(part, some), index, batch_size)))
+        limit = torch.finfo(getattr(torch, dtype)).max
+        bad = ~(torch.isfinite(logits) & (logits.abs() <= limit)).all(-1)
+        if bool(bad.any()):
+            shown = (bad.nonzero().flatten()[:8] + start).tolist()
+            raise DataError(
+                f"the teacher's logits are not finite in {dtype} in rows {shown} ({int(bad.sum())} of rows "
+                f"{start} to {stop}); mend the teacher or those rows, or pass dtype='float32'"
+            )
+        views.append(logits)
+    stacked = torch.stack(views, dim=1)
+    labels = torch.cat([y for _, _, y in seen[0].batches(list(index.split(4096)))]).long().numpy()
+    if kept is None:
+        return {"logits": stacked.numpy().astype(dtype), "labels": labels}
+    top = TopK.from_logits(stacked, kept)
+    values = (top.values - top.lse.unsqueeze(-1)).numpy().astype(dtype)
+    return {"logits": values, "indices": top.indices.numpy().astype(np.int32), "labels": labels}
