@@ -35,6 +35,9 @@ class TeacherCache:
     Args:
         store: an open store, see :meth:`open` and :meth:`build`.
 
+    Raises:
+        StoreError: the store is unfinished.
+
     Example:
         >>> import tempfile, pathlib
         >>> teacher = nn.Linear(4, 3).eval()
@@ -48,9 +51,9 @@ class TeacherCache:
     def __init__(self, store: ShardStore) -> None:
         if not store.complete:
             raise StoreError(
-                f"{store.folder} is unfinished ({len(store)} rows so far); call TeacherCache.build again "
-                "with the "
-                "same teacher and data, it goes on where it stopped"
+                f"{store.folder} is unfinished ({len(store)} rows so far); build it again with the same "
+                "teacher "
+                "and data, and it goes on where it stopped"
             )
         self.store = store
         self.num_classes = int(store.fingerprint["classes"])
@@ -76,7 +79,7 @@ class TeacherCache:
         """Run the teacher over the rows that are not stored yet.
 
         Args:
-            teacher: any module with logits; used in evaluation mode, without gradients, comes back untouched.
+            teacher: any module with logits; used in evaluation mode, without gradients; comes back untouched.
             data: the training rows, see :class:`~kd_trilateral.rowsource.Rows`.
             path: a directory, ``NAME.kdc`` by custom.
             top_k: classes stored per row; None = all.
@@ -93,217 +96,24 @@ class TeacherCache:
             The finished cache, opened.
 
         Raises:
-            DataError: logits that are not finite (rows are named), a random dataset without views, labels
-                that do not fit.
-            StoreError: the path holds the cache of another teacher or other data.
+            DataError: logits that are not finite (rows are named), a random dataset without views.
+            StoreError: the path holds the cache of another teacher or of other data.
         """
         source = Rows(data)
-        if getattr(source.dataset, "random", False) and views == 1:
-            raise DataError(
-                "the dataset says that it is random, so one stored row would not be what training sees; "
-                "give it a "
-                "view(v) method and pass views=V"
-            )
-        if views > 1 and not hasattr(source.dataset, "view"):
-            raise DataError(f"views is
-            {views},
+        parts = _views(source, views)
+        if top_k is not None and top_k < 1:
+            raise ConfigError(f"top_k is {top_k}, wanted at least 1")
+        check_teacher(teacher)
+        where = resolve_device(device)
+        home = next((p.device for p in teacher.parameters()), where)
+
+        def run(part: Rows, index: Tensor) -> Tensor:
+            found = teacher_logits(teacher, part, index, device=where, num_workers=num_workers)
+            return as_pair(found) if task == "binary" else found
 
-            but
-
-
-            the
-
-
-
-            dataset
-
-
-
-
-            has
-
-
-
-
-
-            no
-
-
-
-
-
-
-            view(v)
-
-
-
-
-
-
-
-            method
-
-
-
-
-
-
-
-
-            that
-
-
-
-
-
-
-
-
-
-            fixes
-
-
-
-
-
-
-
-
-
-
-            its
-
-
-
-
-
-
-
-
-
-
-
-            randomness")
-
-
-
-        if
-
-
-
-        top_k
-
-
-
-
-        is
-
-
-
-
-
-        not
-
-        None
-
-
-
-
-
-
-
-        and
-
-        top_k
-
-
-
-
-
-
-
-
-
-        <
-
-
-
-
-
-
-
-
-
-
-        1:
-
-
-
-            raise
-
-
-
-            ConfigError(f"top_k
-
-
-
-
-            is
-
-
-
-
-
-            {top_k},
-
-
-
-
-
-
-            wanted
-
-
-
-
-
-
-
-            at
-
-
-
-
-
-
-
-
-            least
-
-
-
-
-
-
-
-
-
-            1")
-
-
-        check_teacher(teacher) where = resolve_device(device) home
-        = next((p.device
-        for p in teacher.parameters()), where) seen = [source] if views == 1
-        else [Rows(source.dataset.view(v))
-        for v in range(views)]
         try:
             teacher.to(where)
-
-            def run(part: Rows, index: Tensor) -> Tensor:
-                found = teacher_logits(teacher, part, index, device=where, num_workers=num_workers)
-                return as_pair(found) if task == "binary" else found
-
-            classes = run(seen[0], torch.arange(1)).shape[1]
+            classes = run(parts[0], torch.arange(1)).shape[1]
             kept = None if top_k is None or top_k >= classes else top_k
             fingerprint = {
                 "format": _FORMAT,
@@ -321,13 +131,13 @@ class TeacherCache:
             if kept is not None:
                 schema["indices"] = ("int32", width)
             store = ShardStore.create(path, fingerprint, schema, kind="kd-trilateral teacher cache")
-            gaps = store.missing(len(source))
             cuts = [
-                (a, min(a + _SHARD_ROWS, stop)) for start, stop in gaps for a in range(start, stop,
-                _SHARD_ROWS)
+                (start, min(start + _SHARD_ROWS, stop))
+                for first, stop in store.missing(len(source))
+                for start in range(first, stop, _SHARD_ROWS)
             ]
             for start, stop in track(cuts, "teacher logits", enabled=progress):
-                store.append(_shard(run, seen, start, stop, batch_size, kept, dtype), (start, stop))
+                store.append(_shard(run, parts, start, stop, batch_size, kept, dtype), (start, stop))
             store.finish(len(source))
         finally:
             teacher.to(home)
@@ -348,7 +158,7 @@ class TeacherCache:
         found = ShardStore.open(path)
         wanted = dict(found.fingerprint)
         if "teacher" not in wanted or wanted.get("format") != _FORMAT:
-            raise StoreError(f"{path} is a store of another kind ({found.kind}), wanted a teacher cache")
+            raise StoreError(f"{path} holds {found.kind}, wanted a teacher cache of format {_FORMAT}")
         if teacher is not None:
             wanted["teacher"] = digest_state(teacher.state_dict())
         if data is not None:
@@ -367,8 +177,7 @@ class TeacherCache:
             return values
         places = torch.from_numpy(part["indices"][:, view % self.views].astype(np.int64))
         log_probs = TopK(values, places, torch.zeros(len(values))).log_probs(self.num_classes, tail="uniform")
-        return log_probs.clamp_min(_FLOOR)  # rounding may leave the tail nothing; the loss takes finite
-        numbers
+        return log_probs.clamp_min(_FLOOR)  # rounding may leave the tail no mass
 
     def labels(self, index: Tensor | slice = slice(None)) -> Tensor:
         """Labels of some rows, ``(rows,)``."""
@@ -391,19 +200,33 @@ class TeacherCache:
 
     def info(self) -> dict[str, Any]:
         """What the cache holds and what it was made from."""
-        size = sum(file.stat().st_size for file in self.store.folder.iterdir())
-        return {"path": str(self.store.folder), "bytes": size, "complete": self.store.complete,
-        **self.store.fingerprint}
+        folder = self.store.folder
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        return {"path": str(folder), "bytes": size, "complete": self.store.complete, **self.store.fingerprint}
+
+
+def _views(source: Rows, views: int) -> list[Rows]:
+    if views == 1:
+        if getattr(source.dataset, "random", False):
+            raise DataError(
+                "the dataset says that it is random, so one stored row would not be what training sees; "
+                "give it "
+                "a view(v) method and pass views=V"
+            )
+        return [source]
+    if not hasattr(source.dataset, "view"):
+        raise DataError(f"views is {views}, but the dataset has no view(v) method that fixes its randomness")
+    return [Rows(source.dataset.view(v)) for v in range(views)]
 
 
 def _shard(
-    run: Any, seen: list[Rows], start: int, stop: int, batch_size: int, kept: int | None, dtype: str
+    run: Any, parts: list[Rows], start: int, stop: int, batch_size: int, kept: int | None, dtype: str
 ) -> dict[str, Any]:
     index = torch.arange(start, stop)
+    limit = torch.finfo(getattr(torch, dtype)).max
     views: list[Tensor] = []
-    for part in seen:
+    for part in parts:
         logits = torch.cat(list(map_batches(lambda some, part=part: run(part, some), index, batch_size)))
-        limit = torch.finfo(getattr(torch, dtype)).max
         bad = ~(torch.isfinite(logits) & (logits.abs() <= limit)).all(-1)
         if bool(bad.any()):
             shown = (bad.nonzero().flatten()[:8] + start).tolist()
@@ -413,7 +236,7 @@ def _shard(
             )
         views.append(logits)
     stacked = torch.stack(views, dim=1)
-    labels = torch.cat([y for _, _, y in seen[0].batches(list(index.split(4096)))]).long().numpy()
+    labels = torch.cat([y for _, _, y in parts[0].batches(list(index.split(4096)))]).long().numpy()
     if kept is None:
         return {"logits": stacked.numpy().astype(dtype), "labels": labels}
     top = TopK.from_logits(stacked, kept)

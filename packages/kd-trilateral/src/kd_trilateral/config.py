@@ -1,4 +1,4 @@
-"""All settings of a distillation run as plain values, for files, command lines and the Hugging Face trainer."""
+"""All settings of a distillation run as plain values, for files, command lines and trainers."""
 
 from __future__ import annotations
 
@@ -8,449 +8,80 @@ from typing import Any, Literal
 from fusion_core.config import Config as BaseConfig
 from fusion_core.errors import ConfigError, check_range
 
-_LOSS = ["temperature", "task", "preset", "geometry", "geometry_temperature", "alpha", "alpha_range",
-"prior", "network", "dropout", "input_norm", "tbar", "ce_on", "ignore_index", "label_smoothing", "
-""
-""
-""
-""
-""
-""
-""
-""
-""
-""
-""standardize_logits", "on_bad_teacher", "validate"] _BILEVEL = ["hypergradient", "every", "warmup_steps", "
-""
-""
-""
-""
-""
-""
-""
-""
-""
-""order", "subsample", "outer_loss", "
-""
-""
-""
-""
-""
-""
-""
-""
-
-
-
-
-
-
-
-"
-"""normalize",
-"center", "precondition", "outer_lr", "max_grad_norm", "epsilon", "neumann_terms", "damping",
-"implicit_steps", "stochastic", "head"]
+_LOSS = (
+    "temperature",
+    "task",
+    "preset",
+    "geometry",
+    "geometry_temperature",
+    "alpha",
+    "alpha_range",
+    "prior",
+    "network",
+    "dropout",
+    "input_norm",
+    "tbar",
+    "ce_on",
+    "ignore_index",
+    "label_smoothing",
+    "standardize_logits",
+    "on_bad_teacher",
+    "validate",
+)
+_BILEVEL = (
+    "hypergradient",
+    "every",
+    "warmup_steps",
+    "order",
+    "subsample",
+    "outer_loss",
+    "normalize",
+    "center",
+    "precondition",
+    "outer_lr",
+    "max_grad_norm",
+    "epsilon",
+    "neumann_terms",
+    "damping",
+    "implicit_steps",
+    "stochastic",
+    "head",
+)
+_LOW = {"epochs": 1, "steps": 0, "batch_size": 1, "val_batch_size": 0, "every": 0, "lr": 0, "weight_decay": 0}
 
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
+    """Settings of :class:`~kd_trilateral.TrilateralKD`, :class:`~kd_trilateral.Bilevel` and :func:`fit`.
 
-
-    """Settings
-
-
-    of
-
-
-
-    :class:`~kd_trilateral.TrilateralKD`,
-
-
-
-
-    :class:`~kd_trilateral.Bilevel`
-
-
-
-
-
-    and
-
-
-
-
-
-
-    :func:`fit`.
-
-    The loss's and the engine's fields
-    mean what their
-    classes say; the
-
-
-
-
-
-
-    others:
-
-
-
-
-
-
-
+    The loss's and the engine's fields mean what their classes say; the others:
 
     Attributes:
-        student: ``"module:callable"``
-            that
-
-            makes
-
-            the
-
-            student
-
-            (command
-
-
-
-
-
-            line
-
-
-
-
-
-
-            only).
-        data: ``"module:callable"`` that
-            makes a
-            :class:`~kd_trilateral.training.Splits` from a
-            seed (command
-
-
-
-
-
-            line
-
-
-
-
-
-
-            only).
-        teacher: ``"module:callable"`` that makes the teacher, or the path of a
-            cache; ""
-            = the
-            data bring
-            the
-
-
-
-
-
-            teacher's
-
-
-
-
-
-
-            logits.
-        init_alpha: ratio to start at; ``"preset"`` as
-            the
-
-            preset
-
-            has
-
-            it,
-
-
-
-
-            ``"none"``
-
-            plain
-
-
-
-
-
-
-            initialisation.
-
-
-
-        ratio:
-
-
-
-            ``tgeo``
-
-
-
-
-            or
-
-            a
-
-
-
-
-
-
-            heuristic.
-        epochs: passes
-
-
-
-            over
-
-            the
-
-            training
-
-
-
-
-
-
-            rows.
-        steps: student
-
-
-            steps
-
-            instead,
-
-
-
-            if
-
-
-
-            above
-
-            0.
-        batch_size: training
-
-
-
-
-            rows
-
-            per
-
-
-
-
-
-
-            step.
-        val_batch_size: held-out
-            rows
-
-            per
-
-            outer
-
-            step;
-
-            0
-
-
-
-
-
-            =
-
-
-
-
-
-
-            batch_size.
-        optimizer: ``adam``,
-            ``adamw`` or
-            ``sgd`` (momentum
-            0.9, Nesterov
-
-
-
-
-
-
-            off).
-        lr: of
-
-
-
-
-
-            the
-
-
-
-
-
-
-            student.
-        weight_decay: of
-
-
-
-
-
-            the
-
-
-
-
-
-
-            student.
-
-
-        schedule:
-
-
-            ``cosine``
-
-            to
-
-            0
-
-
-
-
-
-            or
-
-
-
-
-
-
-            ``constant``.
-        val_share: of the training rows, drawn by
-            class,
-
-            where
-
-            no
-
-            held-out
-
-            rows
-
-            are
-
-
-
-
-
-
-            given.
-        balance: ``oversample``
-            draws
-
-            every
-
-            class
-
-            equally
-
-            often
-
-
-
-
-
-            in
-
-
-
-
-
-
-            training.
-        refit: train a fresh student on training and
-            held-out rows
-            with the
-            learned ratio
-
-
-
-
-
-
-            network.
-        trace_capacity: rows
-
-
-
-
-            of
-
-            the
-
-
-
-
-
-
-            trace.
-        device: where
-
-
-
-
-
-            to
-
-
-
-
-
-
-            train.
-        seed: of
-
-
-
-            everything
-
-            that
-
-
-
-
-
-            is
-
-
-
-
-
-
-            drawn.
-
-
-
-
-
-
-
+        student: ``"module:callable"`` that makes the student (command line only).
+        data: ``"module:callable"`` that makes a :class:`~kd_trilateral.training.Splits` from a seed (command
+            line only).
+        teacher: ``"module:callable"`` that makes the teacher, or the path of a cache; "" = the data bring the
+            teacher's logits.
+        init_alpha: ratio to start at; ``"preset"`` as the preset has it, ``"none"`` plain initialisation.
+        ratio: ``tgeo`` or a heuristic.
+        epochs: passes over the training rows.
+        steps: student steps instead, if above 0.
+        batch_size: training rows per step.
+        val_batch_size: held-out rows per outer step; 0 = batch_size.
+        optimizer: ``adam``, ``adamw`` or ``sgd`` (momentum 0.9, Nesterov off).
+        lr: of the student.
+        weight_decay: of the student.
+        schedule: ``cosine`` to 0 or ``constant``.
+        val_share: of the training rows, drawn by class, where no held-out rows are given.
+        balance: ``oversample`` draws every class equally often in training.
+        refit: train a fresh student on training and held-out rows with the learned ratio network.
+        trace_capacity: rows of the trace.
+        device: where to train.
+        seed: of everything that is drawn.
 
     Example:
-
-
-        >>> Config(temperature=2.0).override(["every=8",
-        "geometry=compact"]).every 8
+        >>> Config(temperature=2.0).override(["every=8", "geometry=compact"]).every
+        8
     """
 
     student: str = ""
@@ -514,40 +145,21 @@ class Config(BaseConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("steps", 0), ("batch_size", 1), ("val_batch_size", 0), ("every",
-        0)):
+        for name, low in _LOW.items():
             check_range(name, getattr(self, name), low, float("inf"))
-        check_range("lr", self.lr, 0.0, float("inf"))
-        check_range("weight_decay", self.weight_decay, 0.0, float("inf"))
         check_range("val_share", self.val_share, 0.0, 1.0, open=True)
         check_range("alpha", self.alpha, 0.0, 1.0)
         if self.temperature is not None:
             check_range("temperature", self.temperature, 0.0, float("inf"), open=True)
         if isinstance(self.init_alpha, str) and self.init_alpha not in ("preset", "none"):
-            raise ConfigError(f"init_alpha is {self.init_alpha!r}, wanted a number in
-            (0, 1),
+            raise ConfigError(f"init_alpha is {self.init_alpha!r}, wanted a number, 'preset' or 'none'")
 
-            'preset'
-
-
-
-            or
-
-
-
-
-            'none'")
-
-    def loss_kwargs(self, num_classes:
-    int) ->
-    dict[str,
-
-    Any]:
+    def loss_kwargs(self, num_classes: int) -> dict[str, Any]:
         """Keyword arguments of ``TrilateralKD(...)`` for K classes."""
         start = None if self.init_alpha == "none" else self.init_alpha
         named = {name: getattr(self, name) for name in _LOSS}
-        return {**named, "num_classes": num_classes, "ratio": self.ratio, "init_alpha": start, "seed":
-        self.seed}
+        named |= {"num_classes": num_classes, "ratio": self.ratio, "init_alpha": start, "seed": self.seed}
+        return named
 
     def bilevel_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of ``Bilevel(...)``."""

@@ -88,7 +88,7 @@ class Rows:
         return torch.cat([y for _, _, y in self.batches(list(torch.arange(len(self)).split(256)))])
 
     def fingerprint(self) -> str:
-        """A digest: of all values of tensors, of 64 rows and the length of a dataset (or its ``fingerprint``)."""
+        """A digest: of all values of tensors, of 64 rows of a dataset (or its ``fingerprint``)."""
         if self.tensors is not None:
             return digest(self.tensors[1], *_leaves(self.tensors[0]))
         named = getattr(self.dataset, "fingerprint", None)
@@ -112,7 +112,7 @@ class Rows:
         return Rows((torch.cat([a[0], b[0]]), torch.cat([self.tensors[1], other.tensors[1]])))
 
     def overlap(self, other: Rows) -> int:
-        """How many of these rows are rows of the other as well, by value; datasets only if they are subsets of one."""
+        """How many of these rows are the other's too: by value, datasets only as subsets of one."""
         if self.tensors is not None and other.tensors is not None:
             mine, theirs = (_keys(rows_.tensors) for rows_ in (self, other))
             return int(np.isin(mine, theirs).sum()) if mine.dtype == theirs.dtype else 0
@@ -219,8 +219,7 @@ def moved(x: Any, device: torch.device) -> Any:
 
 
 def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers ``(rest, drawn)`` with ``share`` of each class drawn, at least one of a class with two
-    rows.
+    """Row numbers ``(rest, drawn)``: a share of each class is drawn, at least one row of two.
 
     Args:
         labels: ``(rows,)``.

@@ -112,7 +112,7 @@ def trace_columns(step: int, out: Output) -> dict[str, Tensor]:
     st, sg, tg = lengths(out)
     sample = context.sample_id
     y = context.labels
-    columns = {
+    return {
         "step": torch.full_like(y, step),
         "sample": torch.full_like(y, -1) if sample is None else sample.to(y.dtype),
         "alpha": out.alpha.detach().float(),
@@ -124,7 +124,6 @@ def trace_columns(step: int, out: Output) -> dict[str, Tensor]:
         "teacher_class": t.argmax(-1),
         "teacher_margin": (g * t).sum(-1) - (t - 2.0 * g).amax(-1),
     }
-    return columns
 
 
 def as_rows(columns: dict[str, Tensor]) -> TraceRows:
