@@ -141,9 +141,9 @@ class AlphaTrace:
 
     Example:
         >>> from kd_trilateral.module import TrilateralKD
+        >>> loss = TrilateralKD(3, tbar="none")
         >>> trace = AlphaTrace()
-        >>> trace.record(0, TrilateralKD(3, tbar="none")(torch.zeros(2, 3), torch.eye(3)[:2],
-        torch.tensor([0, 1])))
+        >>> trace.record(0, loss(torch.zeros(2, 3), torch.eye(3)[:2], torch.tensor([0, 1])))
         >>> trace.rows().alpha
         array([0.5, 0.5], dtype=float32)
     """
@@ -170,9 +170,10 @@ class AlphaTrace:
             return
         together = {name: torch.cat([part[name] for part in self._waiting]) for name in _NAMES}
         self._waiting = []
-        self._add(as_rows(together))
+        self.add(as_rows(together))
 
-    def _add(self, rows: TraceRows) -> None:
+    def add(self, rows: TraceRows) -> None:
+        """Append rows that are on the host already."""
         self._parts.append(rows)
         self._held += len(rows)
         while self._held > self.capacity and self._parts:
@@ -231,5 +232,5 @@ class AlphaTrace:
         except (OSError, KeyError, ValueError) as error:
             raise DataError(f"{path} is no trace: {error}") from error
         trace = cls(capacity)
-        trace._add(rows)
+        trace.add(rows)
         return trace
