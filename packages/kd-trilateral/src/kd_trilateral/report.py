@@ -187,16 +187,14 @@ def plot_groups(rows: TraceRows, kind: Any, histogram: Any, curve: Any, audit: T
     kind = np.asarray(kind)
     groups = {name: kind == i for i, name in enumerate(_COLORS) if i < 3 and (kind == i).any()}
     clean_axes(histogram, "final ratio by kind of row", "alpha", "share of its rows")
-    for name, chosen in groups.items():
-        values = audit.alpha[chosen[audit.sample]]
-        histogram.hist(
-            values,
-            bins=np.linspace(0, 1, 26).tolist(),
-            weights=np.full(len(values), 1.0 / max(len(values), 1)),
-            color=_COLORS[name],
-            alpha=0.55,
-            label=f"{name} ({len(values)})",
-        )
+    values = [audit.alpha[chosen[audit.sample]] for chosen in groups.values()]
+    histogram.hist(
+        values,
+        bins=np.linspace(0, 1, 11).tolist(),
+        weights=[np.full(len(v), 1.0 / max(len(v), 1)) for v in values],
+        color=[_COLORS[name] for name in groups],
+        label=[f"{name} ({len(v)})" for name, v in zip(groups, values, strict=True)],
+    )
     histogram.legend(fontsize=8, frameon=False)
     clean_axes(curve, "mean ratio of those rows over training", "student step", "alpha")
     steps, curves = group_means(rows, groups)

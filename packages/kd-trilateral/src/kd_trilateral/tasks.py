@@ -163,7 +163,7 @@ def digits(
 
 
 def cancer(seed: int = 0, *, noise: tuple[float, float] = (0.3, 0.3), val_noise: float = 0.0) -> Task:
-    """Breast-cancer cells (569 x 30, scikit-learn), standardised: 189 test, 200 training, 60 held-out rows."""
+    """Breast-cancer cells (569 x 30, scikit-learn): 189 test, 200 training and 60 held-out rows."""
     datasets = require_extra("sklearn.datasets", "demo", "kd-trilateral")
     data = datasets.load_breast_cancer()
     order = rng(seed, "cancer").permutation(len(data.target))
@@ -227,5 +227,5 @@ def digits_splits(seed: int = 0) -> Splits:
 
 
 def digits_student(seed: int = 0) -> nn.Module:
-    """The digits task's student, for ``student = "kd_trilateral.tasks:digits_student"`` in a settings file."""
+    """The digits task's student, for ``student = "kd_trilateral.tasks:digits_student"`` in settings."""
     return mlp([64, 32, 10], seed + 1)

@@ -1,0 +1,354 @@
+"""The command line: train, compare, look inside a run, keep a teacher's logits, measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from fusion_core.cli import BatchSize, Device, Json, Out, Overwrite, Quiet, Resume, Seed, emit, new_app, run
+from fusion_core.errors import ConfigError, DataError, InputError
+from kd_trilateral import __version__
+
+app = new_app(
+    "kd-trilateral",
+    "Distil a teacher into a student with a learned weight per sample (TGeo-KD).\n\n"
+    "Example: kd-trilateral demo --out demo",
+    __version__,
+)
+cache = typer.Typer(help="Keep a teacher's logits on disk and use them again.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
+
+ConfigFile = Annotated[Path, typer.Argument(help="Settings, .toml or .json.", show_default=False)]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Replace a setting, name=value; may be given again.")
+]
+RunDir = Annotated[Path, typer.Argument(help="A directory that train made.", show_default=False)]
+
+
+def _load(path: Path, sets: list[str] | None) -> Any:
+    from kd_trilateral.config import Config
+
+    if not path.is_file():
+        raise InputError(f"CONFIG is {path}, which is no file; wanted settings in .toml or .json")
+    return Config.load(path).override(sets or [])
+
+
+def _callable(config: Any, name: str) -> Callable[..., Any]:
+    from fusion_core.modules import load_object
+
+    word = getattr(config, name)
+    if not word:
+        raise ConfigError(f'{name} is not set; name a callable, such as {name} = "module:function"')
+    found = load_object(word)
+    if not callable(found):
+        raise ConfigError(f'{name} is {word!r}, which is no callable; wanted "module:function"')
+    return found
+
+
+def _seeded(make: Callable[..., Any], seed: int) -> Any:
+    """Call with a seed if the callable takes one."""
+    import inspect
+
+    return make(seed) if inspect.signature(make).parameters else make()
+
+
+def _splits(config: Any, seed: int) -> Any:
+    """The rows of a seed, with the teacher that the settings name."""
+    from kd_trilateral.cache import TeacherCache
+    from kd_trilateral.training import Splits
+
+    found = _seeded(_callable(config, "data"), seed)
+    if isinstance(found, dict):
+        known = set(Splits.__dataclass_fields__)
+        unknown = sorted(set(cast("dict[str, Any]", found)) - known)
+        if unknown:
+            raise DataError(f"data returned the keys {unknown}, wanted some of {sorted(known)}")
+        found = Splits(**cast("dict[str, Any]", found))
+    if not isinstance(found, Splits):
+        raise DataError(
+            f"data returned a {type(found).__name__}, wanted kd_trilateral.training.Splits or a mapping"
+        )
+    if config.teacher:
+        if ":" in config.teacher and not Path(config.teacher).exists():
+            found.teacher = _seeded(_callable(config, "teacher"), seed)
+        else:
+            found.teacher = TeacherCache.open(config.teacher, data=found.train)
+    if found.teacher is None:
+        raise ConfigError(
+            "there is no teacher: set teacher to a module:callable or a cache, or let data bring logits"
+        )
+    return found
+
+
+@app.command()
+def demo(
+    out: Out = Path("kd-trilateral-demo"),
+    task: Annotated[str, typer.Option(help="digits, cancer or ctr.")] = "digits",
+    noise: Annotated[
+        str | None, typer.Option(help="Shares of wrong teachers and wrong labels, such as 0.3,0.3.")
+    ] = None,
+    val_noise: Annotated[float, typer.Option(help="Share of wrong held-out labels.")] = 0.0,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; 3, with --full 5.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Repeat the whole recorded experiment.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Fixed, heuristic and learned ratios on bundled data, with a page.
+
+    Example: kd-trilateral demo --noise 0.4,0 --seeds 5 --out demo
+    """
+    from fusion_core.demo import run_demo
+    from kd_trilateral.demo import method
+    from kd_trilateral.tasks import TASKS
+
+    if task not in TASKS:
+        raise InputError(f"--task is {task!r}, wanted one of {sorted(TASKS)}")
+    shares = None
+    if noise is not None:
+        try:
+            first, second = (float(part) for part in noise.split(","))
+        except ValueError:
+            raise InputError(f"--noise is {noise!r}, wanted two shares such as 0.3,0.3") from None
+        shares = (first, second)
+        if not all(0.0 <= share < 1.0 for share in shares):
+            raise InputError(f"--noise is {noise!r}, wanted shares in [0, 1)")
+    if not 0.0 <= val_noise < 1.0:
+        raise InputError(f"--val-noise is {val_noise}, wanted a share in [0, 1)")
+    place = out or Path("kd-trilateral-demo")
+    run_demo(method, place, full=full, seed=seed, task=task, noise=shares, val_noise=val_noise, seeds=seeds)
+    typer.echo(str(place / "report.html"), err=True)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    out: Out = None,
+    sets: Sets = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a student; the run directory holds settings, weights, trace, metrics and a report.
+
+    Example: kd-trilateral train run.toml --set every=8 --out runs/first
+    """
+    from kd_trilateral.training import fit
+
+    settings = _load(config, sets)
+    if device != "auto":
+        settings = settings.replace(device=device)
+    if out is None:
+        raise InputError("--out is missing; name the run directory")
+    splits = _splits(settings, settings.seed)
+    result = fit(
+        _seeded(_callable(settings, "student"), settings.seed),
+        splits.train,
+        splits.val,
+        teacher=splits.teacher,
+        val_teacher=splits.val_teacher,
+        test=splits.test,
+        num_classes=splits.num_classes,
+        config=settings,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        progress=False if quiet else None,
+    )
+    report = result.report()
+    _save_report(report, out)
+    emit({"out": str(out), **result.metrics[-1]} if json else report, json)
+
+
+def _save_report(report: Any, out: Path) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is not None:
+        report.save(out)
+    else:
+        typer.echo('no pictures: matplotlib is not installed (pip install "kd-trilateral[plot]")', err=True)
+
+
+@app.command()
+def compare(
+    config: ConfigFile,
+    ratios: Annotated[
+        str,
+        typer.Option(
+            help="alone, const[:0.9], ada, wls, anl, rw, tgeo, tgeo:paper, tgeo:refit, tgeo:frozen."
+        ),
+    ] = "const:0.3,const:0.5,const:0.9,wls,ada,tgeo",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per method.")] = 5,
+    seed: Seed = 0,
+    out: Out = None,
+    sets: Sets = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Does a per-sample ratio help on your data? Methods over seeds, paired test.
+
+    Example: kd-trilateral compare run.toml --ratios const:0.5,wls,tgeo --seeds 5 --out comparison
+    """
+    from kd_trilateral.comparing import compare as run_compare
+    from kd_trilateral.comparing import method
+
+    settings = _load(config, sets)
+    methods = dict(method(word) for word in ratios.split(",") if word.strip())
+    make = _callable(settings, "student")
+    report = run_compare(
+        lambda s: _splits(settings, s),
+        lambda s: _seeded(make, s),
+        methods,
+        range(seed, seed + seeds),
+        config=settings,
+        title=f"{config.stem}: methods over {seeds} seeds",
+        progress=False if quiet else None,
+    )
+    if out is not None:
+        report.save(out)
+    emit(report, json)
+    if not json:
+        for sentence in report.verdict:
+            typer.echo(sentence)
+
+
+@app.command()
+def inspect(
+    run_dir: RunDir,
+    suspects: Annotated[int, typer.Option(min=0, help="How many suspicious rows to show.")] = 20,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Statistics of the ratio and the rows to distrust; --out FILE.csv writes all of them.
+
+    Example: kd-trilateral inspect runs/first --suspects 10 --out suspects.csv
+    """
+    from kd_trilateral.report import run_report, save_suspects
+    from kd_trilateral.report import suspects as find
+    from kd_trilateral.runstate import load_run
+
+    settings, trace, audit, metrics = load_run(run_dir)
+    rows = audit if audit is not None else trace.rows().last_of_each()
+    if out is not None:
+        save_suspects(find(rows, len(rows), trace), out)
+    emit(run_report(trace, rows, metrics, settings, suspects), json)
+
+
+@app.command()
+def plot(run_dir: RunDir, out: Out = None) -> None:
+    """Draw the ratio over training.
+
+    Example: kd-trilateral plot runs/first --out alpha.png
+    """
+    from kd_trilateral.report import plot as draw
+    from kd_trilateral.runstate import load_run
+
+    _, trace, _, _ = load_run(run_dir)
+    target = out or run_dir / "alpha.png"
+    if target.suffix != ".png":
+        raise InputError(f"--out is {target}, wanted a .png file")
+    draw(trace, target)
+    typer.echo(str(target))
+
+
+@app.command()
+def bench(
+    student: Annotated[str, typer.Option(help="mlp, resnet or all.")] = "all",
+    engines: Annotated[str | None, typer.Option(help="Comma-separated engines; all by default.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed pairs per row.")] = 7,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Time each engine against a plain distillation step, in pairs.
+
+    Example: kd-trilateral bench --student mlp --engines jvp,fd1
+    """
+    from kd_trilateral.bench import run as run_bench
+
+    table = run_bench(student, engines.split(",") if engines else None, repeats=repeats)
+    if out is not None:
+        table.save(out)
+    emit(table, json)
+
+
+@cache.command("build")
+def cache_build(
+    teacher: Annotated[str, typer.Option(help="module:callable that makes the teacher.")],
+    data: Annotated[str, typer.Option(help="module:callable that makes the training rows, or Splits.")],
+    out: Out = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Classes kept per row; all by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    task: Annotated[str, typer.Option(help="multiclass or binary.")] = "multiclass",
+    batch_size: BatchSize = 256,
+    num_workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the teacher over the training rows; a cache that was cut off goes on where it stopped.
+
+    Example: kd-trilateral cache build --teacher my:teacher --data my:train --out teacher.kdc
+    """
+    from fusion_core.modules import load_object
+    from kd_trilateral.cache import TeacherCache
+    from kd_trilateral.training import Splits
+
+    if out is None:
+        raise InputError("--out is missing; name the cache, such as teacher.kdc")
+    if dtype not in ("float16", "float32"):
+        raise InputError(f"--dtype is {dtype!r}, wanted float16 or float32")
+    if task not in ("multiclass", "binary"):
+        raise InputError(f"--task is {task!r}, wanted multiclass or binary")
+    rows = _seeded(load_object(data), seed)
+    found = TeacherCache.build(
+        _seeded(load_object(teacher), seed),
+        rows.train if isinstance(rows, Splits) else rows,
+        out,
+        top_k=top_k,
+        dtype=cast("Any", dtype),
+        task=cast("Any", task),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        progress=False if quiet else None,
+    )
+    emit([found.info()] if not json else found.info(), json)
+
+
+@cache.command("info")
+def cache_info(path: Annotated[Path, typer.Argument(help="A cache.")], json: Json = False) -> None:
+    """What a cache holds and what it was made from.
+
+    Example: kd-trilateral cache info teacher.kdc
+    """
+    from kd_trilateral.cache import TeacherCache
+
+    info = TeacherCache.open(path).info()
+    emit(info if json else [{"field": name, "value": value} for name, value in info.items()], json)
+
+
+@cache.command("verify")
+def cache_verify(path: Annotated[Path, typer.Argument(help="A cache.")], json: Json = False) -> None:
+    """Compare every stored byte with its digest.
+
+    Example: kd-trilateral cache verify teacher.kdc
+    """
+    from kd_trilateral.cache import TeacherCache
+
+    found = TeacherCache.open(path)
+    found.verify()
+    emit(
+        {"path": str(path), "rows": len(found), "sound": True}
+        if json
+        else f"{path}: {len(found)} rows, sound",
+        json,
+    )
+
+
+def main() -> None:
+    """Run the command line."""
+    run(app)
