@@ -6,6 +6,7 @@ stdout carries data only; bars, warnings and errors go to stderr.
 
 import io
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +74,8 @@ def run(app: typer.Typer) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign shows "?" instead of failing
             stream.reconfigure(errors="replace")
+    # A notice from torch to torch, printed while its own modules load; users of a command cannot act on it.
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
     try:
         app()
     except FusionError as error:

@@ -172,7 +172,7 @@ def _noisy_claims(table: Comparison) -> list[Claim]:
     for name, who in (("TGeo robust", "our variant"), ("TGeo paper", "the paper's own configuration")):
         values = _values(table, name, "audit")
         mean, std, _ = summary(values)
-        text = "The learned ratio tells which source to trust: low alpha for a wrong teacher, high for a wrong label"
+        text = "The learned ratio tells whom to trust: low for a wrong teacher, high for a wrong label"
         claims.append(
             Claim(
                 f"{text} ({who}).",

@@ -13,7 +13,8 @@ import numpy as np
 
 from fusion_core.checkpoint import PathLike, atomic_write
 from fusion_core.errors import check_range, require_extra
-from fusion_core.report import Figure, Report
+from fusion_core.report import Figure, Page, Report, print_rows
+from fusion_core.results import plain
 from kd_trilateral.config import Config
 from kd_trilateral.trace import AlphaTrace, TraceRows
 
@@ -206,15 +207,36 @@ def plot_groups(rows: TraceRows, kind: Any, histogram: Any, curve: Any, audit: T
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport(Report):
-    """A training run: statistics of the ratio, suspects, pictures.
+    """A training run: statistics of the ratio, suspects (``rows``), pictures.
 
     Attributes:
+        statistics: of the final ratio and the last epoch.
         trace: ratios over training.
         audit: final row of each training sample.
     """
 
+    statistics: dict[str, Any]
     trace: AlphaTrace
     audit: TraceRows
+
+    def page(self) -> Page:
+        """The page, with the statistics first."""
+        page = Page(self.title).heading("The ratio").table(_as_rows(self.statistics))
+        if self.rows:
+            page.heading("Rows to distrust").table(self.rows)
+        for figure in self.figures:
+            page.figure(figure)
+        return page
+
+    def print(self, console: Any = None) -> None:
+        """Print statistics and suspects."""
+        print_rows(_as_rows(self.statistics), console)
+        if self.rows:
+            print_rows(self.rows, console)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document, with the statistics."""
+        return {**super().to_dict(), "statistics": plain(self.statistics)}
 
     def suspects(self, n: int = 20) -> list[dict[str, Any]]:
         """The ``n`` most suspicious rows, see :func:`suspects`."""
@@ -268,7 +290,10 @@ def run_report(
             "alpha 95 %": high,
         }
     facts |= {k: v for k, v in (metrics[-1] if metrics else {}).items() if k not in ("alpha",)}
-    rows = [{"what": name, "value": value} for name, value in facts.items()]
     table = suspects(audit, n, trace)
     title = f"Distillation run, ratio {config.ratio}"
-    return RunReport(title=title, rows=[*rows, *table], trace=trace, audit=audit)
+    return RunReport(title=title, rows=table, statistics=facts, trace=trace, audit=audit)
+
+
+def _as_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"what": name, "value": value} for name, value in facts.items()]
