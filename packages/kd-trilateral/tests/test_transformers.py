@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ pytest.importorskip("accelerate")
 
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from fusion_core.errors import CheckpointError, ConfigError, DataError, FusionWarning
+from fusion_core.errors import CheckpointError, ConfigError, DataError, FusionWarning, MissingExtraError
 from kd_trilateral.integrations.transformers import TrilateralTrainer
 
 CLASSES, LENGTH, WORDS = 3, 6, 20
@@ -227,15 +228,11 @@ def test_bad_input(tmp_path: Path) -> None:
         trainer(tmp_path, train_dataset=data, hyper_dataset=data)
 
 
-def test_missing_extra_names_the_install_line() -> None:
-    code = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "from fusion_core.errors import MissingExtraError\n"
-        "try:\n    import kd_trilateral.integrations.transformers\n"
-        "except MissingExtraError as error:\n    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 'pip install "kd-trilateral[hf]"' in done.stdout
+def test_missing_extra_names_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "kd_trilateral.integrations.transformers")
+    with pytest.raises(MissingExtraError, match=r'pip install "kd-trilateral\[hf\]"'):
+        importlib.import_module("kd_trilateral.integrations.transformers")
 
 
 def test_package_import_stays_light() -> None:

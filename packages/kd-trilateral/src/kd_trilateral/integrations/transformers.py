@@ -103,15 +103,14 @@ class TrilateralTrainer(Trainer):
         self.alpha_trace: Any = alpha_trace
         self._last: tuple[dict[str, Any], Output] | None = None
         self._resume: str | bool | None = None
-        learns = any(p.requires_grad for p in self.loss.parameters()) and self._bilevel_settings.get(
-            "every", 4
-        )
+        omega = any(p.requires_grad for p in self.loss.parameters())
+        learns = omega and self._bilevel_settings.get("every", 4) != 0
         engine = self._bilevel_settings.get("hypergradient", "jvp")
         free = engine in ("joint", "frozen") or self.loss.free_logit is not None
         if learns and not free and not hyper_dataset:
             raise DataError(
-                f"hyper_dataset is missing or empty: hypergradient {engine!r} learns the ratios from held-out "
-                "rows; pass some, or choose 'joint' or 'frozen'"
+                f"hyper_dataset is missing or empty: hypergradient {engine!r} learns the ratios from "
+                "held-out rows; pass some, or choose 'joint' or 'frozen'"
             )
         if hyper_dataset is not None and hyper_dataset is self.train_dataset:
             warnings.warn(
@@ -260,7 +259,7 @@ class TrilateralTrainer(Trainer):
             self.loss.total_steps = self.state.max_steps * self.args.gradient_accumulation_steps
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         self.engine = Bilevel(
-            self.model,
+            cast(nn.Module, self.model),
             self.loss,
             cast(torch.optim.Optimizer, optimizer),
             self._held_out if self.hyper_dataset else None,
