@@ -232,8 +232,7 @@ class Bilevel:
         scaler.step(self.optimizer)
         scaler.update()
         if scaler.get_scale() < scale:
-            self._forget()
-            self.steps += 1
+            self.skip_optimizer_step()
         else:
             self.after_optimizer_step(x, out)
 
@@ -260,6 +259,11 @@ class Bilevel:
             else:
                 self._outer_step(x, out, first)
         self._forget()
+
+    def skip_optimizer_step(self) -> None:
+        """Call it in place of :meth:`after_optimizer_step` where a gradient scaler skipped the step."""
+        self._forget()
+        self.steps += 1
 
     def _forget(self) -> None:
         self.c_engine.forget()

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fusion_core.errors import ConfigError, ShapeError
 from kd_trilateral.forward import Forward, RNGState
 from kd_trilateral.losses import kd_terms
+from kd_trilateral.normtangent import FastNormTangent
 from kd_trilateral.tensors import add_, mul_, norm
 
 DirectionalEngine = Literal["jvp", "fd", "fd1", "head"]
@@ -57,7 +58,7 @@ def jvp_tangent(
 ) -> tuple[Tensor, Tensor]:
     """Logits at theta and their exact tangent along v, by one forward-mode pass."""
     # Fused attention kernels have no forward-mode formula; the plain one has.
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), FastNormTangent():
         duals = [forward_ad.make_dual(p, t) for p, t in zip(theta, v, strict=True)]
         primal, tangent = forward_ad.unpack_dual(forward(inputs, duals, rng=rng))
     return primal, torch.zeros_like(primal) if tangent is None else tangent

@@ -1,0 +1,1 @@
+"""Other people's training loops; each module needs its own extra."""
