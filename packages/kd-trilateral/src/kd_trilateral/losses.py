@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusion_core.errors import ConfigError, ShapeError, check_range
-from fusion_core.numerics import kl_divergence
+from fusion_core.numerics import kl_divergence, masked_mean
 
 Task = Literal["multiclass", "binary"]
 CEOn = Literal["logits", "probs"]
@@ -171,7 +171,11 @@ def taking_part(labels: Int[Tensor, " batch"], ignore_index: int = -100) -> Bool
 
 
 def generalized_ce(
-    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], q: float = 0.7
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"],
+    q: float = 0.7,
+    *,
+    ignore_index: int = -100,
 ) -> Float[Tensor, ""]:
     """Bounded cross-entropy ``mean (1 - p_y^q) / q`` (Zhang & Sabuncu 2018): robust to wrong labels.
 
@@ -179,9 +183,12 @@ def generalized_ce(
         logits: ``(batch, classes)``.
         labels: ``(batch,)``.
         q: in (0, 1]; the limit 0 is cross-entropy, 1 is 1 - p_y.
+        ignore_index: label of rows that take no part.
 
     Returns:
         Scalar in [0, 1/q].
     """
-    log_p = F.log_softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return (-torch.expm1(q * log_p) / q).mean()
+    mask = taking_part(labels, ignore_index)
+    safe = torch.where(mask, labels, 0)
+    log_p = F.log_softmax(logits, dim=-1).gather(-1, safe.unsqueeze(-1)).squeeze(-1)
+    return masked_mean(-torch.expm1(q * log_p) / q, mask)
