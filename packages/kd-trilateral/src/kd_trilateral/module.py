@@ -236,7 +236,8 @@ class TrilateralKD(nn.Module):
                 ``"zero_alpha"``, which leaves them out.
         """
         pair = as_pair(teacher_logits) if self.task == "binary" else teacher_logits
-        check_shape("teacher_logits", pair, "rows classes", classes=self.num_classes)
+        sizes = check_shape("teacher_logits", pair, "rows classes", classes=self.num_classes)
+        check_shape("labels", labels, "rows", rows=sizes["rows"])
         self.check_labels(labels)
         labels = labels.to(self.tbar.device)
         pair = pair.to(self.tbar)
