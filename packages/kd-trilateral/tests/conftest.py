@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kd_trilateral as kdt
+from fusion_core.modules import logits_of
 
 
 @dataclass
@@ -34,10 +35,7 @@ class Problem:
         return kdt.Bilevel(self.student, self.loss, optimizer or self.sgd(), hypergradient=engine, **options)
 
     def logits(self):
-        output = self.student(**self.x) if isinstance(self.x, dict) else self.student(self.x)
-        if isinstance(output, tuple):
-            return output[0]
-        return output if isinstance(output, Tensor) else output["logits"]
+        return logits_of(self.student(**self.x) if isinstance(self.x, dict) else self.student(self.x))
 
     def step(self, bilevel):
         out = self.loss(self.logits(), self.zt, self.y)

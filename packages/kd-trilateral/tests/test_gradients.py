@@ -30,7 +30,7 @@ LABELS = torch.tensor([0, 2, 1, 2])
 # ---------------------------------------------------------------- geometry, terms, networks
 
 
-@pytest.mark.parametrize("classes", [2, 3, 7])
+@pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("preset", sorted(presets()))
 def test_features(preset, classes):
     """The vertices stay interior: softmax of moderate logits, and a smoothed label."""

@@ -408,8 +408,8 @@ def test_an_outer_step_leaves_no_trace_on_the_student(problem, device, engine, s
 # 12
 
 
-@pytest.mark.parametrize("engine", ["jvp", "fd1", "neumann", "joint", "val_mix"])
-@few
+@pytest.mark.parametrize("engine", ["jvp", "joint", "val_mix"])
+@settings(max_examples=3, deadline=None)
 @given(seed=SEEDS, stop=st.integers(1, 5))
 def test_an_interrupted_run_goes_on_bit_for_bit(problem, engine, seed, stop):
     def start():
