@@ -124,7 +124,6 @@ def test_permuting_the_classes(drawn, random):
     moved = (zs[:, order], zt[:, order], back[y], tbar[order][:, order])
     old = vertices(zs, zt, y, tbar[y])
     new = vertices(*moved[:3], moved[3][moved[2]])
-    assert torch.equal(moved[3][moved[2]], tbar[y][:, order])
     close = {"rtol": 1e-9, "atol": 1e-9}
     # A cosine between edges that are all rounding is the one value that the order of a sum can move.
     solid = [b for b in presets()["compact"] if not b.startswith("cos")]
@@ -447,4 +446,4 @@ def flat(value):
         return [
             leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in flat(item)
         ]
-    return [value] if not isinstance(value, type(None)) else []
+    return [] if value is None else [value]

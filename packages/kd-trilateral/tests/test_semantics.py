@@ -106,7 +106,7 @@ def test_each_sample_has_its_own_ratio(problem):
     own = (out.alpha * out.kl + (1 - out.alpha) * out.ce).mean()
     averaged = (out.alpha[:, None] * out.kl + (1 - out.alpha[:, None]) * out.ce).mean()
     torch.testing.assert_close(out.loss, own.detach(), check_dtype=False)
-    assert abs(float(averaged - own)) > 1e-6
+    assert (averaged - own).abs().item() > 1e-6
     for i in range(6):
         alone = p.loss(p.logits()[i : i + 1], p.zt[i : i + 1], p.y[i : i + 1])
         torch.testing.assert_close(alone.alpha, out.alpha[i : i + 1])
@@ -230,7 +230,7 @@ def test_an_unknown_optimizer_is_taken_as_plain_descent(problem):
             "jvp", kind(p.student.parameters(), lr=0.01), precondition=kind is torch.optim.RMSprop
         )
         if kind is torch.optim.RMSprop:
-            with pytest.warns(FusionWarning, match="no preconditioner is known for RMSprop.*lr times"):
+            with pytest.warns(FusionWarning, match=r"no preconditioner is known for RMSprop.*lr times"):
                 p.step(bilevel)
             moved_to = copy.deepcopy(p.student.state_dict())
         else:
@@ -328,7 +328,7 @@ def test_init_alpha_and_alpha_range(problem, init, span):
     torch.testing.assert_close(found.detach(), torch.full_like(found, init))
     with torch.no_grad():
         p.loss.network.net[-1].bias.fill_(1e6)
-    assert p.loss(p.logits(), p.zt, p.y).alpha.max() == pytest.approx(span[1])
+    assert p.loss(p.logits(), p.zt, p.y).alpha.max().item() == pytest.approx(span[1])
 
 
 def test_input_norm_uses_all_rows_so_far(problem):
