@@ -141,7 +141,7 @@ class Squared(nn.Linear):
 def test_without_forward_mode_it_falls_back_to_differences(problem, relative_error):
     p = problem(lambda: Squared(5, 3))
     bilevel = p.bilevel("jvp")
-    with pytest.warns(FusionWarning, match="no forward-mode derivative.*falls back to central"):
+    with pytest.warns(FusionWarning, match=r"no forward-mode derivative.*falls back to central"):
         p.step(bilevel)
     first = bilevel.last_c
     p.step(bilevel)  # a second warning would be an error

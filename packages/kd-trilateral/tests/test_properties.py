@@ -18,8 +18,8 @@ from kd_trilateral.geometry import Geometry, presets
 from kd_trilateral.losses import as_pair, kd_terms, mix
 
 SEEDS = st.integers(0, 10_000)
-few = settings(max_examples=5, deadline=None)
-some = settings(max_examples=15, deadline=None)
+few = settings(max_examples=10, deadline=None)
+some = settings(max_examples=25, deadline=None)
 tensor = torch.from_numpy
 
 

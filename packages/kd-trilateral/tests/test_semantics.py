@@ -259,7 +259,7 @@ def test_unsound_outer_steps_are_skipped_counted_and_end_the_run(problem):
     factor["is"] = float("inf")
     for _ in range(19):
         p.step(bilevel)
-    with pytest.raises(kdt.DivergedError, match="20 outer steps in a row.*non-finite.*lower"):
+    with pytest.raises(kdt.DivergedError, match=r"20 outer steps in a row.*non-finite.*lower"):
         p.step(bilevel)
     assert all(torch.isfinite(q).all() for q in p.loss.parameters())
 
