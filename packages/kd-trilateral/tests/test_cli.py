@@ -47,10 +47,8 @@ def test_train_inspect_plot(run_dir):
 
 
 def test_compare(run_dir):
-    done = run_cli(
-        main, "compare", str(run_dir / "run.toml"), "--ratios", "const:0.5,tgeo", "--seeds", "2", "--set", "steps=10",
-        "--out", str(run_dir / "comparison"), "--json", "-q",
-    )  # fmt: skip
+    words = "--ratios const:0.5,tgeo --seeds 2 --set steps=10 --json -q --out".split()
+    done = run_cli(main, "compare", str(run_dir / "run.toml"), *words, str(run_dir / "comparison"))
     assert done.code == 0, done.stderr
     assert len(json.loads(done.stdout)["verdict"]) == 2
     assert (run_dir / "comparison" / "report.html").is_file()
@@ -129,7 +127,7 @@ def test_demo_writes_page_table_and_picture(tmp_path):
     assert done.code == 0, done.stderr
     result = json.loads((tmp_path / "d" / "result.json").read_text())
     assert result["status"] == "ok"
-    assert [t["title"] for t in result["tables"]][0].startswith("cancer, 30% wrong teacher")
+    assert result["tables"][0]["title"].startswith("cancer, 30% wrong teacher")
     assert all(claim["sentence"] for claim in result["claims"])
     assert {figure["file"] for figure in result["figures"]} == {"alpha.png"}
     assert (tmp_path / "d" / "alpha.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""The recorded numbers of tests/golden (or of ``--golden DIR``), every file, in float64 and float32."""
+"""The recorded numbers of tests/golden (or of ``--golden DIR``), in float64 and looser in float32."""
 
 from __future__ import annotations
 

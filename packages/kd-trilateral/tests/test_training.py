@@ -86,15 +86,14 @@ def test_run_directory_is_guarded(tmp_path, data):
         fit(student(), (x, y), teacher=zt, out=tmp_path / "r", **settings)
     with pytest.raises(StoreError, match=r"lr = 0\.001, this run has 0\.5"):
         fit(student(), (x, y), teacher=zt, out=tmp_path / "r", resume=True, lr=0.5, **settings)
-    with pytest.raises(StoreError, match="with data ="):
+    with pytest.raises(StoreError, match="with rows ="):
         fit(student(), (x + 1, y), teacher=zt, out=tmp_path / "r", resume=True, **settings)
     again = fit(student(), (x, y), teacher=zt, out=tmp_path / "r", overwrite=True, lr=0.01, **settings)
     assert load_run(tmp_path / "r")[0].lr == 0.01
-    assert {p.name for p in (tmp_path / "r").iterdir()} >= {
-        "config.json", "student.safetensors", "ratio.safetensors", "optimizer.pt", "trace.npz", "metrics.jsonl", "audit.npz",
-    }  # fmt: skip
+    names = "config.json student.safetensors ratio.safetensors optimizer.pt trace.npz metrics.jsonl audit.npz"
+    assert {p.name for p in (tmp_path / "r").iterdir()} >= set(names.split())
     torch.load(tmp_path / "r" / "optimizer.pt", weights_only=True)
-    config, trace, audit, metrics = load_run(tmp_path / "r")
+    _, trace, audit, metrics = load_run(tmp_path / "r")
     assert len(trace) == len(again.trace.rows())
     np.testing.assert_array_equal(audit.alpha, again.audit.alpha)
     assert metrics == json.loads(json.dumps(again.metrics))
@@ -133,15 +132,15 @@ def test_datasets_and_tensors_agree(data):
             return len(y)
 
         def __getitem__(self, i):
-            return {"input": x[i], "labels": y[i]}
+            return {"features": x[i], "labels": y[i]}
 
     class ByName(nn.Module):
         def __init__(self, inner):
             super().__init__()
             self.inner = inner
 
-        def forward(self, input):
-            return {"logits": self.inner(input)}
+        def forward(self, features):
+            return {"logits": self.inner(features)}
 
     plain = fit(student(), (x, y), teacher=zt, epochs=1, batch_size=32, **FAST)
     named = fit(ByName(student()), Pairs(), teacher=zt, epochs=1, batch_size=32, **FAST)
@@ -151,7 +150,7 @@ def test_datasets_and_tensors_agree(data):
 def test_oversampling_draws_classes_evenly():
     x = torch.arange(200.0).unsqueeze(-1) / 200
     y = (torch.arange(200) >= 180).long()
-    result = fit(nn.Linear(1, 2), (x, y), (x[::9], y[::9]) if False else None, teacher=torch.zeros(200, 2), epochs=3,
+    result = fit(nn.Linear(1, 2), (x, y), teacher=torch.zeros(200, 2), epochs=3,
                  balance="oversample", tbar="train", **FAST)  # fmt: skip
     rare = (result.trace.rows().label == 1).mean()
     assert 0.4 < rare < 0.6
@@ -159,7 +158,7 @@ def test_oversampling_draws_classes_evenly():
 
 def test_overlap_is_warned_of(data):
     x, y, zt = data
-    with pytest.warns(FusionWarning, match="10 of 96 training rows are held-out rows too"):
+    with pytest.warns(FusionWarning, match="10 of 10 held-out rows are training rows too"):
         fit(student(), (x, y), (x[:10], y[:10]), teacher=zt, epochs=1, **FAST)
 
 
@@ -237,8 +236,9 @@ def test_trace_is_a_ring(tmp_path):
 def noisy_run():
     task = digits(3, rows=300, held=100)
     parts = task.splits
-    result = fit(task.student(), parts.train, parts.val, teacher=parts.teacher, test=parts.test, seed=3, every=1,
-                 precondition=False, **FAST, **{**task.settings, "steps": 200})  # fmt: skip
+    settings = {**task.settings, **FAST, "steps": 200, "seed": 3, "every": 1, "precondition": False}
+    student_ = task.student()
+    result = fit(student_, parts.train, parts.val, teacher=parts.teacher, test=parts.test, **settings)
     return task, result
 
 
@@ -292,8 +292,8 @@ def test_tasks_are_fixed_by_their_seed(name):
     assert torch.equal(one.splits.train[0], two.splits.train[0])
     assert not torch.equal(one.splits.train[1], other.splits.train[1])
     assert same_state(one.student(), two.student())
-    assert Rows(one.splits.train).overlap(Rows(one.splits.test)) <= (20 if name == "ctr" else 0)
-    if name != "ctr":
+    if name != "ctr":  # few fields with few values: some rows coincide
+        assert Rows(one.splits.train).overlap(Rows(one.splits.test)) == 0
         assert one.teacher_accuracy > 0.9
         agree = one.splits.teacher.argmax(-1) == one.splits.train[1]
         assert agree[one.kind == 0].double().mean() > 0.9

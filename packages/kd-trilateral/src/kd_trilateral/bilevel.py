@@ -19,7 +19,7 @@ from kd_trilateral.hyper import OUTER_LOSSES, OuterLoss, outer_objective, traini
 from kd_trilateral.losses import as_pair, mix
 from kd_trilateral.module import Output, TrilateralKD
 from kd_trilateral.outer import OuterStep
-from kd_trilateral.tensors import copy_
+from kd_trilateral.tensors import copy_, same_version
 
 
 class Bilevel:
@@ -123,7 +123,8 @@ class Bilevel:
             raise ConfigError(f"outer_loss is {chosen!r}, wanted one of {tuple(OUTER_LOSSES)} or a callable")
         check_range("every", every, 0, float("inf"))
         check_range("warmup_steps", warmup_steps, 0, float("inf"))
-        check_range("subsample", subsample, 0.0, 1.0 if isinstance(subsample, float) else float("inf"))
+        low, high = (1e-9, 1.0) if isinstance(subsample, float) else (1, float("inf"))
+        check_range("subsample", subsample, low, high)
         find = logits_from or logits_of
         pair = (lambda output: as_pair(find(output))) if loss.task == "binary" else find
         self.forward = Forward(student, pair, stochastic)
@@ -137,7 +138,8 @@ class Bilevel:
             raise DataError(f"hypergradient {name!r} needs held-out data; pass val_batches")
         self.every, self.warmup_steps, self.order = every, warmup_steps, order
         self.normalize, self.center = normalize, center
-        self.held_out = None if val_batches is None else HeldOut(val_batches, self.forward.device)
+        check = lambda labels: loss.check_labels(labels, "held-out labels")
+        self.held_out = None if val_batches is None else HeldOut(val_batches, self.forward.device, check)
         self.c_engine = CEngine(
             name,
             self.forward,
@@ -231,6 +233,8 @@ class Bilevel:
         scale = scaler.get_scale()
         scaler.step(self.optimizer)
         scaler.update()
+        if self.outer is not None and self.engine == "joint":  # omega's gradient came with the student's
+            self.outer.divide(scale)
         if scaler.get_scale() < scale:
             self.skip_optimizer_step()
         else:
@@ -267,6 +271,8 @@ class Bilevel:
 
     def _forget(self) -> None:
         self.c_engine.forget()
+        if self.outer is not None and self.engine == "joint":  # nothing of a step without an outer one stays
+            self.outer.optimizer.zero_grad(set_to_none=True)
         self._early_c = self._retained = None
 
     # ---------------------------------------------------------------- moving omega
@@ -317,12 +323,14 @@ class Bilevel:
             p: {k: t.clone() if isinstance(t, Tensor) else t for k, t in s.items()}
             for p, s in self.optimizer.state.items()
         }
-        self.before_optimizer_step(x, out)
-        self.optimizer.step()
-        self.after_optimizer_step(x, out)
+        # Theta comes back bit for bit, so the graph of a kept training pass stays true to it.
+        with same_version(self.forward.parameters):
+            self.before_optimizer_step(x, out)
+            self.optimizer.step()
+            self.after_optimizer_step(x, out)
+            copy_(self.forward.parameters, theta)
         self.optimizer.state.clear()
         self.optimizer.state.update(state)
-        copy_(self.forward.parameters, theta)
         self.optimizer.zero_grad(set_to_none=True)
         alpha = self.loss.alpha_of(out.context).detach()
         if kept:

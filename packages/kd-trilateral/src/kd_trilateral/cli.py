@@ -73,7 +73,7 @@ def _splits(config: Any, seed: int) -> Any:
         )
     if config.teacher:
         if ":" in config.teacher and not Path(config.teacher).exists():
-            found.teacher = _seeded(_callable(config, "teacher"), seed)
+            found.teacher = _seeded(_callable(config, "teacher"), seed).eval()
         else:
             found.teacher = TeacherCache.open(config.teacher, data=found.train)
     if found.teacher is None:
@@ -305,7 +305,7 @@ def cache_build(
         raise InputError(f"--task is {task!r}, wanted multiclass or binary")
     rows = _seeded(load_object(data), seed)
     found = TeacherCache.build(
-        _seeded(load_object(teacher), seed),
+        _seeded(load_object(teacher), seed).eval(),
         rows.train if isinstance(rows, Splits) else rows,
         out,
         top_k=top_k,

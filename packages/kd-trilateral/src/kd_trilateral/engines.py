@@ -90,7 +90,7 @@ class CEngine:
         if name == "head":
             self.head = find_head(forward.student, None if loss.task == "binary" else loss.num_classes, head)
         self.rng: RNGState | None = None
-        self.busy = False
+        self._cast = False
         self._hidden: Tensor | None = None
         self._theta: list[Tensor] | None = None
 
@@ -98,7 +98,8 @@ class CEngine:
 
     def note_rng(self) -> None:
         """Keep the RNG state that the training forward starts from."""
-        self.rng = rng_snapshot(self.forward.device)
+        device = self.forward.device
+        self.rng, self._cast = rng_snapshot(device), torch.is_autocast_enabled(device.type)
 
     def note_hidden(self, hidden: Tensor) -> None:
         """Keep the head's input of the training forward."""
@@ -129,7 +130,11 @@ class CEngine:
         """The outer loss at the student's present parameters, or at others."""
         with torch.enable_grad():
             logits = self.forward(batch.inputs, values, autocast=self.autocast)
-            return self.outer_loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.labels)
+            return self._outer(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.labels)
+
+    def _outer(self, logits: Tensor, labels: Tensor) -> Tensor:
+        ignored = labels == self.loss.ignore_index
+        return self.outer_loss(logits, torch.where(ignored, -100, labels))  # the word of torch's losses
 
     def held_out_gradient(self, batch: HeldOutBatch) -> list[Tensor]:
         """V before preconditioning, one tensor per trainable parameter."""
@@ -184,8 +189,11 @@ class CEngine:
                 self.rng,
             )
         v = self._stepped(self.held_out_gradient(held_out), first)
-        # Part of a batch has other batch-norm statistics and random draws than the whole had.
-        same = whole or not (self.forward.has_batch_norm or self.forward.has_random_layers)
+        # The training logits serve only where these passes compute the same function: part of a batch has
+        # other batch-norm statistics and random draws, random layers may be off, autocast rounds.
+        drops = self.forward.has_random_layers
+        same = whole or not (self.forward.has_batch_norm or drops)
+        same = same and not self._cast and not (drops and self.forward.stochastic == "off")
         z, tangent = self._tangent(inputs, v, logits if same else None)
         return contract(logit_gradient(self.loss.terms, z, zt, y), tangent)
 
@@ -235,9 +243,7 @@ class CEngine:
         assert seen.input is not None
         with torch.enable_grad():
             leaf = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_()
-            slope = torch.autograd.grad(self.outer_loss(leaf, held_out.labels), leaf)[0].to(
-                layer.weight.dtype
-            )
+            slope = torch.autograd.grad(self._outer(leaf, held_out.labels), leaf)[0].to(layer.weight.dtype)
         if layer.out_features == 1:  # the pair (0, u) of one logit u
             slope, gradient = slope[:, 1:], gradient[:, 1:]
         held = list(layer.parameters())  # weight, and bias if it has one

@@ -53,6 +53,8 @@ def split_batch(batch: Any, device: torch.device) -> HeldOutBatch:
         )
     if labels is None or not labels.numel():
         raise DataError("a held-out batch has no labels, wanted at least one row")
+    if labels.is_floating_point():
+        raise DataError(f"held-out labels have dtype {labels.dtype}, wanted integers (class indices)")
     return HeldOutBatch(to(inputs), to(labels).long(), None if teacher is None else to(teacher))
 
 
@@ -62,10 +64,14 @@ class HeldOut:
     Args:
         source: an iterable, run through again and again, or a callable ``outer_step -> batch``.
         device: where batches go.
+        check: raises where labels cannot be used.
     """
 
-    def __init__(self, source: ValBatches, device: torch.device) -> None:
+    def __init__(
+        self, source: ValBatches, device: torch.device, check: Callable[[Tensor], None] | None = None
+    ) -> None:
         self.source = source
+        self.check = check
         self.device = device
         self.drawn = 0
         self._iterator: Iterator[Any] = iter(())
@@ -86,7 +92,10 @@ class HeldOut:
             if batch is None:
                 raise DataError("val_batches is empty; the ratio network learns from held-out batches (x, y)")
         self.drawn += 1
-        return split_batch(batch, self.device)
+        found = split_batch(batch, self.device)
+        if self.check is not None:
+            self.check(found.labels)
+        return found
 
     def skip_to(self, drawn: int) -> None:
         """Run an iterable forward to where a saved run had it; a callable needs none."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusion_core.errors import check_range
 from fusion_core.numerics import masked_mean
@@ -120,7 +121,8 @@ def unrolled_directional(
     Returns:
         c of the *preconditioned* v, ``(batch,)``: ``-B dL_val/dalpha``.
     """
-    with torch.enable_grad():
+    # Fused attention kernels have no second derivative; the plain one has.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         at = [p.detach().requires_grad_() for p in theta]
         ratio = alpha.detach().clone().requires_grad_()
         loss = training_loss(forward, at, batch, terms, ratio, mask, rng)

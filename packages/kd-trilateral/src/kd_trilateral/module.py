@@ -160,6 +160,8 @@ class TrilateralKD(nn.Module):
             raise ConfigError(
                 f"num_classes is {num_classes}, wanted " + ("2" if task == "binary" else ">= 2")
             )
+        if class_weight is not None:
+            check_shape("class_weight", class_weight, "classes", classes=num_classes)
         if ratio == "anl" and not total_steps:
             raise ConfigError("ratio 'anl' goes from 1 to 0 over training; pass total_steps")
         if ratio == "rw" and not num_samples:
@@ -228,14 +230,23 @@ class TrilateralKD(nn.Module):
 
         Returns:
             The state, to be passed on with the next part.
+
+        Raises:
+            DataError: labels out of range; rows of NaN or infinite logits, unless ``on_bad_teacher`` is
+                ``"zero_alpha"``, which leaves them out.
         """
         pair = as_pair(teacher_logits) if self.task == "binary" else teacher_logits
-        check_shape("teacher_logits", pair, "rows classes", classes=self.num_classes)
-        self._check_labels(labels)
-        t = F.softmax(pair.to(self.tbar) / self.geometry_temperature, dim=-1)
-        tbar, state = class_mean(
-            t, labels.to(t.device), self.num_classes, previous, ignore_index=self.ignore_index
-        )
+        sizes = check_shape("teacher_logits", pair, "rows classes", classes=self.num_classes)
+        check_shape("labels", labels, "rows", rows=sizes["rows"])
+        self.check_labels(labels)
+        labels = labels.to(self.tbar.device)
+        pair = pair.to(self.tbar)
+        bad = ~torch.isfinite(pair).all(-1)
+        if self.on_bad_teacher == "error":
+            self._refuse(bad)
+        pair, labels = torch.where(bad.unsqueeze(-1), 0.0, pair), torch.where(bad, self.ignore_index, labels)
+        t = F.softmax(pair / self.geometry_temperature, dim=-1)
+        tbar, state = class_mean(t, labels, self.num_classes, previous, ignore_index=self.ignore_index)
         self.set_class_mean(tbar)
         return state
 
@@ -259,17 +270,26 @@ class TrilateralKD(nn.Module):
 
     # ---------------------------------------------------------------- checks
 
-    def _check_labels(self, labels: Tensor) -> None:
+    def check_labels(self, labels: Tensor, name: str = "labels") -> None:
+        """Raise DataError unless labels are integers in ``[0, classes)`` or ``ignore_index``."""
         if labels.dtype.is_floating_point or labels.dtype.is_complex:
-            raise DataError(f"labels have dtype {labels.dtype}, wanted integers (class indices)")
+            raise DataError(f"{name} have dtype {labels.dtype}, wanted integers (class indices)")
         if not self._look(labels):
             return
         bad = ((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)
         if bool(bad.any()):
             first = int(bad.nonzero()[0])
             raise DataError(
-                f"labels[{first}] is {int(labels[first])}, wanted 0..{self.num_classes - 1}"
+                f"{name}[{first}] is {int(labels[first])}, wanted 0..{self.num_classes - 1}"
                 f" (or ignore_index {self.ignore_index})"
+            )
+
+    def _refuse(self, bad: Tensor) -> None:
+        if bool(bad.any()):
+            shown = bad.nonzero().flatten()[:8].tolist()
+            raise DataError(
+                f"teacher_logits hold NaN or infinity in rows {shown} ({int(bad.sum())} rows in all); "
+                "mend them, or pass on_bad_teacher='zero_alpha' to learn from the label alone there"
             )
 
     def _look(self, tensor: Tensor) -> bool:
@@ -288,19 +308,13 @@ class TrilateralKD(nn.Module):
                 f"teacher_logits have shape {tuple(zt.shape)}, wanted {tuple(zs.shape)} like student_logits"
             )
         check_shape("labels", labels, "batch", batch=sizes["batch"])
-        self._check_labels(labels)
+        self.check_labels(labels)
         zt = zt.detach().to(zs.device, torch.promote_types(zs.dtype, torch.float32))
         if self.on_bad_teacher == "zero_alpha":
             bad = ~torch.isfinite(zt).all(-1)
             return zs, torch.where(bad.unsqueeze(-1), 0.0, zt), labels.to(zs.device).long(), bad
         if self._look(zt):
-            bad = ~torch.isfinite(zt).all(-1)
-            if bool(bad.any()):
-                shown = bad.nonzero().flatten()[:8].tolist()
-                raise DataError(
-                    f"teacher_logits hold NaN or infinity in rows {shown} ({int(bad.sum())} rows in all); "
-                    "mend them, or pass on_bad_teacher='zero_alpha' to learn from the label alone there"
-                )
+            self._refuse(~torch.isfinite(zt).all(-1))
         return zs, zt, labels.to(zs.device).long(), None
 
     # ---------------------------------------------------------------- forward

@@ -87,6 +87,12 @@ class OuterStep:
                 self._check()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def divide(self, scale: float) -> None:
+        """Take a GradScaler's factor off the gradients that omega holds."""
+        for p in self.omega:
+            if p.grad is not None:
+                p.grad.div_(scale)
+
     def _tensors(self) -> list[Tensor]:
         state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
         return [p.detach() for p in self.omega] + [t for t in state if t.device == self._device]

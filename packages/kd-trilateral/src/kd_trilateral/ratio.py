@@ -170,7 +170,8 @@ class RatioNet(nn.Module):
             ("criteo", ("linear1", "linear2")),
         ):
             rules = [(rf"^{name}\.(weight|bias)$", rf"net.{2 * i}.\1") for i, name in enumerate(names)]
-            mapped = KeyMap([*rules, (r"^(?!net\.).*", None)]).apply(dict(state))
+            others = "|".join(pattern for pattern, _ in rules)
+            mapped = KeyMap([(rf"^(?!{others}).*", None), *rules]).apply(dict(state))
             if f"net.{2 * len(names) - 2}.weight" in mapped and "net.0.weight" in mapped:
                 first = mapped["net.0.weight"]
                 hidden = [int(mapped[f"net.{2 * i}.weight"].shape[0]) for i in range(len(names) - 1)]

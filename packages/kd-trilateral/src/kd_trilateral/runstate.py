@@ -63,7 +63,7 @@ class RunDirectory:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"out is {self.path}, which is a file; name a directory")
-        self.fingerprint = {"data": data, **{k: v for k, v in config.to_dict().items() if k != "device"}}
+        self.fingerprint = {"rows": data, **{k: v for k, v in config.to_dict().items() if k != "device"}}
         occupied = self.path.is_dir() and any(self.path.iterdir())
         if occupied and not resume and not overwrite:
             raise InputError(

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -14,6 +15,13 @@ def copy_(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """``to[i] <- source[i]`` for all i, without a graph."""
     with torch.no_grad():
         torch._foreach_copy_([t.detach() for t in to], [t.detach() for t in source])
+
+
+@contextmanager
+def same_version(tensors: Sequence[Tensor]) -> Generator[None, None, None]:
+    """Hide in-place changes from graphs that saved the tensors; the block must undo them before it ends."""
+    with torch.autograd._unsafe_preserve_version_counter(tuple(tensors)):
+        yield
 
 
 def add_(to: Sequence[Tensor], other: Sequence[Tensor], scale: float = 1.0) -> None:

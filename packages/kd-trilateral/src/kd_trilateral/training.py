@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from kd_trilateral.report import RunReport
 
 
+# Categorical rows coincide now and then; more than this share is no accident.
+_OVERLAP = 0.05
+
+
 @dataclass
 class Splits:
     """What a run learns from and is measured on; each part is what ``Rows`` takes.
@@ -196,11 +200,11 @@ def _held_out(
             raise DataError(f"{len(rows)} training rows are too few to hold some out; pass val")
         return (_subset(rows, split[1]), split), labels
     held = Rows(val)
-    if common := rows.overlap(held):
+    common = held.overlap(rows)
+    if common > _OVERLAP * len(held):
         warnings.warn(
-            f"{common} of {len(rows)} training rows are held-out rows too; the ratio network then learns "
-            "what the "
-            "student has memorised: keep the two apart",
+            f"{common} of {len(held)} held-out rows are training rows too; the ratio network then learns "
+            "what the student has memorised: keep the two apart",
             FusionWarning,
             stacklevel=4,
         )

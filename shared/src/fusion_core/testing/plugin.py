@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is first imported, after this
+
 _SETTINGS = "cases.json"
 # rtol, atol of a comparison with float64 records, by the dtype that computed.
 _TOLERANCES = {
@@ -32,7 +34,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker and keep every test process on one thread, so that workers share the cores."""
     config.addinivalue_line("markers", "golden_files(*patterns): run for each golden file that matches")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is first imported
     if "PYTEST_XDIST_WORKER" in os.environ and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
