@@ -152,7 +152,7 @@ CONFIG = {
     "order of joint": (lambda: bilevel(order="outer_first", hypergradient="joint"), "'joint' has none"),
     "outer_loss": (lambda: bilevel(outer_loss="auc"), "outer_loss is 'auc', wanted one of ('ce', 'gce')"),
     "every": (lambda: bilevel(every=-1), "every is -1, wanted a number in [0, inf]"),
-    "warmup": (lambda: bilevel(warmup_steps=-1), "warmup is -1, wanted"),
+    "warmup_steps": (lambda: bilevel(warmup_steps=-1), "warmup_steps is -1, wanted"),
     "share": (lambda: bilevel(subsample=1.5), "subsample is 1.5, wanted"),
     "no share": (lambda: bilevel(subsample=0.0), "subsample is 0.0, wanted"),
     "no rows": (lambda: bilevel(subsample=0), "subsample is 0, wanted a number in [1, inf]"),

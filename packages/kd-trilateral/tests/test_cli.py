@@ -47,7 +47,7 @@ def test_train_inspect_plot(run_dir):
 
 
 def test_compare(run_dir):
-    words = "--ratios const:0.5,tgeo --seeds 2 --set steps=10 --json -q --out".split()
+    words = ["--ratios", "const:0.5,tgeo", "--seeds", "2", "--set", "steps=10", "--json", "-q", "--out"]
     done = run_cli(main, "compare", str(run_dir / "run.toml"), *words, str(run_dir / "comparison"))
     assert done.code == 0, done.stderr
     assert len(json.loads(done.stdout)["verdict"]) == 2

@@ -108,7 +108,7 @@ def test_teacher_as_module_tensor_and_cache_agree(tmp_path, data):
     cache = kdt.TeacherCache.build(teacher, (x, y), tmp_path / "t.kdc", dtype="float32")
     held = (torch.randn(16, 6), torch.arange(16) % 3)
     results = [
-        fit(student(0.0), (x, y), held, teacher=t, epochs=1, batch_size=32, **FAST)
+        fit(mlp([6, 3], 0), (x, y), held, teacher=t, epochs=1, batch_size=32, **FAST)
         for t in (teacher, logits, cache)
     ]
     for other in results[1:]:

@@ -82,8 +82,9 @@ def precondition(
             stacklevel=2,
         )
     out: list[Tensor] = []
-    for value, parameter in zip(v, parameters, strict=True):
+    for raw, parameter in zip(v, parameters, strict=True):
         group = groups.get(id(parameter))
+        value = -raw if group is not None and group.get("maximize") else raw
         if group is None:
             out.append(torch.zeros_like(value))
         elif isinstance(optimizer, torch.optim.SGD):
