@@ -1,6 +1,8 @@
 """The teacher cache: exact, resumable, fingerprinted."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -85,8 +87,6 @@ def test_resumes_where_it_stopped(tmp_path, monkeypatch):
 
 
 def test_survives_a_kill(tmp_path):
-    import sys
-
     code = (
         "import torch, time, kd_trilateral.cache as c\n"
         "c._SHARD_ROWS = 4\n"
@@ -103,7 +103,7 @@ def test_survives_a_kill(tmp_path):
     manifest = json.loads((tmp_path / "t.kdc" / "manifest.json").read_text())
     assert not manifest["complete"]
     assert manifest["rows"] < 40
-    exec(code)
+    subprocess.run([sys.executable, "-c", code], check=True)  # the same program, not killed
     assert len(kdt.TeacherCache.open(tmp_path / "t.kdc")) == 40
 
 
