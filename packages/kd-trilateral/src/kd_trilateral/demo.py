@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ AUDIT = {"better": "higher", "percent": False}
 
 
 @contextmanager
-def _one_thread() -> Any:
+def _one_thread() -> Generator[None, None, None]:
     """Networks this small are slower on two threads than on one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -312,51 +314,65 @@ def _title(task: str, noise: tuple[float, float], val_noise: float) -> str:
     return f"{task}, {faults}" + (f", {val_noise:.0%} wrong held-out labels" if val_noise else "")
 
 
+def _table(
+    task: str, noise: tuple[float, float], val_noise: float, seeds: list[int], methods: Sequence[str]
+) -> dict[str, Any]:
+    """One table as plain values: what a second process computes."""
+    with _one_thread():
+        return _Bench(task, noise, val_noise, seeds).run(methods, _title(task, noise, val_noise)).to_dict()
+
+
+@contextmanager
+def _second_process(wanted: bool) -> Generator[Callable[..., Callable[[], Comparison]], None, None]:
+    """Starts :func:`_table` beside this process where it pays, else when its result is asked for."""
+    if not wanted:
+        yield lambda *job: lambda: Comparison.from_dict(_table(*job))
+        return
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+
+        def start(*job: Any) -> Callable[[], Comparison]:
+            future = pool.submit(_table, *job)
+            return lambda: Comparison.from_dict(future.result())
+
+        yield start
+
+
 def _demo(
     out: Path, full: bool, task: str, noise: tuple[float, float], val_noise: float, seeds: list[int]
 ) -> Demo:
-    main = _Bench(task, noise, val_noise, seeds)
-    noisy = any(noise)
-    table = main.run(
-        (MORE if full else NOISY) if noisy else CLEAN, _title(task, noise, val_noise), audit=noisy
-    )
-    tables, claims, notes = [table], [], []
-    audited = noisy and any(r["metric"] == "audit" for r in table.rows())
-    if audited:
-        claims += _noisy_claims(table)
-    extras: list[Callable[[], None]] = []
-
-    def beside() -> None:
-        other = _Bench(task, (0.0, 0.0), 0.0, seeds)
-        tables.append(other.run(CLEAN, _title(task, (0.0, 0.0), 0.0)))
-        claims.append(_clean_claim(tables[-1]))
-
-    def equal_rows() -> None:
-        title = _title(task, noise, val_noise) + "; everyone trains on the held-out rows too"
-        tables.append(main.run(("const:0.5", "wls", "tgeo:refit"), title, all_rows=True))
-        claims.append(_refit_claim(tables[-1]))
-
-    def fragile() -> None:
-        other = _Bench(task, noise, 0.3, seeds)
-        tables.append(other.run(("const:0.5", "wls", "tgeo:paper", "tgeo"), _title(task, noise, 0.3)))
-        claims.append(_fragile_claim({"clean": table, "spoilt": tables[-1]}))
-
-    def others() -> None:
-        for name, faults in (("cancer", (0.3, 0.3)), ("ctr", (0.0, 0.0))):
-            bench = _Bench(name, faults, 0.0, seeds)
-            tables.append(
-                bench.run(("alone", "const:0.5", "const:0.9", "wls", "tgeo"), _title(name, faults, 0.0))
-            )
-            notes.extend(f"{name}: {sentence}" for sentence in judge(tables[-1]))
-
-    if noisy:
-        extras += [equal_rows, beside]
-    else:
-        claims.append(_clean_claim(table))
-    if full and noisy and task == "digits":
-        extras += [fragile, others]
-    for extra in extras:
-        extra()
+    main, clean = _Bench(task, noise, val_noise, seeds), (0.0, 0.0)
+    tables: list[Comparison] = []
+    claims: list[Claim] = []
+    notes: list[str] = []
+    with _second_process(task == "digits" and any(noise)) as start:
+        if not any(noise):
+            tables.append(main.run(CLEAN, _title(task, noise, val_noise)))
+            claims.append(_clean_claim(tables[0]))
+            audited = False
+        else:
+            beside = start(task, clean, 0.0, seeds, CLEAN)
+            more = full and task == "digits"
+            others = [
+                (name, start(name, faults, 0.0, seeds, ("alone", "const:0.5", "const:0.9", "wls", "tgeo")))
+                for name, faults in (("cancer", (0.3, 0.3)), ("ctr", clean))
+                if more
+            ]
+            tables.append(main.run(MORE if full else NOISY, _title(task, noise, val_noise), audit=True))
+            audited = any(row["metric"] == "audit" for row in tables[0].rows())
+            claims += _noisy_claims(tables[0]) if audited else []
+            title = _title(task, noise, val_noise) + "; everyone trains on the held-out rows too"
+            tables.append(main.run(("const:0.5", "wls", "tgeo:refit"), title, all_rows=True))
+            claims.append(_refit_claim(tables[1]))
+            tables.append(beside())
+            claims.append(_clean_claim(tables[2]))
+            if more:
+                methods = ("const:0.5", "wls", "tgeo:paper", "tgeo")
+                spoilt = _Bench(task, noise, 0.3, seeds).run(methods, _title(task, noise, 0.3))
+                claims.append(_fragile_claim({"clean": tables[0], "spoilt": spoilt}))
+                tables.append(spoilt)
+            for name, table in others:
+                tables.append(table())
+                notes.extend(f"{name}: {sentence}" for sentence in judge(tables[-1]))
     accuracy = 100 * float(np.mean(main.teacher))
     notes = [
         f"The clean teacher reaches {accuracy:.1f} % on the test rows; wrong rows are made by rolling its "

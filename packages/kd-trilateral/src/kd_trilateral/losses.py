@@ -6,7 +6,7 @@ Source: Hinton et al. 2015 for the two terms, TGeo-KD (ICLR 2024) for the convex
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,25 +51,63 @@ def standardize(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batc
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
 
 
-def _tempered_kl(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """KL(teacher || student) at a temperature; rows of small differences by a form without cancellation.
-
-    With D = (z_T - z_S) / tau and x = D - E_q D the divergence is log E_q exp(-x). Where all |x| < 1/2 it is
-    computed as log1p(E_q [expm1(-x) + x]), exact to rounding even when it is far below 1 (large tau):
-    expm1(-x) + x = 2 sinh(x/2)^2 - (sinh(x) - x), the last bracket by its series.
-    """
-    log_q = F.log_softmax(teacher / tau, dim=-1)
-    direct = kl_divergence(log_q, F.log_softmax(student / tau, dim=-1))
-    q = log_q.exp()
+def _centered(student: Tensor, teacher: Tensor, q: Tensor, tau: float) -> Tensor:
+    """X = D - E_q D with D = (z_T - z_S) / tau: what is left of the logits' difference under the teacher."""
     difference = (teacher - student) / tau
-    x = difference - (q * difference).sum(-1, keepdim=True)
-    small = x.detach().abs().amax(-1) < 0.5
-    x = torch.where(small.unsqueeze(-1), x, 0.0)
-    square, series = x.square(), torch.ones_like(x)
-    for divisor in (156.0, 110.0, 72.0, 42.0, 20.0):
-        series = 1.0 + square / divisor * series
-    excess = 2.0 * torch.sinh(0.5 * x).square() - x * square / 6.0 * series
-    return torch.where(small, torch.log1p((q * excess).sum(-1)), direct)
+    return difference - (q * difference).sum(-1, keepdim=True)
+
+
+class _TemperedKL(torch.autograd.Function):
+    """``tau^2 KL(softmax(z_T/tau) || softmax(z_S/tau))`` per row, with its gradients in closed form.
+
+    With x as above the divergence is log E_q exp(-x). Rows where all |x| < 1/2 are computed as
+    log1p(E_q [expm1(-x) + x]), exact to rounding even when it is far below 1 (large tau):
+    expm1(-x) + x = 2 sinh(x/2)^2 - (sinh(x) - x), the last bracket by its series. The gradients are
+    ``tau (p - q)`` in z_S and ``tau q x`` in z_T; written in torch, so that they can be differentiated again.
+    """
+
+    @staticmethod
+    def forward(student: Tensor, teacher: Tensor, tau: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        log_q = F.log_softmax(teacher / tau, dim=-1)
+        direct = kl_divergence(log_q, F.log_softmax(student / tau, dim=-1))
+        q = log_q.exp()
+        x = _centered(student, teacher, q, tau)
+        small = x.abs().amax(-1) < 0.5
+        square = x.square().clamp_max(0.25)  # rows that are not small are not read
+        series = torch.ones_like(x)
+        for divisor in (156.0, 110.0, 72.0, 42.0, 20.0):
+            series = 1.0 + square / divisor * series
+        excess = 2.0 * torch.sinh(0.5 * x.clamp(-0.5, 0.5)).square() - x * square / 6.0 * series
+        return tau**2 * torch.where(small, torch.log1p((q * excess).sum(-1)), direct)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG004
+        student, teacher, ctx.tau = inputs
+        ctx.save_for_backward(student, teacher)
+        ctx.save_for_forward(student, teacher)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        student, teacher = ctx.saved_tensors
+        scale = ctx.tau * gradient.unsqueeze(-1)
+        q = F.softmax(teacher / ctx.tau, dim=-1)
+        to_student = to_teacher = None
+        if ctx.needs_input_grad[0]:
+            to_student = scale * (F.softmax(student / ctx.tau, dim=-1) - q)
+        if ctx.needs_input_grad[1]:
+            to_teacher = scale * q * _centered(student, teacher, q, ctx.tau)
+        return to_student, to_teacher, None
+
+    @staticmethod
+    def jvp(ctx: Any, d_student: Tensor | None, d_teacher: Tensor | None, _tau: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        student, teacher = ctx.saved_tensors
+        q = F.softmax(teacher / ctx.tau, dim=-1)
+        out = torch.zeros_like(student[..., 0])
+        if d_student is not None:
+            out = out + ((F.softmax(student / ctx.tau, dim=-1) - q) * d_student).sum(-1)
+        if d_teacher is not None:
+            out = out + (q * _centered(student, teacher, q, ctx.tau) * d_teacher).sum(-1)
+        return ctx.tau * out
 
 
 def kd_terms(
@@ -141,7 +179,7 @@ def kd_terms(
     )
     if standardize_logits:
         student, teacher = standardize(student), standardize(teacher)
-    kl = temperature**2 * _tempered_kl(student, teacher, temperature)
+    kl = cast(Tensor, _TemperedKL.apply(student, teacher, temperature))
     return torch.where(labels == ignore_index, 0.0, kl), ce
 
 
