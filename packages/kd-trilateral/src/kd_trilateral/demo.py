@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -318,6 +319,7 @@ def _table(
     task: str, noise: tuple[float, float], val_noise: float, seeds: list[int], methods: Sequence[str]
 ) -> dict[str, Any]:
     """One table as plain values: what a second process computes."""
+    warnings.simplefilter("ignore", FutureWarning)  # torch's to itself, as in the command line
     with _one_thread():
         return _Bench(task, noise, val_noise, seeds).run(methods, _title(task, noise, val_noise)).to_dict()
 
