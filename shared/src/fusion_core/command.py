@@ -30,7 +30,7 @@ from fusion_core.progress import track
 
 SCHEMA = "fusion.demo/1"
 NONE_INSTALLED = (
-    "No method is installed yet. Each is a package of its own; for example: pip install kd-trilateral[demo]"
+    "No method is installed yet. Each is a package of its own; with its demo: pip install PACKAGE[demo]"
 )
 
 app = cli.new_app(
