@@ -133,7 +133,9 @@ class Result:
 
 def _savez(file: Any, arrays: dict[str, Any]) -> None:
     columns: dict[str, Any] = {name: _to_numpy(value) for name, value in arrays.items()}
-    np.savez(file, allow_pickle=False, **columns)
+    if objects := [name for name, value in columns.items() if value.dtype.hasobject]:
+        raise InputError(f"arrays {objects} hold objects, wanted numbers; nothing is pickled")
+    np.savez(file, **columns)
 
 
 def _safetensors(arrays: dict[str, Any]) -> bytes:
