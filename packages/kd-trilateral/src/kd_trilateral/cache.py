@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,12 +13,14 @@ from fusion_core.batching import map_batches
 from fusion_core.checkpoint import PathLike, digest_state
 from fusion_core.device import resolve_device
 from fusion_core.errors import ConfigError, DataError, StoreError
+from fusion_core.modules import untouched
 from fusion_core.numerics import TopK
 from fusion_core.progress import track
 from fusion_core.store import ShardStore
 from kd_trilateral.classmean import ClassMeanState, class_mean
+from kd_trilateral.forward import call_arguments
 from kd_trilateral.losses import as_pair
-from kd_trilateral.rowsource import Rows, check_teacher, teacher_logits
+from kd_trilateral.rowsource import Rows, check_teacher, forward_teacher
 
 _FORMAT = 1
 _SHARD_ROWS = 8192
@@ -107,13 +110,14 @@ class TeacherCache:
         where = resolve_device(device)
         home = next((p.device for p in teacher.parameters()), where)
 
-        def run(part: Rows, index: Tensor) -> Tensor:
-            found = teacher_logits(teacher, part, index, device=where, num_workers=num_workers)
+        def run(x: Any) -> Tensor:
+            found = forward_teacher(teacher, x, where)
             return as_pair(found) if task == "binary" else found
 
         try:
             teacher.to(where)
-            classes = run(parts[0], torch.arange(1)).shape[1]
+            with untouched(teacher):
+                classes = run(parts[0][torch.arange(1)][0]).shape[1]
             kept = None if top_k is None or top_k >= classes else top_k
             fingerprint = {
                 "format": _FORMAT,
@@ -136,8 +140,10 @@ class TeacherCache:
                 for first, stop in store.missing(len(source))
                 for start in range(first, stop, _SHARD_ROWS)
             ]
-            for start, stop in track(cuts, "teacher logits", enabled=progress):
-                store.append(_shard(run, parts, start, stop, batch_size, kept, dtype), (start, stop))
+            with untouched(teacher):
+                for start, stop in track(cuts, "teacher logits", enabled=progress):
+                    rows = torch.arange(start, stop).split(batch_size)
+                    store.append(_shard(run, parts, rows, num_workers, kept, dtype), (start, stop))
             store.finish(len(source))
         finally:
             teacher.to(home)
@@ -220,25 +226,48 @@ def _views(source: Rows, views: int) -> list[Rows]:
 
 
 def _shard(
-    run: Any, parts: list[Rows], start: int, stop: int, batch_size: int, kept: int | None, dtype: str
+    run: Callable[[Any], Tensor],
+    parts: list[Rows],
+    order: Sequence[Tensor],
+    num_workers: int,
+    kept: int | None,
+    dtype: str,
 ) -> dict[str, Any]:
-    index = torch.arange(start, stop)
+    """Logits and labels of one shard; each row is read once per view, whatever the forward's size becomes."""
     limit = torch.finfo(getattr(torch, dtype)).max
     views: list[Tensor] = []
+    labels: list[Tensor] = []
     for part in parts:
-        logits = torch.cat(list(map_batches(lambda some, part=part: run(part, some), index, batch_size)))
+        found: list[Tensor] = []
+        for index, x, y in part.batches(order, num_workers):
+            args, kwargs = call_arguments(x)
+            names, packed = (*kwargs,), (*args, *kwargs.values())
+            found += map_batches(
+                lambda some, names=names, x=x: run(_like(x, some, names)), packed, len(index)
+            )
+            if part is parts[0]:
+                labels.append(y)
+        logits = torch.cat(found)
         bad = ~(torch.isfinite(logits) & (logits.abs() <= limit)).all(-1)
         if bool(bad.any()):
-            shown = (bad.nonzero().flatten()[:8] + start).tolist()
+            first = int(order[0][0])
+            shown = (bad.nonzero().flatten()[:8] + first).tolist()
             raise DataError(
                 f"the teacher's logits are not finite in {dtype} in rows {shown} ({int(bad.sum())} of rows "
-                f"{start} to {stop}); mend the teacher or those rows, or pass dtype='float32'"
+                f"{first} to {first + len(bad)}); mend the teacher or those rows, or pass dtype='float32'"
             )
         views.append(logits)
     stacked = torch.stack(views, dim=1)
-    labels = torch.cat([y for _, _, y in parts[0].batches(list(index.split(4096)))]).long().numpy()
+    y = torch.cat(labels).long().numpy()
     if kept is None:
-        return {"logits": stacked.numpy().astype(dtype), "labels": labels}
+        return {"logits": stacked.numpy().astype(dtype), "labels": y}
     top = TopK.from_logits(stacked, kept)
     values = (top.values - top.lse.unsqueeze(-1)).numpy().astype(dtype)
-    return {"logits": values, "indices": top.indices.numpy().astype(np.int32), "labels": labels}
+    return {"logits": values, "indices": top.indices.numpy().astype(np.int32), "labels": y}
+
+
+def _like(x: Any, leaves: tuple[Any, ...], names: tuple[str, ...]) -> Any:
+    """The leaves in the structure of the inputs that they were cut from."""
+    if names:
+        return dict(zip(names, leaves, strict=True))
+    return leaves if isinstance(x, (tuple, list)) else leaves[0]

@@ -49,28 +49,39 @@ def _callable(config: Any, name: str) -> Callable[..., Any]:
 
 
 def _seeded(make: Callable[..., Any], seed: int) -> Any:
-    """Call with a seed if the callable takes one."""
+    """Call with the seed where a parameter is named so or must be given."""
     import inspect
 
-    return make(seed) if inspect.signature(make).parameters else make()
+    parameters = inspect.signature(make).parameters
+    if "seed" in parameters:
+        return make(seed=seed)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters.values() if p.default is p.empty and p.kind in positional]
+    return make(seed) if needed else make()
+
+
+def _as_splits(found: Any) -> Any:
+    """What a data callable returned: Splits, or a mapping with its fields."""
+    from kd_trilateral.training import Splits
+
+    if isinstance(found, dict):
+        known = set(Splits.__dataclass_fields__)
+        fields = cast("dict[str, Any]", found)
+        if unknown := sorted(set(fields) - known):
+            raise DataError(f"data returned the keys {unknown}, wanted some of {sorted(known)}")
+        if "train" not in fields:
+            raise DataError("data returned a mapping without 'train', the training rows")
+        return Splits(**fields)
+    if not isinstance(found, Splits):
+        raise DataError(f"data returned a {type(found).__name__}, wanted Splits or a mapping with its fields")
+    return found
 
 
 def _splits(config: Any, seed: int) -> Any:
     """The rows of a seed, with the teacher that the settings name."""
     from kd_trilateral.cache import TeacherCache
-    from kd_trilateral.training import Splits
 
-    found = _seeded(_callable(config, "data"), seed)
-    if isinstance(found, dict):
-        known = set(Splits.__dataclass_fields__)
-        unknown = sorted(set(cast("dict[str, Any]", found)) - known)
-        if unknown:
-            raise DataError(f"data returned the keys {unknown}, wanted some of {sorted(known)}")
-        found = Splits(**cast("dict[str, Any]", found))
-    if not isinstance(found, Splits):
-        raise DataError(
-            f"data returned a {type(found).__name__}, wanted kd_trilateral.training.Splits or a mapping"
-        )
+    found = _as_splits(_seeded(_callable(config, "data"), seed))
     if config.teacher:
         if ":" in config.teacher and not Path(config.teacher).exists():
             found.teacher = _seeded(_callable(config, "teacher"), seed).eval()
@@ -136,6 +147,7 @@ def train(
 
     Example: kd-trilateral train run.toml --set every=8 --out runs/first
     """
+    from kd_trilateral.runstate import check_out
     from kd_trilateral.training import fit
 
     settings = _load(config, sets)
@@ -143,6 +155,7 @@ def train(
         settings = settings.replace(device=device)
     if out is None:
         raise InputError("--out is missing; name the run directory")
+    check_out(out, resume=resume, overwrite=overwrite)
     splits = _splits(settings, settings.seed)
     result = fit(
         _seeded(_callable(settings, "student"), settings.seed),
@@ -306,7 +319,7 @@ def cache_build(
     rows = _seeded(load_object(data), seed)
     found = TeacherCache.build(
         _seeded(load_object(teacher), seed).eval(),
-        rows.train if isinstance(rows, Splits) else rows,
+        _as_splits(rows).train if isinstance(rows, (dict, Splits)) else rows,
         out,
         top_k=top_k,
         dtype=cast("Any", dtype),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from fusion_core.progress import track
 from fusion_core.report import Report
 from kd_trilateral.config import Config
 from kd_trilateral.module import RATIOS
+from kd_trilateral.rowsource import Rows, check_teacher, teacher_logits
 from kd_trilateral.training import FitResult, Splits, fit
 
 METRICS: dict[str, Any] = {
@@ -118,6 +119,19 @@ def judge(comparison: Comparison) -> list[str]:
     return sentences
 
 
+def _with_logits(rows: Splits, refits: bool) -> Splits:
+    """The splits with a teacher module's logits: it runs once per draw, not once per method."""
+    if rows.test is None or rows.teacher is None:
+        raise InputError("compare measures on test rows and distils a teacher; the splits need both")
+    if not isinstance(rows.teacher, nn.Module):
+        return rows
+    check_teacher(rows.teacher)
+    held = rows.val_teacher
+    if refits and held is None and rows.val is not None:
+        held = teacher_logits(rows.teacher, Rows(rows.val))
+    return replace(rows, teacher=teacher_logits(rows.teacher, Rows(rows.train)), val_teacher=held)
+
+
 def compare(
     splits: Callable[[int], Splits],
     student: Callable[[int], nn.Module],
@@ -160,10 +174,8 @@ def compare(
     drawn: dict[int, Splits] = {}
     for seed, name in track(jobs, title or "compare", enabled=progress):
         if seed not in drawn:
-            drawn = {seed: splits(seed)}
+            drawn = {seed: _with_logits(splits(seed), any(m.get("refit") for m in methods.values()))}
         rows = drawn[seed]
-        if rows.test is None or rows.teacher is None:
-            raise InputError("compare measures on test rows and distils a teacher; the splits need both")
         result = fit(
             student(seed),
             rows.train,

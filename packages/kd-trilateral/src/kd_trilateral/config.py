@@ -149,6 +149,9 @@ class Config(BaseConfig):
             check_range(name, getattr(self, name), low, float("inf"))
         check_range("val_share", self.val_share, 0.0, 1.0, open=True)
         check_range("alpha", self.alpha, 0.0, 1.0)
+        low, high = self.alpha_range
+        if not 0.0 <= low < high <= 1.0:
+            raise ConfigError(f"alpha_range is {self.alpha_range}, wanted 0 <= low < high <= 1")
         if self.temperature is not None:
             check_range("temperature", self.temperature, 0.0, float("inf"), open=True)
         if isinstance(self.init_alpha, str) and self.init_alpha not in ("preset", "none"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ def _on_all_rows(bench: _Bench, chosen: dict[str, dict[str, Any]], config: Confi
                 rows.train if refit else joined,
                 rows.val if refit else rows.test,  # a heuristic ratio never looks at held-out rows
                 teacher=rows.teacher if refit else torch.cat([rows.teacher, rows.val_teacher]),
-                val_teacher=rows.val_teacher,
+                val_teacher=rows.val_teacher if refit else None,
                 test=rows.test,
                 num_classes=rows.num_classes,
                 config=config.replace(**{**settings, "seed": seed}),
@@ -330,13 +332,32 @@ def _second_process(wanted: bool) -> Generator[Callable[..., Callable[[], Compar
     if not wanted:
         yield lambda *job: lambda: Comparison.from_dict(_table(*job))
         return
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
 
-        def start(*job: Any) -> Callable[[], Comparison]:
-            future = pool.submit(_table, *job)
-            return lambda: Comparison.from_dict(future.result())
+    def start(*job: Any) -> Callable[[], Comparison]:
+        future = pool.submit(_table, *job)
+        return lambda: Comparison.from_dict(future.result())
 
+    try:
         yield start
+    except BaseException:  # Ctrl-C above all: do not wait for the tables still to come
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in active_children():
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is gone, killed included, would otherwise work on and then wait for ever."""
+    parent = parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _demo(

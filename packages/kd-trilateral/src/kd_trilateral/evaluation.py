@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusion_core.errors import DataError
 from fusion_core.modules import logits_of, untouched
 from kd_trilateral.forward import call_arguments
 from kd_trilateral.losses import as_pair
@@ -36,6 +37,9 @@ def evaluate(
         logits_from: finds the logits in the student's output.
         ignore_index: label of rows that take no part.
 
+    Raises:
+        DataError: labels out of range, or none that takes part.
+
     Returns:
         ``accuracy`` in [0, 1], ``nll`` in nats, and ``auc`` in [0, 1] where there are two classes and both
         occur.
@@ -57,6 +61,10 @@ def evaluate(
     z, y = torch.cat(logits), torch.cat(labels)
     keep = y != ignore_index
     z, y = z[keep], y[keep]
+    if not len(y):
+        raise DataError(f"every label is ignore_index {ignore_index}, wanted at least one row to measure on")
+    if bool(((y < 0) | (y >= z.shape[1])).any()):
+        raise DataError(f"labels run from {int(y.min())} to {int(y.max())}, wanted 0..{z.shape[1] - 1}")
     scores = {
         "accuracy": float((z.argmax(-1) == y).double().mean()),
         "nll": float(F.cross_entropy(z.double(), y)),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fusion_core.errors import DataError
+from fusion_core.errors import DataError, ShapeError
 
 ValBatches = Iterable[Any] | Callable[[int], Any]
 
@@ -51,6 +51,14 @@ def split_batch(batch: Any, device: torch.device) -> HeldOutBatch:
             "mapping with "
             "'labels'"
         )
+    if labels is not None and not isinstance(labels, Tensor):
+        labels = torch.as_tensor(labels)
+    if labels is not None and labels.dim() != 1:
+        raise ShapeError(
+            f"held-out labels have shape {tuple(labels.shape)}, wanted (batch,); a data set of single rows "
+            "goes "
+            "through a DataLoader"
+        )
     if labels is None or not labels.numel():
         raise DataError("a held-out batch has no labels, wanted at least one row")
     if labels.is_floating_point():
@@ -90,7 +98,11 @@ class HeldOut:
                 self._iterator = iter(self.source)
                 batch = next(self._iterator, None)
             if batch is None:
-                raise DataError("val_batches is empty; the ratio network learns from held-out batches (x, y)")
+                raise DataError(
+                    "val_batches is empty, or an iterator that is used up; pass the loader itself: the "
+                    "ratio network "
+                    "learns from held-out batches (x, y)"
+                )
         self.drawn += 1
         found = split_batch(batch, self.device)
         if self.check is not None:

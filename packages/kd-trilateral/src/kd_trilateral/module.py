@@ -156,6 +156,8 @@ class TrilateralKD(nn.Module):
                 raise ConfigError(f"{name} is {value!r}, wanted one of {allowed}")
         if not callable(ratio) and ratio not in RATIOS:
             raise ConfigError(f"ratio is {ratio!r}, wanted one of {RATIOS} or a callable")
+        if not isinstance(num_classes, int):
+            raise ConfigError(f"num_classes is {num_classes!r}, wanted an integer >= 2")
         if num_classes < 2 or (task == "binary" and num_classes != 2):
             raise ConfigError(
                 f"num_classes is {num_classes}, wanted " + ("2" if task == "binary" else ">= 2")
@@ -256,6 +258,10 @@ class TrilateralKD(nn.Module):
         self.tbar.copy_(tbar)
         self.tbar_fitted.fill_(True)
         self._fitted = True
+
+    def restart(self, step: int = 0) -> None:
+        """Count training steps from here again: ``anl`` starts over."""
+        self._steps = step
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.step_count.fill_(self._steps)

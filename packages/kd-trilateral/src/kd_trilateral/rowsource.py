@@ -34,20 +34,23 @@ class Rows:
     def __init__(self, data: Any) -> None:
         self.dataset: Any = None
         self.tensors: tuple[Any, Tensor] | None = None
+        self._labels: Tensor | None = None
         if isinstance(data, TensorDataset):
             *parts, y = data.tensors
             data = (parts[0] if len(parts) == 1 else tuple(parts), y)
         if isinstance(data, Rows):
-            self.dataset, self.tensors = data.dataset, data.tensors
+            self.dataset, self.tensors, self._labels = data.dataset, data.tensors, data._labels
+        elif isinstance(data, list) and len(cast("list[Any]", data)) != 2:
+            self.dataset = data  # a list of rows
         elif isinstance(data, (tuple, list)):
             pair = cast("tuple[Any, ...]", data)
             if len(pair) != 2:
                 raise DataError(f"data has {len(pair)} parts, wanted (x, y)")
-            self.tensors = (_tensors(pair[0]), torch.as_tensor(pair[1]))
+            self.tensors = (_tensors(pair[0]), class_indices(pair[1]))
             lengths = {len(part) for part in (*_leaves(self.tensors[0]), self.tensors[1])}
             if len(lengths) != 1:
                 raise ShapeError(f"x and y have {sorted(lengths)} rows, wanted as many of each")
-        elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (dict, str)):
             self.dataset = data
         else:
             raise DataError(f"data is a {type(data).__name__}, wanted (x, y) or a map-style dataset")
@@ -82,10 +85,23 @@ class Rows:
         """All labels ``(rows,)``; a dataset is read through once unless it has ``targets``."""
         if self.tensors is not None:
             return self.tensors[1]
+        if self._labels is not None:
+            return self._labels
         known = getattr(self.dataset, "targets", None)
         if known is not None and len(known) == len(self):
-            return torch.as_tensor(known)
-        return torch.cat([y for _, _, y in self.batches(list(torch.arange(len(self)).split(256)))])
+            self._labels = class_indices(known)
+        else:
+            parts = [y for _, _, y in self.batches(list(torch.arange(len(self)).split(256)))]
+            self._labels = class_indices(torch.cat(parts))
+        return self._labels
+
+    def subset(self, index: Tensor) -> Rows:
+        """Some of the rows, in the order of the numbers."""
+        if self.tensors is not None:
+            return Rows(self[index])
+        found = Rows(torch.utils.data.Subset(self.dataset, index.tolist()))
+        found._labels = None if self._labels is None else self._labels[index]
+        return found
 
     def fingerprint(self) -> str:
         """A digest: of all values of tensors, of 64 rows of a dataset (or its ``fingerprint``)."""
@@ -139,12 +155,38 @@ class _Pairs(Dataset[Any]):
         return _take(x, torch.tensor([i]), squeeze=True), y[i]
 
 
+def class_indices(labels: Any, name: str = "labels") -> Tensor:
+    """Labels as int64 ``(rows,)``.
+
+    Raises:
+        DataError: not numbers, or not whole ones.
+        ShapeError: more than one dimension.
+    """
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name} are no numbers ({error}); wanted class indices 0..K-1") from error
+    if found.dim() != 1:
+        raise ShapeError(f"{name} have shape {tuple(found.shape)}, wanted (rows,)")
+    if found.is_floating_point() or found.is_complex():
+        raise DataError(f"{name} have dtype {found.dtype}, wanted integers (class indices)")
+    return found.long()
+
+
+def _tensor(x: Any) -> Tensor:
+    """A tensor as it is; numpy's default float64 becomes torch's default dtype, as models have it."""
+    found = torch.as_tensor(x)
+    if not isinstance(x, Tensor) and found.dtype == torch.float64:
+        found = found.to(torch.get_default_dtype())
+    return found
+
+
 def _tensors(x: Any) -> Any:
     if isinstance(x, dict):
-        return {name: torch.as_tensor(value) for name, value in cast("dict[str, Any]", x).items()}
+        return {name: _tensor(value) for name, value in cast("dict[str, Any]", x).items()}
     if isinstance(x, (tuple, list)) and x and hasattr(cast("list[Any]", x)[0], "shape"):
-        return tuple(torch.as_tensor(value) for value in cast("list[Any]", x))
-    return torch.as_tensor(x)
+        return tuple(_tensor(value) for value in cast("list[Any]", x))
+    return _tensor(x)
 
 
 def _leaves(x: Any) -> list[Tensor]:
@@ -190,23 +232,18 @@ def check_teacher(teacher: nn.Module) -> None:
 
 
 @torch.no_grad()
-def teacher_logits(
-    teacher: nn.Module,
-    data: Rows,
-    index: Tensor,
-    *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | None = None,
-) -> Tensor:
-    """The teacher's logits of some rows, on the host, in float32; the teacher comes back untouched."""
-    where = device or next((p.device for p in teacher.parameters()), torch.device("cpu"))
-    parts: list[Tensor] = []
+def forward_teacher(teacher: nn.Module, x: Any, device: torch.device) -> Tensor:
+    """The teacher's logits of one batch, on the host, in float32."""
+    args, kwargs = call_arguments(moved(x, device))
+    return logits_of(teacher(*args, **kwargs)).float().cpu()
+
+
+def teacher_logits(teacher: nn.Module, data: Rows, *, batch_size: int = 256, num_workers: int = 0) -> Tensor:
+    """The teacher's logits of all rows, on the host, in float32; the teacher comes back untouched."""
+    where = next((p.device for p in teacher.parameters()), torch.device("cpu"))
+    order = list(torch.arange(len(data)).split(batch_size))
     with untouched(teacher):
-        for _, x, _ in data.batches(list(index.split(batch_size)), num_workers):
-            args, kwargs = call_arguments(moved(x, where))
-            parts.append(logits_of(teacher(*args, **kwargs)).float().cpu())
-    return torch.cat(parts)
+        return torch.cat([forward_teacher(teacher, x, where) for _, x, _ in data.batches(order, num_workers)])
 
 
 def moved(x: Any, device: torch.device) -> Any:
@@ -218,13 +255,14 @@ def moved(x: Any, device: torch.device) -> Any:
     return x.to(device)
 
 
-def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def stratified(labels: Tensor, share: float, seed: int, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """Row numbers ``(rest, drawn)``: a share of each class is drawn, at least one row of two.
 
     Args:
         labels: ``(rows,)``.
         share: in (0, 1).
         seed: of the draw.
+        ignore_index: label of rows that are never drawn.
     """
     order = torch.randperm(len(labels), generator=generator(seed, "split"))
     by_class = order[torch.argsort(labels[order], stable=True)]
@@ -232,5 +270,5 @@ def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]
     position = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     wanted = (sizes * share).round().long().clamp_min(1)
     wanted = torch.minimum(wanted, sizes - 1).repeat_interleave(sizes)
-    drawn = position < wanted
+    drawn = (position < wanted) & (labels[by_class] != ignore_index)
     return by_class[~drawn].sort().values, by_class[drawn].sort().values

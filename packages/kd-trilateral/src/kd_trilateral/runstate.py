@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fusion_core.checkpoint import PathLike, atomic_write, load_strict, load_tensors, save_tensors
-from fusion_core.errors import CheckpointError, DataError, InputError, StoreError
+from fusion_core.checkpoint import PathLike, atomic_write, load_strict, save_tensors
+from fusion_core.errors import CheckpointError, ConfigError, DataError, InputError, StoreError
 from fusion_core.results import plain
 from kd_trilateral.bilevel import Bilevel
 from kd_trilateral.config import Config
@@ -22,6 +22,7 @@ from kd_trilateral.trace import AlphaTrace, TraceRows
 STUDENT, RATIO, STATE, TRACE = "student.safetensors", "ratio.safetensors", "optimizer.pt", "trace.npz"
 METRICS, CONFIG, AUDIT = "metrics.jsonl", "config.json", "audit.npz"
 FILES = (STATE, STUDENT, RATIO, TRACE, METRICS, CONFIG, AUDIT)
+REPORT = ("report.html", "report.json", "table.csv", "suspects.csv", "alpha.png", "lengths.png")
 
 
 @dataclasses.dataclass
@@ -39,6 +40,31 @@ class Progress:
     phase: int
     trace: AlphaTrace
     metrics: list[dict[str, Any]]
+
+
+def check_out(path: PathLike, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a place that a run must not write to, before any work.
+
+    Raises:
+        InputError: a file, a directory of something else, or another run without ``resume`` or ``overwrite``.
+    """
+    place = Path(path)
+    if place.exists() and not place.is_dir():
+        raise InputError(f"out is {place}, which is a file; name a directory")
+    names = {entry.name for entry in place.iterdir()} if place.is_dir() else set[str]()
+    if not names:
+        return
+    ours = STATE in names
+    if not ours and names == {CONFIG}:  # cut off before its first checkpoint
+        try:
+            Config.load(place / CONFIG)
+            ours = True
+        except ConfigError:
+            ours = False
+    if not ours:
+        raise InputError(f"out is {place}, which holds something else than a run; name another directory")
+    if not resume and not overwrite:
+        raise InputError(f"out is {place}, which is not empty; pass resume, overwrite or another name")
 
 
 class RunDirectory:
@@ -61,16 +87,10 @@ class RunDirectory:
 
     def __init__(self, path: PathLike, config: Config, data: str, *, resume: bool, overwrite: bool) -> None:
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"out is {self.path}, which is a file; name a directory")
+        check_out(path, resume=resume, overwrite=overwrite)
         self.fingerprint = {"rows": data, **{k: v for k, v in config.to_dict().items() if k != "device"}}
-        occupied = self.path.is_dir() and any(self.path.iterdir())
-        if occupied and not resume and not overwrite:
-            raise InputError(
-                f"out is {self.path}, which is not empty; pass resume, overwrite or another name"
-            )
-        if occupied and not resume:
-            for name in FILES:
+        if not resume:
+            for name in (*FILES, *REPORT):
                 (self.path / name).unlink(missing_ok=True)
         if not (self.path / STATE).exists():
             config.save(self.path / CONFIG)
@@ -151,7 +171,7 @@ class RunDirectory:
                 raise StoreError(
                     f"{self.path} was made with {name} = {was.get(name)!r}, this run has {value!r}; take "
                     "the same "
-                    "settings, or another directory"
+                    "settings and data, or another directory (random data need a fixed attribute fingerprint)"
                 )
         return state
 
@@ -170,9 +190,3 @@ def load_run(path: PathLike) -> tuple[Config, AlphaTrace, TraceRows | None, list
     audit = AlphaTrace.load(place / AUDIT).rows() if (place / AUDIT).is_file() else None
     lines = (place / METRICS).read_text(encoding="utf-8").splitlines()
     return Config.load(place / CONFIG), AlphaTrace.load(place / TRACE), audit, [json.loads(x) for x in lines]
-
-
-def load_ratio(path: PathLike, loss: TrilateralKD) -> None:
-    """Fill a loss from a run's ``ratio.safetensors``: to reuse a learned ratio network on other data."""
-    tensors: dict[str, Tensor] = load_tensors(path)
-    load_strict(loss, tensors)

@@ -15,19 +15,18 @@ from torch import Tensor, nn
 
 from fusion_core.checkpoint import PathLike, digest
 from fusion_core.device import resolve_device
-from fusion_core.errors import DataError, FusionWarning, ShapeError
+from fusion_core.errors import DataError, FusionWarning
 from fusion_core.modules import logits_of, untouched
 from fusion_core.progress import track
 from fusion_core.seeding import generator
 from kd_trilateral.bilevel import Bilevel
-from kd_trilateral.cache import TeacherCache
 from kd_trilateral.config import Config
 from kd_trilateral.errors import DivergedError
 from kd_trilateral.evaluation import evaluate
 from kd_trilateral.forward import call_arguments
 from kd_trilateral.module import TrilateralKD
-from kd_trilateral.rowsource import Rows, check_teacher, moved, stratified, teacher_logits
-from kd_trilateral.runstate import AUDIT, Progress, RunDirectory
+from kd_trilateral.rowsource import Rows, moved, stratified
+from kd_trilateral.runstate import AUDIT, Progress, RunDirectory, check_out
 from kd_trilateral.schedule import (
     Teacher,
     TeacherSource,
@@ -120,8 +119,8 @@ def fit(
         train: training rows: ``(x, y)`` tensors or a map-style dataset.
         val: held-out rows for the ratio network, never trained on (but by ``refit``); None = ``val_share``
             of the training rows, drawn by class.
-        teacher: a :class:`~kd_trilateral.TeacherCache`, logits ``(rows, classes)`` of the training rows in
-            their order, or a module (run once over the rows).
+        teacher: a :class:`~kd_trilateral.TeacherCache` or its path, logits ``(rows, classes)`` of the
+            training rows in their order, or a module (run once over the rows).
         test: rows for the metrics of each epoch; never used for any choice.
         val_teacher: logits of ``val``, where ``refit`` or ``val_mix`` needs them and the teacher is no
             module.
@@ -153,106 +152,90 @@ def fit(
     config = config or Config()
     if settings:
         config = config.replace(**settings)
-    device = resolve_device(config.device)
-    rows = Rows(train)
-    held, labels = _held_out(rows, val, config)
-    if held[1] is not None:  # drawn from the training rows: those leave training
-        rest, drawn = held[1]
-        if isinstance(teacher, nn.Module):
-            check_teacher(teacher)
-            teacher = teacher_logits(teacher, rows, torch.arange(len(rows)), num_workers=num_workers)
-        if isinstance(teacher, TeacherCache):
-            teacher = teacher.logits(torch.arange(len(rows)))
-        teacher = torch.as_tensor(teacher)
-        if len(teacher) != len(rows):
-            raise ShapeError(f"the teacher has logits of {len(teacher)} rows, the training data {len(rows)}")
-        val_teacher, teacher = teacher[drawn], teacher[rest]
-        rows, labels = _subset(rows, rest), labels[rest]
-    val_rows = held[0]
-    if (
-        isinstance(teacher, nn.Module)
-        and val_teacher is None
-        and (config.refit or config.hypergradient == "val_mix")
-    ):
-        val_teacher = teacher_logits(teacher, val_rows, torch.arange(len(val_rows)), num_workers=num_workers)
-    student.to(device)
-    source = TeacherSource(teacher, rows, device, num_workers, config.task)
-    run = _Run(student, rows, val_rows, source, labels, config, num_classes, device, num_workers, logits_from)
-    run.test = None if test is None else Rows(test)
-    run.val_teacher = None if val_teacher is None else torch.as_tensor(val_teacher).to(device)
-    if config.refit and run.val_teacher is None:
-        raise DataError(
-            "refit trains on the held-out rows too and needs the teacher's logits there; pass val_teacher"
-        )
     if out is not None:
-        data = digest(rows.fingerprint(), val_rows.fingerprint(), source.digest())
+        check_out(out, resume=resume, overwrite=overwrite)
+    device = resolve_device(config.device)
+    rows, apart = Rows(train), None if val is None else Rows(val)
+    labels = rows.labels()
+    everyone = torch.arange(len(rows))
+    if apart is None:
+        ids, held_ids = stratified(labels, config.val_share, config.seed, ignore_index=config.ignore_index)
+        if not len(held_ids):
+            raise DataError(f"{len(rows)} training rows are too few to hold some out; pass val")
+    else:
+        _warn_overlap(rows, apart)
+        ids, held_ids = everyone, len(rows) + torch.arange(len(apart))
+    with_held = config.refit or config.hypergradient == "val_mix"
+    source = TeacherSource(teacher, rows, apart, val_teacher, with_held, device, config, num_workers)
+    run = _Run(
+        student=student.to(device),
+        base=rows,
+        ids=ids,
+        labels=labels[ids],
+        held=rows.subset(held_ids) if apart is None else apart,
+        held_ids=held_ids,
+        source=source,
+        test=None if test is None else Rows(test),
+        config=config,
+        device=device,
+        num_workers=num_workers,
+        logits_from=logits_from,
+        num_classes=2 if config.task == "binary" else num_classes or source.num_classes,
+    )
+    if out is not None:
+        data = digest(rows.fingerprint(), run.held.fingerprint(), source.digest())
         run.directory = RunDirectory(out, config, data, resume=resume, overwrite=overwrite)
     return run.run(progress)
 
 
-def _held_out(
-    rows: Rows, val: Any, config: Config
-) -> tuple[tuple[Rows, tuple[Tensor, Tensor] | None], Tensor]:
-    labels = rows.labels().long()
-    if val is None:
-        split = stratified(labels, config.val_share, config.seed)
-        if not len(split[1]):
-            raise DataError(f"{len(rows)} training rows are too few to hold some out; pass val")
-        return (_subset(rows, split[1]), split), labels
-    held = Rows(val)
+def _warn_overlap(rows: Rows, held: Rows) -> None:
     common = held.overlap(rows)
     if common > _OVERLAP * len(held):
         warnings.warn(
             f"{common} of {len(held)} held-out rows are training rows too; the ratio network then learns "
-            "what the student has memorised: keep the two apart",
+            "what the "
+            "student has memorised: keep the two apart",
             FusionWarning,
             stacklevel=4,
         )
-    return (held, None), labels
 
 
-def _subset(rows: Rows, index: Tensor) -> Rows:
-    if rows.tensors is not None:
-        return Rows(rows[index])
-    return Rows(torch.utils.data.Subset(rows.dataset, index.tolist()))
-
-
+@dataclass
 class _Run:
-    """One call of :func:`fit`."""
+    """One call of :func:`fit`; ``ids`` are the caller's row numbers, held-out rows given apart come after."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        rows: Rows,
-        val_rows: Rows,
-        source: TeacherSource,
-        labels: Tensor,
-        config: Config,
-        num_classes: int | None,
-        device: torch.device,
-        num_workers: int,
-        logits_from: Callable[[Any], Tensor] | None,
-    ) -> None:
-        self.student, self.rows, self.val_rows, self.source = student, rows, val_rows, source
-        self.config, self.device, self.num_workers = config, device, num_workers
-        self.logits_from = logits_from
-        self.test: Rows | None = None
-        self.val_teacher: Tensor | None = None
-        self.directory: RunDirectory | None = None
-        steps = len(row_order(len(rows), config.batch_size, config.seed, 0, None))
-        self.total = config.steps or config.epochs * steps
-        self.epochs = math.ceil(self.total / steps)
+    student: nn.Module
+    base: Rows
+    ids: Tensor
+    labels: Tensor
+    held: Rows
+    held_ids: Tensor
+    source: TeacherSource
+    test: Rows | None
+    config: Config
+    device: torch.device
+    num_workers: int
+    logits_from: Callable[[Any], Tensor] | None
+    num_classes: int
+    directory: RunDirectory | None = None
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.total = config.steps or config.epochs * self._steps_per_epoch(len(self.ids))
         self.weights: Tensor | None = None
         if config.balance == "oversample":
-            classes, place = labels.unique(return_inverse=True)
-            self.weights = 1.0 / torch.bincount(place, minlength=len(classes)).double()[place]
-        classes = 2 if config.task == "binary" else num_classes or source.num_classes
-        options = config.loss_kwargs(classes)
-        self.loss = TrilateralKD(**options, total_steps=self.total, num_samples=len(rows) + len(val_rows)).to(
-            device
-        )
+            keep = self.labels != config.ignore_index
+            place = self.labels[keep].unique(return_inverse=True)[1]
+            self.weights = torch.zeros(len(self.labels), dtype=torch.float64)
+            self.weights[keep] = 1.0 / torch.bincount(place).double()[place]
+        count = len(self.base) + len(self.held)
+        options = config.loss_kwargs(self.num_classes)
+        self.loss = TrilateralKD(**options, total_steps=self.total, num_samples=count).to(self.device)
         if self.loss.network is not None and self.loss.tbar_from == "train":
-            source.fill(self.loss, rows)
+            self.source.fill(self.loss, self.ids, self.labels)
+
+    def _steps_per_epoch(self, count: int) -> int:
+        return len(row_order(count, self.config.batch_size, self.config.seed, 0, None))
 
     def run(self, progress: bool | None) -> FitResult:
         config = self.config
@@ -260,108 +243,95 @@ class _Run:
         first = self.directory.phase() if self.directory is not None else 0
         state = Progress(0, 0, AlphaTrace(config.trace_capacity), [])
         if first == 0:
-            state = self._phase(0, state, self.student, self.rows, self._row_logits(), progress)
+            state = self._phase(0, state, self.ids, progress)
         if fresh is not None:
             with torch.no_grad():
                 self.student.load_state_dict(fresh.state_dict())
-            joined = self.rows.joined(self.val_rows)
-            assert self.val_teacher is not None
-            state = self._phase(
-                1, dataclasses.replace(state, step=0), self.student, joined, self._both(), progress
-            )
+            ids = torch.cat([self.ids, self.held_ids])
+            state = self._phase(1, dataclasses.replace(state, step=0), ids, progress)
         self.student.eval()
         audit = self._audit()
         if self.directory is not None:
             audit.save(self.directory.path / AUDIT)
         return FitResult(self.student, self.loss, state.trace, state.metrics, audit, config)
 
-    def _row_logits(self) -> Callable[[Tensor], Tensor]:
-        return lambda index: self.source[index]
-
-    def _both(self) -> Callable[[Tensor], Tensor]:
-        count, held = len(self.rows), self.val_teacher
-        assert held is not None
-
-        def logits(index: Tensor) -> Tensor:
-            mine = index < count
-            out = held.new_empty(len(index), *held.shape[1:])
-            if bool(mine.any()):
-                out[mine.to(self.device)] = self.source[index[mine]].to(held)
-            out[~mine.to(self.device)] = held[(index[~mine] - count).to(self.device)]
-            return out
-
-        return logits
+    def _rows(self, phase: int, view: int) -> Rows:
+        """The rows of a phase in the order of its ids, in one fixed version where the data are random."""
+        base = self.base if self.source.views == 1 else Rows(self.base.dataset.view(view))
+        mine = base if len(self.ids) == len(base) else base.subset(self.ids)
+        return mine if phase == 0 else mine.joined(self.held)
 
     def _engine(self, phase: int, optimizer: torch.optim.Optimizer) -> Bilevel:
         options = self.config.bilevel_kwargs()
         if phase == 1:
             options["hypergradient"] = "frozen"
-        size = min(self.config.val_batch_size or self.config.batch_size, len(self.val_rows))
-        draws = held_out_draws(self.val_rows, self.val_teacher, size, self.config.seed, self.device)
+        size = min(self.config.val_batch_size or self.config.batch_size, len(self.held))
+        asked = self.config.hypergradient == "val_mix"
+        logits = (lambda index: self.source.get(self.held_ids[index])) if asked else None
+        draws = held_out_draws(self.held, logits, size, self.config.seed, self.device)
         return Bilevel(self.student, self.loss, optimizer, draws, **options, logits_from=self.logits_from)
 
-    def _phase(
-        self,
-        phase: int,
-        state: Progress,
-        student: nn.Module,
-        rows: Rows,
-        logits: Callable[[Tensor], Tensor],
-        progress: bool | None,
-    ) -> Progress:
-        config = self.config
-        optimizer = make_optimizer(config, student)
+    def _phase(self, phase: int, state: Progress, ids: Tensor, progress: bool | None) -> Progress:
+        config, views = self.config, self.source.views
+        optimizer = make_optimizer(config, self.student)
         engine = self._engine(phase, optimizer)
-        find = self.logits_from or logits_of
         weights = self.weights if phase == 0 else None
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 # Dropout draws from the global generator: give it the run's own state.
                 torch.manual_seed(generator(config.seed, "dropout", phase).initial_seed())
                 if self.directory is not None and self.directory.phase() == phase:
-                    loaded = self.directory.load(student, self.loss, engine, optimizer, config.trace_capacity)
-                    state = loaded or state
-                student.train()
-                self.loss.train(phase == 0)
-                for epoch in self._epochs(state.step, rows, progress, phase):
-                    order = row_order(len(rows), config.batch_size, config.seed, epoch, weights)
-                    total = torch.zeros((), device=self.device)
-                    alpha = torch.zeros((), device=self.device)
-                    done = 0
-                    for index, x, y in rows.batches(order, self.num_workers):
-                        if state.step >= self.total:
-                            break
-                        set_lr(optimizer, config, state.step, self.total)
-                        inputs = moved(x, self.device)
-                        args, kwargs = call_arguments(inputs)
-                        out = self.loss(
-                            find(student(*args, **kwargs)), logits(index), y.to(self.device), index
-                        )
-                        optimizer.zero_grad(set_to_none=True)
-                        engine.backward(out)
-                        engine.step(inputs, out)
-                        if phase == 0:
-                            state.trace.record(state.step, out)
-                        state.step += 1
-                        done += 1
-                        total += out.loss.detach()
-                        alpha += out.alpha.detach().mean()
-                    self._close_epoch(
-                        state, phase, epoch, float(total) / max(done, 1), float(alpha) / max(done, 1)
+                    loaded = self.directory.load(
+                        self.student, self.loss, engine, optimizer, config.trace_capacity
                     )
+                    state = loaded or state
+                self.student.train()
+                self.loss.train()
+                if phase == 1:
+                    self.loss.restart(state.step)
+                    if self.loss.network is not None:
+                        self.loss.network.eval()  # learned and frozen
+                rows = self._rows(phase, 0)
+                for epoch in self._epochs(state.step, len(ids), progress, phase):
+                    rows = rows if views == 1 else self._rows(phase, epoch % views)
+                    order = row_order(len(ids), config.batch_size, config.seed, epoch, weights)
+                    self._epoch(state, phase, epoch, rows, ids, order, engine, optimizer)
                     if self.directory is not None:
                         state.phase = phase
-                        self.directory.save(state, student, self.loss, engine, optimizer)
+                        self.directory.save(state, self.student, self.loss, engine, optimizer)
         finally:
             engine.close()
         return state
 
-    def _epochs(self, step: int, rows: Rows, progress: bool | None, phase: int) -> Iterator[int]:
-        steps = len(row_order(len(rows), self.config.batch_size, self.config.seed, 0, None))
-        epochs = range(step // steps, math.ceil(self.total / steps))
-        return iter(track(epochs, "refit" if phase else "distil", enabled=progress))
-
-    def _close_epoch(self, state: Progress, phase: int, epoch: int, loss: float, alpha: float) -> None:
+    def _epoch(
+        self,
+        state: Progress,
+        phase: int,
+        epoch: int,
+        rows: Rows,
+        ids: Tensor,
+        order: list[Tensor],
+        engine: Bilevel,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        find = self.logits_from or logits_of
+        total = torch.zeros(2, device=self.device)
+        left = self.total - state.step
+        for index, x, y in rows.batches(order[:left], self.num_workers):
+            set_lr(optimizer, self.config, state.step, self.total)
+            inputs = moved(x, self.device)
+            args, kwargs = call_arguments(inputs)
+            number = ids[index]
+            zt = self.source.get(number, epoch % self.source.views)
+            out = self.loss(find(self.student(*args, **kwargs)), zt, y.to(self.device), number)
+            optimizer.zero_grad(set_to_none=True)
+            engine.backward(out)
+            engine.step(inputs, out)
+            if phase == 0:
+                state.trace.record(state.step, out)
+            state.step += 1
+            total += torch.stack([out.loss.detach(), out.alpha.detach().mean()])
+        loss, alpha = (total / len(order[:left])).tolist()
         if not math.isfinite(loss):
             raise DivergedError(
                 f"the training loss is {loss} in epoch {epoch}; lower lr = {self.config.lr:g}"
@@ -370,8 +340,19 @@ class _Run:
         if phase:
             row["refit"] = True
         if self.test is not None:
-            row |= evaluate(self.student, self.test, task=self.config.task, logits_from=self.logits_from)
+            row |= evaluate(
+                self.student,
+                self.test,
+                task=self.config.task,
+                logits_from=self.logits_from,
+                ignore_index=self.config.ignore_index,
+            )
         state.metrics.append(row)
+
+    def _epochs(self, step: int, count: int, progress: bool | None, phase: int) -> Iterator[int]:
+        steps = self._steps_per_epoch(count)
+        epochs = range(step // steps, math.ceil(self.total / steps)) if step < self.total else range(0)
+        return iter(track(epochs, "refit" if phase else "distil", enabled=progress))
 
     @torch.no_grad()
     def _audit(self) -> TraceRows:
@@ -379,12 +360,13 @@ class _Run:
         parts: list[dict[str, Tensor]] = []
         find = self.logits_from or logits_of
         with untouched(self.student, self.loss):
-            for index, x, y in self.rows.batches(
-                list(torch.arange(len(self.rows)).split(512)), self.num_workers
+            for index, x, y in self._rows(0, 0).batches(
+                list(torch.arange(len(self.ids)).split(512)), self.num_workers
             ):
                 args, kwargs = call_arguments(moved(x, self.device))
+                number = self.ids[index]
                 out = self.loss(
-                    find(self.student(*args, **kwargs)), self.source[index], y.to(self.device), index
+                    find(self.student(*args, **kwargs)), self.source.get(number), y.to(self.device), number
                 )
                 parts.append(trace_columns(self.total, out))
         return as_rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
