@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -180,7 +180,7 @@ def compare(
             student(seed),
             rows.train,
             rows.val,
-            teacher=rows.teacher,
+            teacher=cast(Any, rows.teacher),
             val_teacher=rows.val_teacher,
             test=rows.test,
             num_classes=rows.num_classes,

@@ -78,7 +78,7 @@ class _Bench:
         self, methods: Sequence[str], title: str, *, all_rows: bool = False, audit: bool = False
     ) -> Comparison:
         """One table; ``all_rows`` trains the plain methods on the held-out rows too."""
-        metrics = dict(METRICS)
+        metrics: dict[str, Any] = dict(METRICS)
         if self.task != "digits":
             metrics["auc"] = {"better": "higher", "percent": True}
         found: dict[tuple[str, int], float] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -156,7 +156,7 @@ class TrilateralKD(nn.Module):
                 raise ConfigError(f"{name} is {value!r}, wanted one of {allowed}")
         if not callable(ratio) and ratio not in RATIOS:
             raise ConfigError(f"ratio is {ratio!r}, wanted one of {RATIOS} or a callable")
-        if not isinstance(num_classes, int):
+        if not isinstance(cast(Any, num_classes), int):
             raise ConfigError(f"num_classes is {num_classes!r}, wanted an integer >= 2")
         if num_classes < 2 or (task == "binary" and num_classes != 2):
             raise ConfigError(

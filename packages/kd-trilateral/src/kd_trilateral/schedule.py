@@ -158,10 +158,11 @@ def row_order(count: int, batch_size: int, seed: int, epoch: int, weights: Tenso
 def make_optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:
     """The student's optimiser that the settings name."""
     parameters = [p for p in student.parameters() if p.requires_grad]
-    common = {"lr": config.lr, "weight_decay": config.weight_decay}
+    lr, decay = config.lr, config.weight_decay
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, **common)
-    return (torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW)(parameters, **common)
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=decay)
+    make = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return make(parameters, lr=lr, weight_decay=decay)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: Config, step: int, total: int) -> None:
