@@ -8,16 +8,18 @@ batch: an image's answer does not depend on its neighbours.
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusion_core.errors import ConfigError, FusionWarning, check_range, require_extra
+from fusion_core.errors import ConfigError, FusionWarning, check_range
 from fusion_core.modules import logits_of
 from fusion_core.seeding import generator
 
@@ -79,7 +81,7 @@ class Defence(nn.Module):
 
 
 class JPEG(Defence):
-    """JPEG compression by torchvision.
+    """JPEG compression by Pillow, chroma halved in both directions (4:2:0).
 
     Args:
         model: see :class:`Defence`.
@@ -87,21 +89,30 @@ class JPEG(Defence):
         **options: of :class:`Defence`.
 
     Raises:
-        ConfigError: quality out of range.
-        MissingExtraError: torchvision is not installed.
+        ConfigError: quality out of range, or images of neither 1 nor 3 channels.
     """
 
     def __init__(self, model: nn.Module, quality: int = 75, **options: Any) -> None:
         super().__init__(model, **options)
         self.quality = int(check_range("quality", quality, 1, 100))
-        self._io = require_extra("torchvision.io", "vision", "adaea")
 
     def transform(self, images: Tensor, draw: torch.Generator) -> Tensor:
         """The images after compression."""
         del draw
-        bytes_ = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-        coded = [self._io.decode_jpeg(self._io.encode_jpeg(image, self.quality)) for image in bytes_]
-        return torch.stack(coded).to(images) / 255
+        from PIL import Image
+
+        channels = images.shape[1]
+        if channels not in (1, 3):
+            raise ConfigError(f"JPEG takes images of 1 or 3 channels, these have {channels}")
+        pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        found = np.empty_like(pixels)
+        for i, picture in enumerate(pixels):
+            file = io.BytesIO()
+            flat = picture[..., 0] if channels == 1 else picture
+            Image.fromarray(flat).save(file, "JPEG", quality=self.quality, subsampling=2)
+            with Image.open(file) as opened:
+                found[i] = np.asarray(opened).reshape(picture.shape)
+        return torch.from_numpy(found).permute(0, 3, 1, 2).to(images) / 255
 
 
 class BitDepth(Defence):

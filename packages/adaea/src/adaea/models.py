@@ -216,6 +216,7 @@ def _exported(path: str) -> nn.Module:
 def _scripted(path: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         return torch.jit.load(path, map_location="cpu")
 
 

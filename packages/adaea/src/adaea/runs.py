@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adaea.advset import AdversarialSet
 from fusion_core.checkpoint import digest, digest_state, load_tensors, save_tensors
 from fusion_core.device import resolve_device
-from fusion_core.errors import CheckpointError, InputError
+from fusion_core.errors import CheckpointError, InputError, StoreError
 from fusion_core.progress import track
 from fusion_core.results import plain
 from fusion_core.seeding import generator
@@ -104,7 +104,7 @@ def run_attack(
         The adversarial set with weights, kept share and losses of every step.
 
     Raises:
-        StoreError: ``folder`` holds a started run of other settings; the differing one is named.
+        StoreError: ``folder`` holds a run of other settings; the differing ones are named.
         InputError: as the attack.
     """
     if batch_size < 1:
@@ -241,8 +241,12 @@ def _finished(folder: Path, key: str, made_from: dict[str, Any]) -> AttackRun | 
         trace = load_tensors(folder / f"{key}.trace.safetensors")
     except CheckpointError:
         return None
-    if found.info.get("fingerprint") != made_from:
-        return None
+    before = found.info.get("fingerprint") or {}
+    if differing := sorted(key for key in {*before, *made_from} if before.get(key) != made_from.get(key)):
+        raise StoreError(
+            f"{folder / key}.safetensors was made with other settings ({', '.join(differing)} differ); name "
+            "another directory or pass overwrite"
+        )
     return AttackRun(found, *(trace[name].numpy() for name in ("weights", "kept", "losses")))
 
 
