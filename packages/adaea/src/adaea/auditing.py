@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adaea.advset import AdversarialSet
 from adaea.auditreport import AuditReport, pick_columns
 from adaea.defences import parse_defence
-from adaea.evaluation import Callables, Models, name_models, predictions, score_row
+from adaea.evaluation import Callables, Models, name_models, predictions, score_row, white_boxes
 from adaea.images import load_data
 from adaea.metrics import paired_counts, perturbation, score
 from adaea.runs import AttackRun, run_attack
-from fusion_core.errors import ConfigError, DataError, InputError
-from fusion_core.report import Report
-from fusion_core.stats import mcnemar, wilson
-
-Targets = int | str | Callable[[Tensor], Tensor] | None
+from adaea.targets import Target, target_map
+from fusion_core.errors import ConfigError, InputError
+from fusion_core.modules import logits_of, untouched
+from fusion_core.stats import mcnemar
 
 
 def audit(
@@ -34,7 +34,7 @@ def audit(
     eps: float | Sequence[float] = 8 / 255,
     seed: int = 0,
     defences: Sequence[str] = (),
-    target: Targets = None,
+    target: Target | None = None,
     batch_size: int = 32,
     limit: int | None = None,
     size: int | None = None,
@@ -95,14 +95,18 @@ def audit(
     images, labels = load_data(data, limit, size=size)
     images = images.float()
     targets = _with_defences(name_models(model, name), defences, seed)
-    stand_ins = _modules(name_models(surrogates, "surrogate"))
+    stand_ins = white_boxes(name_models(surrogates, "surrogate"))
     if clash := sorted(targets.keys() & stand_ins.keys()):
         stand_ins = {(f"{key} as surrogate" if key in clash else key): m for key, m in stand_ins.items()}
     chosen = dict(attacks) if attacks is not None else default_attacks()
     if not chosen:
         raise InputError("attacks is empty, wanted name -> attack such as {'AdaEA': AdaEA()}")
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
-    wanted = target_map(target, images, labels, stand_ins, seed=seed, batch_size=batch_size, device=device)
+    wanted = None
+    if target is not None:
+        wanted = target_map(
+            target, images, labels, list(stand_ins.values()), seed=seed, batch_size=batch_size
+        )
     runs: dict[tuple[str, float], AttackRun] = {}
     for label, attack in chosen.items():
         for budget in budgets:
@@ -118,6 +122,8 @@ def audit(
                 **options,
             )
     rows, tests, pictures = _score(targets, stand_ins, runs, images, labels, class_names, options)
+    last = chosen[pictures["attack"]]
+    pictures["keep"] = first_mask(last, stand_ins, pictures["clean"], pictures.pop("labels"))
     settings = {
         "images": len(images),
         "seed": seed,
@@ -137,18 +143,38 @@ def audit(
         targets=list(targets),
         surrogates=list(stand_ins),
         settings=settings,
-        pictures=pictures | ({"keep": _mask(chosen, stand_ins, pictures, labels)} if pictures else {}),
+        pictures=pictures,
     )
     if place is not None:
         report.save(place, png=png)
     return report
 
 
+def first_mask(
+    attack: Any, surrogates: Mapping[str, nn.Module], clean: Tensor, labels: Tensor
+) -> Tensor | None:
+    """Where the attack's filter lets a pixel move at the clean images, bool ``(images, 1, height, width)``.
+
+    Returns:
+        None where the attack has no filter, or one surrogate only.
+    """
+    if attack.drf == "off" or len(surrogates) < 2:
+        return None
+    from adaea.drf import disparity_filter
+
+    gradients: list[Tensor] = []
+    with untouched(*surrogates.values()):
+        for model in surrogates.values():
+            place = next((p.device for p in model.parameters()), clean.device)
+            x = clean.detach().to(place).requires_grad_(True)
+            loss = F.cross_entropy(logits_of(model(x)).float(), labels.to(place), reduction="sum")
+            gradients.append(torch.autograd.grad(loss, x)[0].cpu())
+    return disparity_filter(torch.stack(gradients), attack.eta, form=attack.drf)
+
+
 def default_attacks() -> dict[str, Any]:
     """Ens and AdaEA at their defaults."""
-    from adaea.baselines import Ens
-
-    from adaea.attack import AdaEA
+    from adaea.attack import AdaEA, Ens
 
     return {"Ens": Ens(), "AdaEA": AdaEA()}
 
@@ -196,28 +222,6 @@ class _Called(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return self.function(images)
-
-
-def _modules(models: dict[str, Callables]) -> dict[str, nn.Module]:
-    for key, model in models.items():
-        if not isinstance(model, nn.Module):
-            raise InputError(
-                f"surrogate {key!r} is a {type(model).__name__}, wanted a torch.nn.Module with gradients"
-            )
-    return cast("dict[str, nn.Module]", models)
-
-
-def target_map(
-    target: Targets,
-    images: Tensor,
-    labels: Tensor,
-    surrogates: Mapping[str, nn.Module],
-    *,
-    seed: int = 0,
-    batch_size: int = 32,
-    device: str | torch.device = "cpu",
-) -> Tensor | None:
-    raise NotImplementedError
 
 
 def _score(
@@ -299,5 +303,5 @@ def _pictures(
         "eps": key[1],
         "attack": key[0],
         "model": model,
-        "_rows": rows,
+        "labels": labels[rows],
     }

@@ -143,6 +143,12 @@ class AuditReport(Report):
         models = [*self.targets, *self.surrogates]
         return [{"model": self._label(model), **self._line(model)} for model in models]
 
+    def test_lines(self) -> list[dict[str, Any]]:
+        """The paired tests as tables show them."""
+        return [
+            {**row, "eps": _budget(row).removeprefix("eps "), "p": f"{row['p']:.3g}"} for row in self.tests
+        ]
+
     def _label(self, model: str) -> str:
         return model if model in self.targets else f"{model} (surrogate)"
 
@@ -163,7 +169,7 @@ class AuditReport(Report):
         print_rows(self.matrix(), console)
         if self.tests:
             console.print(f"Paired with {self.attacks[0]} on the same images (exact McNemar)", style="bold")
-            print_rows(self.tests, console)
+            print_rows(self.test_lines(), console)
         console.print(READING, style="dim", soft_wrap=True)
         console.print(SCOPE, style="dim", soft_wrap=True)
 
@@ -205,7 +211,7 @@ class AuditReport(Report):
         page.text(READING)
         if self.tests:
             page.heading("Is one attack better than another?").table(
-                self.tests,
+                self.test_lines(),
                 f"Against {self.attacks[0]} on the same images: strict successes of one alone, and p of "
                 "McNemar's exact test. Many tests: read a single small p with care.",
             )

@@ -257,3 +257,105 @@ def _common(a: AdversarialSet, b: AdversarialSet) -> tuple[Tensor, Tensor]:
     if not same:
         raise DataError("the sets have different clean images, wanted two sets of the same data")
     return rows_a, rows_b
+
+
+def importance(
+    model: Models,
+    *,
+    surrogates: Models,
+    data: Any,
+    attack: Any = None,
+    eps: float = 8 / 255,
+    seed: int = 0,
+    batch_size: int = 32,
+    limit: int | None = None,
+    size: int | None = None,
+    device: str | torch.device = "auto",
+    name: str = "my_model",
+    progress: bool | None = None,
+) -> Report:
+    """Which public model endangers yours most? The attack again with each surrogate left out in turn.
+
+    Args:
+        model: the classifier under audit, see :func:`adaea.audit`.
+        surrogates: at least two, by name.
+        data: images and labels, see :func:`adaea.images.load_data`.
+        attack: ``AdaEA()`` by default.
+        eps: budget, in units of [0, 1].
+        seed: of every draw; the same draws with and without a surrogate.
+        batch_size: images attacked together.
+        limit: use the first n images.
+        size: resize image files to squares of so many pixels.
+        device: where attack and models run.
+        name: of a single audited model.
+        progress: show bars.
+
+    Returns:
+        A report with a row per model and surrogate left out ("none" first, then by how much it mattered):
+        strict rate with its interval, its fall, images won only with and only without it, and McNemar's p.
+
+    Raises:
+        InputError: fewer than two surrogates.
+
+    Example:
+        >>> from adaea import AdaEA
+        >>> found = importance("zoo:vgg12", surrogates="zoo:res16,zoo:vit8", data="zoo:scenes", limit=4,
+        ...                    attack=AdaEA(steps=1), device="cpu")
+        >>> found.rows[0]["left out"], len(found.rows)
+        ('none', 3)
+    """
+    from adaea.attack import AdaEA
+    from adaea.images import load_data
+    from adaea.runs import run_attack
+
+    targets, stand_ins = name_models(model, name), white_boxes(name_models(surrogates, "surrogate"))
+    if len(stand_ins) < 2:
+        raise InputError(f"surrogates is {list(stand_ins)}, wanted at least two, to leave one out")
+    images, labels = load_data(data, limit, size=size)
+    images = images.float()
+    bound = (AdaEA() if attack is None else attack).with_(eps=eps)
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
+    sets: dict[str, Tensor] = {}
+    for left_out in ("none", *stand_ins):
+        rest = {key: value for key, value in stand_ins.items() if key != left_out}
+        label = "all surrogates" if left_out == "none" else f"without {left_out}"
+        made = run_attack(label, bound, rest, images, labels, seed=seed, **options)
+        sets[left_out] = made.set.adversarial
+    rows: list[dict[str, Any]] = []
+    for model_name, target in targets.items():
+        before = predictions(target, images, **options)
+        after = {key: predictions(target, adversarial, **options) for key, adversarial in sets.items()}
+        whole = strict_asr(labels, before, after["none"])
+        found: list[dict[str, Any]] = []
+        for key, predicted in after.items():
+            rate = strict_asr(labels, before, predicted)
+            only_with, only_without = paired_counts(labels, before, after["none"], predicted)
+            found.append(
+                {
+                    "model": model_name,
+                    "left out": key,
+                    "strict": rate.value,
+                    "low": rate.low,
+                    "high": rate.high,
+                    "fall": whole.value - rate.value,
+                    "only with it": only_with,
+                    "only without it": only_without,
+                    "p": mcnemar(only_with, only_without),
+                }
+            )
+        rows += [found[0], *sorted(found[1:], key=lambda row: -row["fall"])]
+    return Report(title=f"Which surrogate endangers {', '.join(targets)} most?", rows=rows)
+
+
+def white_boxes(models: dict[str, Callables]) -> dict[str, nn.Module]:
+    """The models as modules with gradients, which surrogates must be.
+
+    Raises:
+        InputError: one is a plain callable.
+    """
+    for key, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"surrogate {key!r} is a {type(model).__name__}, wanted a torch.nn.Module with gradients"
+            )
+    return cast("dict[str, nn.Module]", models)
