@@ -127,7 +127,8 @@ def test_files_that_are_no_models(tmp_path):
 
 def test_python_factories(tmp_path, monkeypatch):
     (tmp_path / "adaea_test_nets.py").write_text(
-        "from torch import nn\ndef build():\n    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "from torch import nn\n\ndef build():\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
     )
     monkeypatch.chdir(tmp_path)
     model = load_model("py:adaea_test_nets:build")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaea.advset import AdversarialSet
-from adaea.auditreport import AuditReport, pick_columns
+from adaea.auditreport import SCHEMA, AuditReport, pick_columns
 from adaea.defences import parse_defence
 from adaea.evaluation import Callables, Models, name_models, predictions, score_row, white_boxes
 from adaea.images import load_data
 from adaea.metrics import paired_counts, perturbation, score
-from adaea.runs import AttackRun, run_attack
-from adaea.targets import Target, target_map
+from adaea.runs import AttackRun, run_attack, wanted_labels
+from adaea.targets import Target
 from fusion_core.errors import ConfigError, InputError
 from fusion_core.modules import logits_of, untouched
 from fusion_core.stats import mcnemar
@@ -62,7 +63,7 @@ def audit(
         eps: budget or budgets, in units of [0, 1].
         seed: of every draw.
         defences: words such as ``"jpeg:75"``; each is one more target, in front of each model.
-        target: None = untargeted; a label, ``"random"``, ``"least-likely"``, or labels -> targets.
+        target: None = untargeted; a label, ``"random"``, ``"least-likely"``, or of labels and logits.
         batch_size: images attacked together; batch-mean AGM depends on it.
         limit: use the first n images.
         size: resize image files to squares of so many pixels.
@@ -104,15 +105,14 @@ def audit(
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
     wanted = None
     if target is not None:
-        wanted = target_map(
-            target, images, labels, list(stand_ins.values()), seed=seed, batch_size=batch_size
-        )
+        wanted = wanted_labels(target, images, labels, stand_ins, seed=seed, batch_size=batch_size)
+    aim = {} if wanted is None else {"target": "label"}
     runs: dict[tuple[str, float], AttackRun] = {}
     for label, attack in chosen.items():
         for budget in budgets:
             runs[label, budget] = run_attack(
                 label,
-                attack.with_(eps=budget, **({} if wanted is None else {"targeted": True})),
+                attack.with_(eps=budget, **aim),
                 stand_ins,
                 images,
                 labels,
@@ -148,6 +148,55 @@ def audit(
     if place is not None:
         report.save(place, png=png)
     return report
+
+
+def attack_images(
+    name: str,
+    attack: Any,
+    *,
+    surrogates: Models,
+    data: Any,
+    seed: int = 0,
+    target: Target | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    size: int | None = None,
+    device: str | torch.device = "auto",
+    progress: bool | None = None,
+) -> AdversarialSet:
+    """Adversarial images alone, with the record of how they were made; arguments as in :func:`audit`.
+
+    Raises:
+        InputError: a surrogate or source of data that cannot be used.
+        DataError: images or labels outside what is taken.
+    """
+    images, labels = load_data(data, limit, size=size)
+    images = images.float()
+    stand_ins = white_boxes(name_models(surrogates, "surrogate"))
+    wanted = None
+    if target is not None:
+        wanted = wanted_labels(target, images, labels, stand_ins, seed=seed, batch_size=batch_size)
+        attack = attack.with_(target="label")
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
+    return run_attack(name, attack, stand_ins, images, labels, seed=seed, targets=wanted, **options).set
+
+
+def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of a finished audit, from its ``asr.json``.
+
+    Raises:
+        InputError: no audit there.
+    """
+    path = Path(directory) / "asr.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA:
+            raise InputError(f"{path} has schema {document['schema']!r}, wanted {SCHEMA!r}")
+        return document["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{directory} holds no finished audit: asr.json cannot be read") from error
 
 
 def first_mask(

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from adaea.advset import AdversarialSet
+from fusion_core.batching import map_batches
 from fusion_core.checkpoint import digest, digest_state, load_tensors, save_tensors
 from fusion_core.device import resolve_device
 from fusion_core.errors import CheckpointError, InputError, StoreError
+from fusion_core.modules import logits_of, untouched
 from fusion_core.progress import track
 from fusion_core.results import plain
 from fusion_core.seeding import generator
@@ -41,6 +43,43 @@ class AttackRun:
     weights: np.ndarray[Any, Any]
     kept: np.ndarray[Any, Any]
     losses: np.ndarray[Any, Any]
+
+
+def wanted_labels(
+    target: Any,
+    images: Tensor,
+    labels: Tensor,
+    surrogates: Mapping[str, nn.Module],
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Tensor:
+    """The class that each image shall be taken for, int64 ``(images,)``; see :mod:`adaea.targets`.
+
+    Args:
+        target: a class, ``"random"``, ``"least-likely"``, or a function of labels and logits.
+        images: ``(images, channels, height, width)`` in [0, 1].
+        labels: true classes ``(images,)``.
+        surrogates: whose logits on the clean images decide.
+        seed: of the random targets.
+        batch_size: images per forward.
+
+    Raises:
+        ConfigError: another word.
+        DataError: classes out of range, or every image wanted as what it is.
+    """
+    from adaea.targets import target_labels
+
+    def logits(part: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        for model in surrogates.values():
+            place = next((p.device for p in model.parameters()), part.device)
+            found.append(logits_of(model(part.to(place))).float().cpu())
+        return torch.stack(found)
+
+    with torch.no_grad(), untouched(*surrogates.values()):
+        every = torch.cat(list(map_batches(logits, images, batch_size)), dim=1)
+    return target_labels(target, labels, every, generator(seed, "targets"))
 
 
 def fingerprint(
