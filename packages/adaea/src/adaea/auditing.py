@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adaea.advset import AdversarialSet
 from adaea.auditreport import SCHEMA, AuditReport, pick_columns
@@ -22,7 +21,6 @@ from adaea.metrics import paired_counts, perturbation, score
 from adaea.runs import AttackRun, run_attack, wanted_labels
 from adaea.targets import Target
 from fusion_core.errors import ConfigError, InputError
-from fusion_core.modules import logits_of, untouched
 from fusion_core.stats import mcnemar
 
 
@@ -106,7 +104,7 @@ def audit(
     wanted = None
     if target is not None:
         wanted = wanted_labels(target, images, labels, stand_ins, seed=seed, batch_size=batch_size)
-    aim = {} if wanted is None else {"target": "label"}
+    aim = {} if wanted is None else {"targeted": True}
     runs: dict[tuple[str, float], AttackRun] = {}
     for label, attack in chosen.items():
         for budget in budgets:
@@ -122,8 +120,6 @@ def audit(
                 **options,
             )
     rows, tests, pictures = _score(targets, stand_ins, runs, images, labels, class_names, options)
-    last = chosen[pictures["attack"]]
-    pictures["keep"] = first_mask(last, stand_ins, pictures["clean"], pictures.pop("labels"))
     settings = {
         "images": len(images),
         "seed": seed,
@@ -176,7 +172,7 @@ def attack_images(
     wanted = None
     if target is not None:
         wanted = wanted_labels(target, images, labels, stand_ins, seed=seed, batch_size=batch_size)
-        attack = attack.with_(target="label")
+        attack = attack.with_(targeted=True)
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
     return run_attack(name, attack, stand_ins, images, labels, seed=seed, targets=wanted, **options).set
 
@@ -199,31 +195,10 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{directory} holds no finished audit: asr.json cannot be read") from error
 
 
-def first_mask(
-    attack: Any, surrogates: Mapping[str, nn.Module], clean: Tensor, labels: Tensor
-) -> Tensor | None:
-    """Where the attack's filter lets a pixel move at the clean images, bool ``(images, 1, height, width)``.
-
-    Returns:
-        None where the attack has no filter, or one surrogate only.
-    """
-    if attack.drf == "off" or len(surrogates) < 2:
-        return None
-    from adaea.drf import disparity_filter
-
-    gradients: list[Tensor] = []
-    with untouched(*surrogates.values()):
-        for model in surrogates.values():
-            place = next((p.device for p in model.parameters()), clean.device)
-            x = clean.detach().to(place).requires_grad_(True)
-            loss = F.cross_entropy(logits_of(model(x)).float(), labels.to(place), reduction="sum")
-            gradients.append(torch.autograd.grad(loss, x)[0].cpu())
-    return disparity_filter(torch.stack(gradients), attack.eta, form=attack.drf)
-
-
 def default_attacks() -> dict[str, Any]:
     """Ens and AdaEA at their defaults."""
-    from adaea.attack import AdaEA, Ens
+    from adaea.attack import AdaEA
+    from adaea.baselines import Ens
 
     return {"Ens": Ens(), "AdaEA": AdaEA()}
 
@@ -342,15 +317,15 @@ def _pictures(
     """The grid's content: the last attack at the largest budget, seen by the first audited model."""
     last = next(reversed(runs))[0]
     key = (last, max(eps for name, eps in runs if name == last))
-    rows = pick_columns(labels, before, after[key])
+    run, rows = runs[key], pick_columns(labels, before, after[key])
     word = lambda label: class_names[label] if class_names and label < len(class_names) else f"class {label}"
     titles = [(word(int(labels[i])), word(int(before[i])), word(int(after[key][i]))) for i in rows]
     return {
         "clean": images[rows],
-        "adversarial": runs[key].set.adversarial[rows],
+        "adversarial": run.set.adversarial[rows],
         "titles": titles,
         "eps": key[1],
         "attack": key[0],
         "model": model,
-        "labels": labels[rows],
+        "keep": None if bool(run.keep.all()) else run.keep[rows],
     }

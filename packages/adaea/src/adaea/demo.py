@@ -53,6 +53,7 @@ class _Outcome:
     weights: Sequence[Any]
     kept: float
     adversarial: Tensor
+    keep: Tensor
 
 
 def black_boxes() -> dict[str, nn.Module]:
@@ -112,7 +113,7 @@ def _attack(
             right[name].append(before == labels[rows])
             won[name].append((before == labels[rows]) & (after != labels[rows]))
     kept = sum(float(run.kept.mean()) for run in runs) / len(runs)
-    return _Outcome(right, won, [run.weights for run in runs], kept, runs[0].set.adversarial)
+    return _Outcome(right, won, [run.weights for run in runs], kept, runs[0].set.adversarial, runs[0].keep)
 
 
 def _rate(outcome: _Outcome, name: str) -> Interval:
@@ -307,11 +308,9 @@ def _figures(
     parts: Mapping[int, Tensor],
 ) -> list[Figure]:
     from adaea import figures
-    from adaea.auditing import first_mask
     from adaea.auditreport import pick_columns
     from adaea.evaluation import predictions
     from adaea.scenes import CAPTIONS
-    from adaea.words import parse_attack
 
     rows = next(iter(parts.values()))
     images, labels = data[0][rows], data[1][rows]
@@ -320,7 +319,7 @@ def _figures(
     before, after = (predictions(targets[audited], x, batch_size=200) for x in (images, adversarial))
     shown = pick_columns(labels, before, after)
     titles = [tuple(CAPTIONS[int(v[i])] for v in (labels, before, after)) for i in shown]
-    mask = first_mask(parse_attack(QUICK["AdaEA"]), surrogates, images[shown], labels[shown])
+    mask = outcomes["AdaEA"].keep[shown]
     grid = figures.grid(
         out / "grid.png",
         images[shown],
@@ -350,7 +349,7 @@ def _figures(
 def _cut(outcome: _Outcome, part: slice) -> _Outcome:
     right = {name: listed[part] for name, listed in outcome.right.items()}
     won = {name: listed[part] for name, listed in outcome.won.items()}
-    return _Outcome(right, won, outcome.weights[part], outcome.kept, outcome.adversarial)
+    return _Outcome(right, won, outcome.weights[part], outcome.kept, outcome.adversarial, outcome.keep)
 
 
 method = Method(

@@ -37,12 +37,14 @@ class AttackRun:
             attack weighs per sample.
         kept: share of pixels that the filter lets move, ``(images, steps)``.
         losses: of each surrogate, ``(images, steps, surrogates)``.
+        keep: the filter of the first step, bool ``(images, 1, height, width)``.
     """
 
     set: AdversarialSet
     weights: np.ndarray[Any, Any]
     kept: np.ndarray[Any, Any]
     losses: np.ndarray[Any, Any]
+    keep: Tensor
 
 
 def wanted_labels(
@@ -202,7 +204,9 @@ def run_attack(
         index=torch.arange(len(images)),
         info=plain(info),
     )
-    run = AttackRun(whole, rows["weights"], rows["kept"], rows["losses"])
+    run = AttackRun(
+        whole, rows["weights"], rows["kept"], rows["losses"], torch.from_numpy(rows["keep"].astype(bool))
+    )
     if folder is not None:
         save_run(run, folder, key)
         shutil.rmtree(folder / _WORK / key, ignore_errors=True)
@@ -235,8 +239,9 @@ def _batch(
     x = images[start:stop].to(where)
     wanted = labels if targets is None else targets
     draws = generator(seed, "attack", start // batch_size)
-    bound = attack.with_(surrogates=list(surrogates.values()))
-    adv, trace = bound(x, wanted[start:stop].to(where), trace=True, generator=draws)
+    adv, trace = attack(
+        x, wanted[start:stop].to(where), trace=True, surrogates=dict(surrogates), generator=draws
+    )
     count = stop - start
     weights = trace.weights.detach().float().cpu()
     if weights.ndim == 2:
@@ -247,7 +252,12 @@ def _batch(
         "weights": np.ascontiguousarray(weights.permute(2, 0, 1).numpy()),
         "kept": np.ascontiguousarray(trace.kept.detach().float().cpu().T.numpy()),
         "losses": np.ascontiguousarray(trace.losses.detach().float().cpu().permute(2, 0, 1).numpy()),
+        "keep": _first(trace.keep, x).cpu().numpy().astype(np.uint8),
     }
+
+
+def _first(keep: Tensor, images: Tensor) -> Tensor:
+    return keep[0] if len(keep) else torch.ones_like(images[:, :1], dtype=torch.bool)
 
 
 def file_key(name: str, attack: Any) -> str:
@@ -267,6 +277,7 @@ def file_key(name: str, attack: Any) -> str:
 def save_run(run: AttackRun, folder: Path, key: str) -> None:
     """Write ``KEY.safetensors``, ``KEY.json`` and ``KEY.trace.safetensors``; the set comes last."""
     trace = {name: torch.from_numpy(getattr(run, name).copy()) for name in ("weights", "kept", "losses")}
+    trace["keep"] = run.keep
     save_tensors(folder / f"{key}.trace.safetensors", trace)
     run.set.save(folder / f"{key}.safetensors")
 
@@ -286,7 +297,9 @@ def _finished(folder: Path, key: str, made_from: dict[str, Any]) -> AttackRun | 
             f"{folder / key}.safetensors was made with other settings ({', '.join(differing)} differ); name "
             "another directory or pass overwrite"
         )
-    return AttackRun(found, *(trace[name].numpy() for name in ("weights", "kept", "losses")))
+    return AttackRun(
+        found, *(trace[name].numpy() for name in ("weights", "kept", "losses")), trace["keep"].bool()
+    )
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:

@@ -17,15 +17,16 @@ def _parts() -> dict[str, tuple[str, str, Callable[[], dict[str, Any]]]]:
     from adaea.updates import Momentum, Nesterov, Variance
 
     return {
-        "mi": ("update", "momentum 0.9", lambda: {"update": Momentum(MOMENTUM)}),
-        "ni": ("update", "Nesterov look-ahead", lambda: {"update": Nesterov()}),
-        "vmi": ("variance", "variance tuning", lambda: {"variance": Variance()}),
+        "mi": ("update", "momentum 0.9", lambda: {"update": [Momentum(MOMENTUM)]}),
+        "ni": ("update", "Nesterov look-ahead", lambda: {"update": [Nesterov()]}),
+        "vmi": ("variance", "variance tuning", lambda: {"update": [Variance()]}),
         "di": ("di", "random resize and pad", lambda: {"transforms": [DI()]}),
         "ti": ("ti", "smoothed gradients", lambda: {"transforms": [TI()]}),
         "si": ("si", "five scales", lambda: {"transforms": [SI()]}),
         "admix": ("si", "scales mixed with other images", lambda: {"transforms": [Admix()]}),
         "linear": ("agm", "AGM from gradients, no extra forwards", lambda: {"agm": "linear"}),
         "per-sample": ("agm", "weights per image", lambda: {"agm": "per_sample"}),
+        "linear-per-sample": ("agm", "both", lambda: {"agm": "linear_per_sample"}),
         "no-agm": ("agm", "even weights", lambda: {"agm": False}),
         "no-drf": ("drf", "no filter", lambda: {"drf": False}),
         "official-drf": ("drf", "the authors' filter with its defect", lambda: {"drf": "official"}),
@@ -52,7 +53,8 @@ def parse_attack(words: str, **settings: Any) -> Any:
         >>> parse_attack("adaea+mi", steps=3).steps
         3
     """
-    from adaea.attack import AdaEA, Ens
+    from adaea.attack import AdaEA
+    from adaea.baselines import Ens
 
     base, *names = words.lower().strip().split("+")
     parts = _parts()
