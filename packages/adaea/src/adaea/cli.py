@@ -402,3 +402,7 @@ def bench(
 def main() -> None:
     """The console script ``adaea``."""
     cli.run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,7 @@ EPS = 16 / 255
 SETTINGS = {"alpha": 2 / 255, "steps": 12}
 BUDGETS = (4 / 255, 8 / 255, 16 / 255)
 SEEDS = 3
+IMAGES = {"quick": 48, "full": 224}
 QUICK = {"Ens": "ens+mi", "AdaEA": "adaea+mi", "AdaEA, linear AGM": "adaea+mi+linear"}
 FULL = {
     **QUICK,
@@ -79,11 +80,11 @@ def chosen_images(surrogates: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
 
 
 def _parts(count: int, seeds: Sequence[int], *, full: bool) -> dict[int, Tensor]:
-    """Rows for each seed: all of them in full mode, else disjoint thirds."""
-    if full:
-        return {seed: torch.arange(count) for seed in seeds}
+    """Rows for each seed: the same in full mode, disjoint ones in quick mode."""
     order = torch.randperm(count, generator=generator(seeds[0], "demo"))
-    size = count // len(seeds)
+    if full:
+        return {seed: order[: IMAGES["full"]].sort().values for seed in seeds}
+    size = min(IMAGES["quick"], count // len(seeds))
     return {seed: order[i * size : (i + 1) * size].sort().values for i, seed in enumerate(seeds)}
 
 
@@ -241,7 +242,7 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
 
     Args:
         out: gets ``grid.png``, ``weights.png`` and ``curve.png``.
-        full: all images for every seed, the parts of AdaEA apart, and input diversity.
+        full: more images, the same for every seed, the parts of AdaEA apart, and input diversity.
         seed: the first of three.
 
     Returns:
@@ -252,6 +253,16 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         MissingExtraError: matplotlib is not installed.
     """
     require_extra("matplotlib.figure", "demo", "adaea")
+    threads = torch.get_num_threads()
+    # Networks this small gain nothing from a second thread, and lose much on a busy machine.
+    torch.set_num_threads(1)
+    try:
+        return _demo(out, full=full, seed=seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _demo(out: Path, *, full: bool, seed: int) -> Demo:
     from adaea.zoo import SURROGATES, load_network
 
     surrogates = {name: load_network(name) for name in SURROGATES}
