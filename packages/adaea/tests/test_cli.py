@@ -28,7 +28,16 @@ def test_audit_prints_json_and_leaves_a_whole_directory(tmp_path):
     assert document["schema"] == "adaea.audit/1"
     assert {row["model"] for row in document["rows"]} == {"vgg12", "vgg12+bits:3", "res16", "vit8"}
     names = {path.name for path in out.iterdir()}
-    assert {"report.html", "asr.csv", "asr.json", "grid.png", "curves.png", "weights.png", "adv", "png"} <= names
+    assert {
+        "report.html",
+        "asr.csv",
+        "asr.json",
+        "grid.png",
+        "curves.png",
+        "weights.png",
+        "adv",
+        "png",
+    } <= names
     assert json.loads((out / "asr.json").read_text()) == document
     assert "own or may test" in (out / "report.html").read_text()
     assert len(AdversarialSet.load(out / "png" / "adaea-eps8")) == 8
@@ -73,7 +82,9 @@ def test_an_audit_that_was_killed_goes_on_to_the_same_numbers(tmp_path):
 def test_attack_evaluate_compare(tmp_path):
     common = ["-s", "zoo:res16,zoo:vit8", "-d", "zoo:scenes", "--limit", 8, "--steps", 2, *QUICK]
     for word in ("ens", "adaea+mi+linear"):
-        done = run_cli(main, "attack", *common, "-a", word, "--out", tmp_path / f"{word}.safetensors", "--json")
+        done = run_cli(
+            main, "attack", *common, "-a", word, "--out", tmp_path / f"{word}.safetensors", "--json"
+        )
         assert done.code == 0, done.stderr
         made = AdversarialSet.load(tmp_path / f"{word}.safetensors")
         assert json.loads(done.stdout)["digest"] == made.digest()
@@ -89,7 +100,9 @@ def test_attack_evaluate_compare(tmp_path):
     assert (refused.code, "--overwrite" in refused.stderr) == (2, True)
     folder = run_cli(main, "attack", *common, "--out", tmp_path / "png", "--target", "random", "--json")
     assert folder.code == 0, folder.stderr
-    from_folder = run_cli(main, "evaluate", tmp_path / "png", "zoo:vgg12", "-d", "zoo:scenes", "--json", *QUICK)
+    from_folder = run_cli(
+        main, "evaluate", tmp_path / "png", "zoo:vgg12", "-d", "zoo:scenes", "--json", *QUICK
+    )
     assert json.loads(from_folder.stdout)["rows"][0]["targeted"] is not None
     again = run_cli(main, "attack", *common, "--out", tmp_path / "png", "--overwrite")
     assert again.code == 0, again.stderr

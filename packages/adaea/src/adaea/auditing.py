@@ -233,7 +233,7 @@ def _with_defences(models: dict[str, Callables], words: Sequence[str], seed: int
         build = parse_defence(word)
         for key, model in models.items():
             inner = model if isinstance(model, nn.Module) else _Called(model)
-            found[f"{key}+{word}"] = build(inner, seed=seed).eval()
+            found[f"{key}+{word}"] = build(inner, seed=seed)
     return found
 
 

@@ -171,7 +171,7 @@ def curves(path: Path, series: Mapping[str, Mapping[str, Mapping[float, Interval
             )
         ax.set_title(model, fontsize=10.5, color="#222222", fontweight="bold")
         ax.set_xticks(every, [_fraction(eps) for eps in every])
-        ax.set_ylim(0, 100)
+        ax.set_ylim(-2, 100)
         ax.set_xlim(every[0] - 0.5 * step, every[-1] + 0.5 * step)
         ax.set_xlabel("eps", fontsize=9.5, color="#444444")
         _plain_axes(ax)
@@ -230,6 +230,7 @@ def weights(path: Path, traces: Mapping[str, Any], names: Sequence[str]) -> Figu
             ha="right",
             fontsize=8,
             color="#666666",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
         )
         ax.set_title(attack, fontsize=10.5, color="#222222", fontweight="bold")
         ax.set_xlabel("step", fontsize=9.5, color="#444444")

@@ -269,8 +269,8 @@ def file_key(name: str, attack: Any) -> str:
         'adaea+mi-eps16'
     """
     top = attack.eps * 255 if attack.norm == "linf" else attack.eps
-    words = f"{round(top)}" if abs(top - round(top)) < 1e-9 else f"{top:.4g}"
-    safe = "".join(c if c.isalnum() or c in "+-_." else "_" for c in name)
+    words = f"{round(top)}" if abs(top - round(top)) < 1e-9 else f"{top:.4g}".replace(".", "_")
+    safe = "".join(c if c.isalnum() or c in "+-_" else "_" for c in name)
     return f"{safe}-{'eps' if attack.norm == 'linf' else 'l2_'}{words}"
 
 
