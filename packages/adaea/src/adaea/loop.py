@@ -1,7 +1,7 @@
 """The loop of the attack: what happens in one step, in the order of the method.
 
 Transform, forward, gradient per surrogate; AGM and DRF; fused gradient; variance; filter; smoothing;
-momentum; step; projection. Source: AdaEA (ICCV 2023) and its official code; see the README for the differences.
+momentum; step; projection. Source: AdaEA (ICCV 2023) and its official code.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ class Loop:
         if not bool(gradient.any()):
             check_connected(surrogate, None)
         warnings.warn(
-            f"surrogate {surrogate.name!r} is so sure of every label that its loss has no gradient; loss='logit' "
-            "or 'margin' does not saturate",
+            f"surrogate {surrogate.name!r} is so sure of every label that its loss has no gradient; "
+            "loss='logit' or 'margin' does not saturate",
             FusionWarning,
             stacklevel=6,
         )

@@ -165,7 +165,7 @@ def check_connected(surrogate: Surrogate, gradient: Tensor | None) -> Tensor:
     if gradient is None:
         raise InputError(
             f"surrogate {surrogate.name!r} gives no gradient to its input (no_grad, detach, a cast to "
-            "integers or argmax inside); an attack needs surrogates that are differentiable from image to logits"
+            "integers or argmax inside); wanted surrogates that are differentiable from image to logits"
         )
     if not bool(torch.isfinite(gradient).all()):
         raise NonFiniteError(

@@ -1,7 +1,7 @@
 """Which class a targeted attack wants for each image.
 
-``random`` is uniform over the other labels; ``least-likely`` is the class that the surrogates' mean softmax on
-the clean image gives least.
+``random`` is uniform over the other labels; ``least-likely`` is the class that the surrogates' mean softmax
+on the clean image gives least.
 """
 
 from __future__ import annotations
