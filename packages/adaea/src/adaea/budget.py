@@ -55,7 +55,7 @@ def project(
     norm: Norm = "linf",
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Images:
-    """The nearest allowed images: inside the ball of radius ``eps`` round the clean ones, and inside the bounds.
+    """The nearest allowed images: in the ball of radius ``eps`` round the clean ones, and in the bounds.
 
     Args:
         images: ``(..., batch, channels, height, width)``.

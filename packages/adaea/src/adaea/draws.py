@@ -1,7 +1,8 @@
 """Every random number of an attack, from one generator of its own, in a fixed order; or from a record.
 
-Order of a run: start noise; then per step the partners of Admix, for each surrogate in turn r, top, left and
-u of the resize, again for the candidates where these are transformed, and the neighbours of the variance term.
+Order of a run: start noise; random targets; then per step the partners of Admix, for each surrogate in turn
+r, top, left and u of the resize, again for the candidates where these are transformed, and the neighbours of
+the variance term.
 """
 
 from __future__ import annotations
@@ -13,6 +14,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 Resize = tuple[int, int, int, float]
+
+
+def proportional(side: int, height: int, width: int) -> int:
+    """The width that goes with another height: ``side * width / height``, rounded, at least 1.
+
+    Example:
+        >>> proportional(20, 24, 48)
+        40
+    """
+    return side if height == width else max(1, round(side * width / height))
 
 
 class Draws:
@@ -31,14 +42,6 @@ class Draws:
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
 
-    def _normal(self, like: Tensor) -> Tensor:
-        place = self.generator.device
-        return torch.randn(like.shape, generator=self.generator, dtype=like.dtype, device=place)
-
-    def _uniform(self, like: Tensor) -> Tensor:
-        place = self.generator.device
-        return torch.rand(like.shape, generator=self.generator, dtype=like.dtype, device=place)
-
     def _integer(self, low: int, high: int) -> int:
         """Uniform in [low, high]; low where the interval is empty."""
         if high <= low:
@@ -48,14 +51,23 @@ class Draws:
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers of the shape, dtype and device of ``like``: the start noise."""
-        return self._normal(like).to(like.device)
+        made, place = self.generator, self.generator.device
+        return torch.randn(like.shape, generator=made, dtype=like.dtype, device=place).to(like.device)
 
     def uniform(self, like: Tensor) -> Tensor:
         """Uniform numbers in [-1, 1): the start of a projected gradient run."""
-        return self._uniform(like).to(like.device) * 2 - 1
+        made, place = self.generator, self.generator.device
+        unit = torch.rand(like.shape, generator=made, dtype=like.dtype, device=place)
+        return unit.to(like.device) * 2 - 1
 
     def resize(
-        self, sides: tuple[int, int], canvas: int, shape: tuple[int, int], *, step: int, surrogate: int
+        self,
+        sides: tuple[int, int],
+        canvas: int,
+        shape: tuple[int, int],
+        *,
+        step: int,  # noqa: ARG002 - for records
+        surrogate: int,  # noqa: ARG002
     ) -> Resize:
         """One draw of the input diversity: r in ``sides``, then top, left in what is free, then u in [0, 1).
 
@@ -68,7 +80,7 @@ class Draws:
         """
         height, width = shape
         r = self._integer(*sides)
-        wide, room = _proportional(r, height, width), _proportional(canvas, height, width)
+        wide, room = proportional(r, height, width), proportional(canvas, height, width)
         top = self._integer(0, canvas - r - 1)
         left = self._integer(0, room - wide - 1)
         place = self.generator.device
@@ -82,13 +94,20 @@ class Draws:
             shift = torch.randint(1, batch, (count, batch), generator=self.generator, device=place)
         return (torch.arange(batch, device=place) + shift) % batch
 
-    def neighbour(self, like: Tensor, radius: float, *, step: int, number: int) -> Tensor:
+    def neighbour(
+        self,
+        like: Tensor,
+        radius: float,
+        *,
+        step: int,  # noqa: ARG002 - for records
+        number: int,  # noqa: ARG002
+    ) -> Tensor:
         """Uniform offsets in [-radius, radius) of the shape of ``like``."""
         return self.uniform(like) * radius
 
 
 class Recorded(Draws):
-    """Draws that were written down, for repeating a run of another implementation; the rest as in :class:`Draws`.
+    """Draws that were written down, for repeating a run; those that were not come from the generator.
 
     Args:
         generator: for what was not recorded.
@@ -126,17 +145,3 @@ class Recorded(Draws):
         if self.neighbours is None:
             return super().neighbour(like, radius, step=step, number=number)
         return self.neighbours[step, number].to(like)
-
-
-def _proportional(side: int, height: int, width: int) -> int:
-    return side if height == width else max(1, round(side * width / height))
-
-
-def proportional(side: int, height: int, width: int) -> int:
-    """The width that goes with another height: ``side * width / height``, rounded, at least 1.
-
-    Example:
-        >>> proportional(20, 24, 48)
-        40
-    """
-    return _proportional(side, height, width)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -41,6 +40,7 @@ def fuse_logits(
         ConfigError: another rule.
 
     Example:
+        >>> import torch
         >>> z = torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]])
         >>> fuse_logits(z, torch.tensor([0.5, 0.5]))
         tensor([[1., 0.]])
@@ -69,8 +69,8 @@ def fused_loss(
         logits: ``(surrogates, ..., batch, classes)``.
         weights: ``(surrogates,)`` or ``(surrogates, batch)``, held constant.
         labels: ``(batch,)``.
-        fusion: ``"logits"``: loss of the mean logits; ``"probs"``: of the mean probabilities, for cross-entropy
-            ``-log sum_k w_k softmax(z_k)_y``; ``"loss"``: mean of the losses.
+        fusion: ``"logits"``: loss of the mean logits; ``"probs"``: of the mean probabilities, for
+            cross-entropy ``-log sum_k w_k softmax(z_k)_y``; ``"loss"``: mean of the losses.
         loss: name in :data:`adaea.losses.LOSSES`.
 
     Returns:
@@ -80,6 +80,7 @@ def fused_loss(
         ConfigError: unknown rule or loss.
 
     Example:
+        >>> import torch
         >>> z, y = torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]]), torch.tensor([0])
         >>> [round(fused_loss(z, torch.tensor([0.5, 0.5]), y, rule).item(), 4) for rule in FUSIONS]
         [0.3133, 0.3705, 0.41]

@@ -52,8 +52,8 @@ def check_inputs(images: Any, labels: Any, bounds: tuple[float, float]) -> None:
         raise NonFiniteError("images hold NaN or infinity, wanted finite numbers")
     if low < bounds[0] - _SLACK or high > bounds[1] + _SLACK:
         raise DataError(
-            f"images have values from {low:.4g} to {high:.4g}, wanted {bounds[0]:g} to {bounds[1]:g}: pass images "
-            "that are not normalised, and let the surrogates apply mean and std themselves"
+            f"images have values from {low:.4g} to {high:.4g}, wanted {bounds[0]:g} to {bounds[1]:g}: pass "
+            "images that are not normalised, and let the surrogates apply mean and std themselves"
         )
     if int(labels.min()) < 0:
         raise DataError(f"labels go down to {int(labels.min())}, wanted class indices of at least 0")
@@ -70,15 +70,16 @@ def check_geometry(settings: AdaptiveSettings, images: Tensor) -> None:
     ti: TI | None = settings.part(TI)
     if ti is not None and ti.size > min(height, width):
         raise ShapeError(
-            f"TI kernel has {ti.size} x {ti.size} pixels, wanted at most those of the image, {height} x {width}"
+            f"TI kernel has {ti.size} x {ti.size} pixels, wanted at most those of the image, {height} x "
+            f"{width}"
         )
     di: DI | None = settings.part(DI)
     if di is not None:
         di.plan(height, width)
 
 
-def check_state(state: AttackState, images: Tensor) -> None:
-    """Check that a state belongs to a batch of this shape.
+def check_state(state: AttackState, images: Tensor, count: int) -> None:
+    """Check that a state belongs to a batch of this shape and to so many surrogates.
 
     Raises:
         ShapeError: it does not.
@@ -88,6 +89,8 @@ def check_state(state: AttackState, images: Tensor) -> None:
             f"state holds images of shape {tuple(state.images.shape)}, wanted those of images, "
             f"{tuple(images.shape)}"
         )
+    if state.weights.shape[0] != count:
+        raise ShapeError(f"state holds weights of {state.weights.shape[0]} surrogates, wanted {count}")
 
 
 def warn_inactive(settings: AdaptiveSettings, count: int, images: Tensor, stacklevel: int = 4) -> None:

@@ -1,15 +1,14 @@
 """The loop of the attack: what happens in one step, in the order of the method.
 
-Transform, forward, gradient per surrogate; AGM and DRF; fused gradient; variance; filter; smoothing; momentum;
-step; projection. Source: AdaEA (ICCV 2023) and its official code; see the README for the differences.
+Transform, forward, gradient per surrogate; AGM and DRF; fused gradient; variance; filter; smoothing;
+momentum; step; projection. Source: AdaEA (ICCV 2023) and its official code.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
-
+from functools import partial
 import torch
 from torch import Tensor
 
@@ -81,6 +80,7 @@ class Loop:
         self.weights = even.unsqueeze(-1).expand(-1, len(images)) if settings.per_sample else even
         self.targets: Tensor | None = None
         self.done = 0
+        self.checked = False
         if state is None:
             self.images = self._start()
             self.momentum, self.variance = torch.zeros_like(self.clean), torch.zeros_like(self.clean)
@@ -126,8 +126,6 @@ class Loop:
         check_classes(self.surrogates, logits, self.labels)
         return target_labels(self.s.target, self.labels, torch.stack(logits), self.draws.generator)
 
-    # one step -------------------------------------------------------------------------------------------------
-
     def _views(self, leaf: Tensor, partners: Tensor | None, draw: Resize | None) -> tuple[Tensor, int]:
         """What a surrogate sees of the images: (copies * batch, ...) and the number of copies."""
         views = leaf.unsqueeze(0)
@@ -158,12 +156,7 @@ class Loop:
         point = self.images
         if self.ahead and self.mu is not None:
             point = point + s.alpha * self.mu * self.momentum
-        partners = self.draws.partners(len(point), self.admix.others) if self.admix else None
-        draws = self._resizes(t)
-        leaves, logits = self._forward(point, partners, draws)
-        if t == 0 or not self.records:
-            check_classes(self.surrogates, logits, self._labels)
-        gradients = self._gradients(leaves, logits, keep=s.fusion != "loss")
+        leaves, logits, gradients = self._look(point)
         losses = torch.stack([cross_entropy(z.detach(), self._labels).mean(0) for z in logits])
         if self.adaptive and (t == 0 or (s.agm_every > 0 and t % s.agm_every == 0)):
             self.weights = self._weigh(point, gradients, losses)
@@ -196,35 +189,41 @@ class Loop:
     def _labels(self) -> Tensor:
         return self.labels if self.targets is None else self.targets
 
-    def _forward(
-        self, point: Tensor, partners: Tensor | None, draws: Sequence[Resize | None]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """A leaf per surrogate and its logits (copies, batch, classes)."""
-        leaves, logits = [], []
-        for surrogate, draw in zip(self.surrogates, draws, strict=True):
-            leaf = point.detach().requires_grad_()
-            with torch.enable_grad():
-                views, copies = self._views(leaf, partners, draw)
-                logits.append(surrogate(views).unflatten(0, (copies, -1)))
-            leaves.append(leaf)
-        return leaves, logits
+    def _look(self, point: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Each surrogate's leaf and logits (copies, batch, classes); the gradients (K, batch, ...) of all.
 
-    def _gradients(self, leaves: Sequence[Tensor], logits: Sequence[Tensor], *, keep: bool) -> Tensor:
-        """(K, B, C, H, W) of every surrogate's own objective."""
-        found = torch.empty((self.count, *self.clean.shape), dtype=self.clean.dtype, device=self.clean.device)
+        A surrogate's gradient follows its forward at once, while its activations are near.
+        """
+        s = self.s
+        partners = self.draws.partners(len(point), self.admix.others) if self.admix else None
+        leaves, logits, gradients = [], [], point.new_empty(self.count, *point.shape)
         with torch.enable_grad():
-            for k, (leaf, z) in enumerate(zip(leaves, logits, strict=True)):
+            for k, (surrogate, draw) in enumerate(
+                zip(self.surrogates, self._resizes(self.done), strict=True)
+            ):
+                leaf = point.detach().requires_grad_()
+                views, copies = self._views(leaf, partners, draw)
+                z = surrogate(views).unflatten(0, (copies, -1))
+                leaves.append(leaf)
+                logits.append(z)
+                if not self.checked:
+                    check_classes(self.surrogates[: k + 1], logits, self._labels)
                 gradient = None
                 if z.requires_grad:
-                    loss = self._objective(LOSSES[self.s.loss](z, self._labels))
-                    (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=keep, allow_unused=True)
-                if self.done == 0:
-                    check_connected(self.surrogates[k], gradient)
-                    if not bool(gradient.any()):  # type: ignore[union-attr]
-                        self._explain_zero(self.surrogates[k])
-                if gradient is not None:
-                    found[k] = gradient
-        return found
+                    loss = self._objective(LOSSES[s.loss](z, self._labels))
+                    (gradient,) = torch.autograd.grad(
+                        loss, leaf, retain_graph=s.fusion != "loss", allow_unused=True
+                    )
+                if not self.checked:
+                    self._check_gradient(surrogate, gradient)
+                gradients[k] = 0.0 if gradient is None else gradient
+        self.checked = True
+        return leaves, logits, gradients
+
+    def _check_gradient(self, surrogate: Surrogate, gradient: Tensor | None) -> None:
+        found = check_connected(surrogate, gradient)
+        if not bool(found.any()):
+            self._explain_zero(surrogate)
 
     def _explain_zero(self, surrogate: Surrogate) -> None:
         """Tell a saturated loss (a warning) from a surrogate that has no gradient anywhere (an error)."""
@@ -232,12 +231,12 @@ class Loop:
         with torch.enable_grad():
             z = surrogate(leaf)
             ramp = torch.linspace(-1.0, 1.0, z.shape[-1], dtype=z.dtype, device=z.device)
-            (gradient,) = torch.autograd.grad((z * ramp).sum(), leaf, allow_unused=True)
-        if gradient is None or not bool(gradient.any()):
+            (gradient,) = torch.autograd.grad((z * ramp).sum(), leaf)
+        if not bool(gradient.any()):
             check_connected(surrogate, None)
         warnings.warn(
-            f"surrogate {surrogate.name!r} is so sure of every label that its loss has no gradient; loss='logit' or "
-            "'margin' does not saturate",
+            f"surrogate {surrogate.name!r} is so sure of every label that its loss has no gradient; "
+            "loss='logit' or 'margin' does not saturate",
             FusionWarning,
             stacklevel=6,
         )
@@ -252,7 +251,7 @@ class Loop:
             views: list[Callable[[Tensor], Tensor] | None] = [None] * self.count
             if s.agm_transform and self.di is not None:
                 again = self._resizes(self.done)
-                views = [lambda x, d=draw: self.di.apply(x, d) for draw in again]  # type: ignore[union-attr]
+                views = [partial(self.di.apply, draw=draw) for draw in again if draw is not None]
             matrix, self.chunk = candidate_losses(
                 self.surrogates, candidates, self._labels, chunk=self.chunk, dtype=s.agm_dtype, views=views
             )
@@ -284,28 +283,24 @@ class Loop:
         total = torch.zeros_like(self.clean)
         for leaf, z, cotangent in zip(leaves, logits, cotangents, strict=True):
             if z.requires_grad:
-                (part,) = torch.autograd.grad(z, leaf, cotangent, allow_unused=True)
-                total = total if part is None else total + part
+                total += torch.autograd.grad(z, leaf, cotangent)[0]
         return total
 
     def _neighbourhood(self, number: int, part: Variance) -> Tensor:
         """Mean gradient of the fused objective at random points round the iterate."""
         total = torch.zeros_like(self.clean)
-        plain: list[Resize | None] = [None] * self.count
         for n in range(part.neighbours):
             offset = self.draws.neighbour(self.clean, part.radius * self.s.eps, step=number, number=n)
             leaves: list[Tensor] = []
             logits: list[Tensor] = []
             near = self.images + offset
-            for surrogate, _ in zip(self.surrogates, plain, strict=True):
+            for surrogate in self.surrogates:
                 leaf = near.detach().requires_grad_()
                 with torch.enable_grad():
                     logits.append(surrogate(leaf).unsqueeze(0))
                 leaves.append(leaf)
             total = total + self._backward(leaves, logits)
         return total / part.neighbours
-
-    # what is left of it -----------------------------------------------------------------------------------------
 
     def trace(self) -> Trace:
         """The records of all steps, and the state."""
@@ -324,5 +319,12 @@ class Loop:
 
     def state(self) -> AttackState:
         """All that going on from here needs."""
-        values: tuple[Any, ...] = (self.images, self.momentum, self.variance, self.weights, self._labels)
-        return AttackState(*values, self.draws.generator.get_state(), torch.tensor(self.done))
+        return AttackState(
+            self.images,
+            self.momentum,
+            self.variance,
+            self.weights,
+            self._labels,
+            self.draws.generator.get_state(),
+            torch.tensor(self.done),
+        )

@@ -1,4 +1,4 @@
-"""The models that an attack may look into: frozen for the run, each on its device, in its dtype, as logits."""
+"""The models that an attack may look into: frozen for the run, each on its device and in its dtype."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ def check_classes(surrogates: Sequence[Surrogate], logits: Sequence[Tensor], lab
     for surrogate, count in zip(surrogates, counts, strict=True):
         if count != counts[0]:
             raise ShapeError(
-                f"surrogate {surrogates[0].name!r} has {counts[0]} classes and {surrogate.name!r} has {count}, "
-                "wanted the same number"
+                f"surrogate {surrogates[0].name!r} has {counts[0]} classes and {surrogate.name!r} has "
+                f"{count}, wanted the same number"
             )
     if labels.numel() and int(labels.max()) >= counts[0]:
         raise DataError(
@@ -155,12 +155,20 @@ def check_classes(surrogates: Sequence[Surrogate], logits: Sequence[Tensor], lab
     return counts[0]
 
 
-def check_connected(surrogate: Surrogate, gradient: Tensor | None) -> None:
-    """Raise where no gradient leads from a surrogate's logits to its input."""
+def check_connected(surrogate: Surrogate, gradient: Tensor | None) -> Tensor:
+    """The gradient of a surrogate's logits to its input, after a look at it.
+
+    Raises:
+        InputError: there is none.
+        NonFiniteError: it is not finite.
+    """
     if gradient is None:
         raise InputError(
-            f"surrogate {surrogate.name!r} gives no gradient to its input (no_grad, detach, a cast to integers "
-            "or argmax inside); an attack needs surrogates that are differentiable from image to logits"
+            f"surrogate {surrogate.name!r} gives no gradient to its input (no_grad, detach, a cast to "
+            "integers or argmax inside); wanted surrogates that are differentiable from image to logits"
         )
     if not bool(torch.isfinite(gradient).all()):
-        raise NonFiniteError(f"surrogate {surrogate.name!r} gave a gradient that is not finite")
+        raise NonFiniteError(
+            f"surrogate {surrogate.name!r} gave a gradient that is not finite, wanted finite numbers"
+        )
+    return gradient

@@ -1,7 +1,7 @@
 """Which class a targeted attack wants for each image.
 
-``random`` is uniform over the other labels; ``least-likely`` the class that the surrogates' mean softmax on the
-clean image gives least.
+``random`` is uniform over the other labels; ``least-likely`` is the class that the surrogates' mean softmax
+on the clean image gives least.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def target_labels(
         wanted = (labels + shift.to(labels.device)) % classes
     elif isinstance(target, str) and target == "least-likely":
         wanted = wide(logits).softmax(-1).mean(0).argmin(-1).to(labels.device)
-    elif isinstance(target, bool) or isinstance(target, str):
+    elif isinstance(target, bool | str):
         raise ConfigError(f"target is {target!r}, wanted one of {list(RULES)}, a class or a function")
     elif isinstance(target, int):
         wanted = torch.full_like(labels, target)

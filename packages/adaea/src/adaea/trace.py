@@ -92,7 +92,7 @@ class Trace(Result):
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "state"}
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per step and surrogate: mean weight and loss, share of kept pixels, images without gradient."""
+        """One row per step and surrogate: mean weight and loss, kept share, images without gradient."""
         weights = self.weights.double()
         weights = weights.mean(-1) if weights.dim() == 3 else weights
         losses, kept = self.losses.double().mean(-1), self.kept.double().mean(-1)
@@ -113,7 +113,7 @@ class Trace(Result):
         return require_extra("pandas", "demo", "adaea").DataFrame(self.rows())
 
     def save(self, path: PathLike) -> None:
-        """Write ``.npz``, ``.safetensors``, ``.json`` or, one row per line, ``.jsonl``; whole or not at all."""
+        """Write ``.npz``, ``.safetensors``, ``.json`` or, a row per line, ``.jsonl``; whole or not at all."""
         if Path(path).suffix == ".jsonl":
             with atomic_write(path, "w") as file:
                 file.writelines(json.dumps(plain(row)) + "\n" for row in self.rows())
@@ -161,7 +161,7 @@ class StepRecord:
     Attributes:
         step: its number from 0.
         point: where the gradients were taken, ``(batch, channels, height, width)``.
-        gradients: of the objective of each surrogate, ascent, ``(surrogates, batch, channels, height, width)``.
+        gradients: of each surrogate's objective, ascent, ``(surrogates, batch, channels, height, width)``.
         losses: cross-entropy, ``(surrogates, batch)``.
         weights: ``(surrogates,)`` or ``(surrogates, batch)``.
         score: map of the filter, ``(batch, 1, height, width)``; 1 everywhere where the filter is off.

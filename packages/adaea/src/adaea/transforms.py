@@ -1,7 +1,7 @@
 """Input transforms that make an attack transfer, and the smoothing of its gradient.
 
-Sources: DI, Xie et al. 2019; SI, Lin et al. 2020; Admix, Wang et al. 2021; TI, Dong et al. 2019; the draws and
-the rounding as in the official code of AdaEA.
+Sources: DI, Xie et al. 2019; SI, Lin et al. 2020; Admix, Wang et al. 2021; TI, Dong et al. 2019; the draws
+and the rounding as in the official code of AdaEA.
 """
 
 from __future__ import annotations

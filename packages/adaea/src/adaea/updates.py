@@ -1,7 +1,7 @@
 """From a gradient to the direction of a step: momentum, looking ahead, variance.
 
-Sources: MI, Dong et al. 2018; NI, Lin et al. 2020; VMI, Wang and He 2021. Unlike in the official code an image
-whose gradient is 0 everywhere adds 0 to its momentum instead of NaN.
+Sources: MI, Dong et al. 2018; NI, Lin et al. 2020; VMI, Wang and He 2021. Unlike in the official code an
+image whose gradient is 0 everywhere adds 0 to its momentum instead of NaN.
 """
 
 from __future__ import annotations
