@@ -33,7 +33,7 @@ def audit(
     eps: float | Sequence[float] = 8 / 255,
     seed: int = 0,
     defences: Sequence[str] = (),
-    target: Target | None = None,
+    target: Target | str | None = None,
     batch_size: int = 32,
     limit: int | None = None,
     size: int | None = None,
@@ -153,7 +153,7 @@ def attack_images(
     surrogates: Models,
     data: Any,
     seed: int = 0,
-    target: Target | None = None,
+    target: Target | str | None = None,
     batch_size: int = 32,
     limit: int | None = None,
     size: int | None = None,
@@ -315,7 +315,7 @@ def _pictures(
     class_names: Sequence[str] | None,
 ) -> dict[str, Any]:
     """The grid's content: the last attack at the largest budget, seen by the first audited model."""
-    last = next(reversed(runs))[0]
+    last = list(runs)[-1][0]
     key = (last, max(eps for name, eps in runs if name == last))
     run, rows = runs[key], pick_columns(labels, before, after[key])
     word = lambda label: class_names[label] if class_names and label < len(class_names) else f"class {label}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -163,19 +164,13 @@ def _pairs(outcomes: Mapping[str, _Outcome], black: Sequence[str]) -> tuple[list
     for name in black:
         a, b = torch.cat(ours.won[name]), torch.cat(ens.won[name])
         only_ours, only_ens = int((a & ~b).sum()), int((b & ~a).sum())
-        record = {
-            "model": name,
-            "Ens": _rate(ens, name),
-            "AdaEA": _rate(ours, name),
-            "only_adaea": only_ours,
-            "only_ens": only_ens,
-            "p": mcnemar(only_ours, only_ens),
-        }
-        records.append(plain(record))
+        p, rates = mcnemar(only_ours, only_ens), {"Ens": _rate(ens, name), "AdaEA": _rate(ours, name)}
+        counts = {"only_adaea": only_ours, "only_ens": only_ens}
+        records.append(plain({"model": name, **rates, **counts, "p": p}))
         lines.append(
-            f"{name}: Ens {_percent(record['Ens'])}, AdaEA {_percent(record['AdaEA'])} (strict ASR %, 95 % "
+            f"{name}: Ens {_percent(rates['Ens'])}, AdaEA {_percent(rates['AdaEA'])} (strict ASR %, 95 % "
             f"Wilson); only AdaEA / only Ens succeeds {only_ours} / {only_ens}, exact McNemar p "
-            f"{_p(record['p'])}."
+            f"{_p(p)}."
         )
     return records, lines
 
@@ -217,12 +212,12 @@ def _claims(
         claims.append(
             Claim("The same with input diversity (DI).", "abstract", shown, f"{words[0].upper()}{words[1:]}.")
         )
-    mean = sum(weights.mean((0, 1)) for weights in ours.weights) / len(ours.weights)
+    mean = np.mean([weights.mean((0, 1)) for weights in ours.weights], axis=0)
     spread = float(mean.max() - mean.min())
     listed = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(surrogates, mean, strict=True))
     claims.append(
         Claim(
-            "AGM shifts weight towards the surrogates whose steps transfer.",
+            "AGM weighs the surrogates by how much their steps harm the others, not evenly.",
             "abstract",
             spread > 0.02,
             f"Mean weights: {listed}; even would be {1 / len(surrogates):.2f}.",
@@ -329,7 +324,8 @@ def _figures(
     audited = "vgg12"
     before, after = (predictions(targets[audited], x, batch_size=200) for x in (images, adversarial))
     shown = pick_columns(labels, before, after)
-    titles = [tuple(CAPTIONS[int(v[i])] for v in (labels, before, after)) for i in shown]
+    name = lambda number: CAPTIONS[int(number)]
+    titles = [(name(labels[i]), name(before[i]), name(after[i])) for i in shown]
     mask = outcomes["AdaEA"].keep[shown]
     grid = figures.grid(
         out / "grid.png",

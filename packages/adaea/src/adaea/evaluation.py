@@ -47,10 +47,7 @@ def name_models(models: Models, name: str = "my_model") -> dict[str, Callables]:
     elif isinstance(models, nn.Module) or callable(models):
         found = {name: models}
     else:
-        listed = list(models)
-        if all(isinstance(model, str) for model in listed):
-            return cast("dict[str, Callables]", load_models(listed))
-        found = {f"model{i}": model for i, model in enumerate(listed)}
+        return cast("dict[str, Callables]", load_models(list(models)))
     wrong = [f"{key}: {type(model).__name__}" for key, model in found.items() if not callable(model)]
     if wrong or not found:
         raise InputError(

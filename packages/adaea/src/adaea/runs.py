@@ -297,9 +297,8 @@ def _finished(folder: Path, key: str, made_from: dict[str, Any]) -> AttackRun | 
             f"{folder / key}.safetensors was made with other settings ({', '.join(differing)} differ); name "
             "another directory or pass overwrite"
         )
-    return AttackRun(
-        found, *(trace[name].numpy() for name in ("weights", "kept", "losses")), trace["keep"].bool()
-    )
+    weights, kept, losses = (trace[name].numpy() for name in ("weights", "kept", "losses"))
+    return AttackRun(found, weights, kept, losses, trace["keep"].bool())
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
