@@ -44,8 +44,11 @@ def step(direction: Images, alpha: float, norm: Norm = "linf") -> Images:
         return alpha * direction.sign()
     if norm != "l2":
         raise ConfigError(f"norm is {norm!r}, wanted one of {list(NORMS)}")
-    length = _length(direction)
-    return alpha * direction / torch.where(length == 0, torch.ones_like(length), length)
+    # Divided by its largest value first, so that the squares of a faint gradient do not vanish.
+    largest = direction.detach().abs().amax((-3, -2, -1), keepdim=True)
+    unit = direction / torch.where(largest == 0, torch.ones_like(largest), largest)
+    length = _length(unit)
+    return alpha * unit / torch.where(length == 0, torch.ones_like(length), length)
 
 
 def project(

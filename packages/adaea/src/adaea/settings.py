@@ -38,7 +38,7 @@ def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def _parts(name: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
-    listed = () if value is None else (value,) if isinstance(value, kinds) else tuple(value)
+    listed = () if value is None else tuple(value) if isinstance(value, list | tuple | str) else (value,)
     for part in listed:
         if not isinstance(part, kinds):
             raise ConfigError(f"{name} holds {part!r}, wanted {', '.join(kind.__name__ for kind in kinds)}")
