@@ -304,3 +304,14 @@ def test_shipped_networks_audit_from_loaders():
     found = audit(load_network("vgg12"), surrogates="zoo:res16,zoo:vit8", data=loader, limit=7, **OPTIONS)
     assert found.settings["images"] == 7
     assert len(found.set("Ens")) == 7
+
+
+def test_half_precision_forwards_keep_the_budget(data, surrogates):
+    found = audit(Net(0), surrogates=surrogates, data=data, dtype="bfloat16", eps=0.1, **OPTIONS)
+    made = found.set("AdaEA")
+    assert made.adversarial.dtype is torch.float32
+    assert float((made.adversarial - data[0]).abs().max()) <= 0.1 + 1e-6
+    whole = audit(Net(0), surrogates=surrogates, data=data, eps=0.1, **OPTIONS)
+    assert made.digest() != whole.set("AdaEA").digest()
+    with pytest.raises(ConfigError, match="dtype is 'float64'"):
+        audit(Net(0), surrogates=surrogates, data=data, dtype="float64", **OPTIONS)

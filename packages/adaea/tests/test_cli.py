@@ -51,7 +51,9 @@ def test_audit_prints_json_and_leaves_a_whole_directory(tmp_path):
 def test_the_gate_ends_with_3(tmp_path):
     open_gate = run_cli(main, *AUDIT, *QUICK, "--max-asr", "1.0")
     assert open_gate.code == 0
-    shut = run_cli(main, *AUDIT, *QUICK, "--max-asr", "0.01", "--out", tmp_path / "run")
+    shut = run_cli(
+        main, *AUDIT, *QUICK, "--dtype", "bfloat16", "--max-asr", "0.01", "--out", tmp_path / "run"
+    )
     assert shut.code == 3
     assert "gate not met" in shut.stderr
     assert "> --max-asr 0.01" in shut.stderr
@@ -59,6 +61,7 @@ def test_the_gate_ends_with_3(tmp_path):
     assert "Strict attack success" in shut.stdout
 
 
+@pytest.mark.slow
 def test_an_audit_that_was_killed_goes_on_to_the_same_numbers(tmp_path):
     words = [*AUDIT, *QUICK, "--batch-size", 2, "--steps", 8, "--json"]
     whole = run_cli(main, *words, "--out", tmp_path / "whole")
@@ -146,6 +149,7 @@ def test_config_prints_what_an_attack_is(tmp_path):
         ([*AUDIT, "--target", "99"], "99"),
         ([*AUDIT, "--resume"], "need --out"),
         ([*AUDIT, "--device", "tpu"], "device"),
+        ([*AUDIT, "--dtype", "int8"], "dtype is 'int8'"),
         (["evaluate", "missing.safetensors", "zoo:vgg12"], "missing.safetensors"),
         (["importance", *AUDIT[1:3], "zoo:res16", *AUDIT[4:]], "wanted at least two"),
         (["attack", "-s", "zoo:res16", "-d", "zoo:scenes", "--out", "set.pt"], "wanted NAME.safetensors"),

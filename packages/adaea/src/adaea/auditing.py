@@ -38,6 +38,7 @@ def audit(
     limit: int | None = None,
     size: int | None = None,
     device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     name: str = "my_model",
     class_names: Sequence[str] | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -66,6 +67,7 @@ def audit(
         limit: use the first n images.
         size: resize image files to squares of so many pixels.
         device: where attacks and models run.
+        dtype: of the forwards; ``"auto"`` is float32, half dtypes go through autocast.
         name: of a single audited model.
         class_names: for the pictures.
         out: directory of the report; finished batches are kept there while the audit runs.
@@ -100,7 +102,12 @@ def audit(
     chosen = dict(attacks) if attacks is not None else default_attacks()
     if not chosen:
         raise InputError("attacks is empty, wanted name -> attack such as {'AdaEA': AdaEA()}")
-    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": dtype,
+        "progress": progress,
+    }
     wanted = None
     if target is not None:
         wanted = wanted_labels(target, images, labels, stand_ins, seed=seed, batch_size=batch_size)
@@ -158,6 +165,7 @@ def attack_images(
     limit: int | None = None,
     size: int | None = None,
     device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     progress: bool | None = None,
 ) -> AdversarialSet:
     """Adversarial images alone, with the record of how they were made; arguments as in :func:`audit`.
@@ -173,7 +181,12 @@ def attack_images(
     if target is not None:
         wanted = wanted_labels(target, images, labels, stand_ins, seed=seed, batch_size=batch_size)
         attack = attack.with_(targeted=True)
-    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": dtype,
+        "progress": progress,
+    }
     return run_attack(name, attack, stand_ins, images, labels, seed=seed, targets=wanted, **options).set
 
 

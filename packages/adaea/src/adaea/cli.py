@@ -36,14 +36,12 @@ Target = Annotated[
 Workers = Annotated[int, typer.Option("--batch-size", min=1, help="Images attacked together.")]
 
 
-def _settings(alpha: str | None, steps: int | None, norm: str, dtype: str = "auto") -> dict[str, Any]:
+def _settings(alpha: str | None, steps: int | None, norm: str) -> dict[str, Any]:
     found: dict[str, Any] = {"norm": norm}
     if alpha is not None:
         found["alpha"] = cli.fraction(alpha)
     if steps is not None:
         found["steps"] = steps
-    if dtype != "auto":
-        found["dtype"] = dtype
     return found
 
 
@@ -110,7 +108,7 @@ def audit(
         model,
         surrogates=surrogates,
         data=data,
-        attacks=parse_attacks(attacks, **_settings(alpha, steps, norm, dtype)),
+        attacks=parse_attacks(attacks, **_settings(alpha, steps, norm)),
         eps=_budgets(eps),
         seed=seed,
         defences=[word for word in (defence or "").split(",") if word.strip()],
@@ -119,6 +117,7 @@ def audit(
         limit=limit,
         size=size,
         device=device,
+        dtype=dtype,
         class_names=_class_names(data),
         out=out,
         resume=resume,
@@ -191,7 +190,7 @@ def attack(
         raise ConfigError(f"--eps is {eps!r}, wanted one budget")
     made = attack_images(
         attack,
-        parse_attack(attack, eps=budgets[0], **_settings(alpha, steps, norm, dtype)),
+        parse_attack(attack, eps=budgets[0], **_settings(alpha, steps, norm)),
         surrogates=surrogates,
         data=data,
         seed=seed,
@@ -200,6 +199,7 @@ def attack(
         limit=limit,
         size=size,
         device=device,
+        dtype=dtype,
         progress=False if quiet else None,
     )
     if out.is_dir():
@@ -307,13 +307,14 @@ def importance(
         model,
         surrogates=surrogates,
         data=data,
-        attack=parse_attack(attack, **_settings(alpha, steps, norm, dtype)),
+        attack=parse_attack(attack, **_settings(alpha, steps, norm)),
         eps=budgets[0],
         seed=seed,
         batch_size=batch_size,
         limit=limit,
         size=size,
         device=device,
+        dtype=dtype,
         progress=False if quiet else None,
     )
     if out is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adaea.advset import AdversarialSet
 from adaea.metrics import Perturbation, Scores, paired_counts, perturbation, score, strict_asr
 from adaea.models import load_models
-from adaea.wrappers import predict
+from adaea.wrappers import half_precision, predict
 from fusion_core.batching import map_batches
 from fusion_core.device import resolve_device
 from fusion_core.errors import DataError, InputError
@@ -62,6 +62,7 @@ def predictions(
     *,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
     progress: bool | None = None,
 ) -> Tensor:
     """The classes a model names for many images, int64 ``(images,)`` on the CPU; the model stays as it was.
@@ -71,13 +72,18 @@ def predictions(
         images: ``(images, channels, height, width)`` in [0, 1].
         batch_size: images per forward, halved by itself where memory runs out.
         device: where the model runs.
+        dtype: of its forward; ``"auto"`` is float32, half dtypes go through autocast.
         progress: show a bar.
 
     Raises:
         InputError: the model returns neither logits nor labels.
     """
     where = resolve_device(device)
-    run = lambda part: predict(model, part.to(where))
+
+    def run(part: Tensor) -> Tensor:
+        with half_precision(where, dtype):
+            return predict(model, part.to(where))
+
     if not isinstance(model, nn.Module):
         return torch.cat(list(map_batches(run, images, batch_size, progress=progress)))
     home = next((p.device for p in model.parameters()), where)
@@ -268,6 +274,7 @@ def importance(
     limit: int | None = None,
     size: int | None = None,
     device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     name: str = "my_model",
     progress: bool | None = None,
 ) -> Report:
@@ -284,6 +291,7 @@ def importance(
         limit: use the first n images.
         size: resize image files to squares of so many pixels.
         device: where attack and models run.
+        dtype: of the forwards; ``"auto"`` is float32, half dtypes go through autocast.
         name: of a single audited model.
         progress: show bars.
 
@@ -311,7 +319,12 @@ def importance(
     images, labels = load_data(data, limit, size=size)
     images = images.float()
     bound = (AdaEA() if attack is None else attack).with_(eps=eps)
-    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": dtype,
+        "progress": progress,
+    }
     sets: dict[str, Tensor] = {}
     for left_out in ("none", *stand_ins):
         rest = {key: value for key, value in stand_ins.items() if key != left_out}

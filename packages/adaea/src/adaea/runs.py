@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaea.advset import AdversarialSet
+from adaea.wrappers import half_precision
 from fusion_core.batching import map_batches
 from fusion_core.checkpoint import digest, digest_state, load_tensors, save_tensors
 from fusion_core.device import resolve_device
@@ -120,6 +121,7 @@ def run_attack(
     batch_size: int = 32,
     targets: Tensor | None = None,
     device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
     folder: Path | None = None,
     progress: bool | None = None,
 ) -> AttackRun:
@@ -138,6 +140,8 @@ def run_attack(
         batch_size: images attacked together; batch-mean AGM depends on it.
         targets: classes wanted by a targeted attack.
         device: where the attack runs.
+        dtype: of the models' forwards; ``"auto"`` is float32, half dtypes go through autocast. Images and
+            perturbation stay float32.
         folder: of the finished sets and of what is under way; None keeps everything in memory.
         progress: show a bar.
 
@@ -153,6 +157,7 @@ def run_attack(
     made_from = fingerprint(
         attack, surrogates, images, labels, seed=seed, batch_size=batch_size, targets=targets
     )
+    made_from["dtype"] = str(dtype)
     key = file_key(name, attack)
     if folder is not None and (found := _finished(folder, key, made_from)) is not None:
         return found
@@ -168,7 +173,10 @@ def run_attack(
         for model in surrogates.values():
             model.to(where)
         for start, stop in track(cuts, f"{name}, eps {attack.eps:.4g}", enabled=progress):
-            rows = _batch(attack, surrogates, images, labels, targets, (start, stop), seed, batch_size, where)
+            with half_precision(where, dtype):
+                rows = _batch(
+                    attack, surrogates, images, labels, targets, (start, stop), seed, batch_size, where
+                )
             if folder is None:
                 parts.append(rows)
                 continue

@@ -90,21 +90,22 @@ def photographs() -> list[np.ndarray[Any, Any]]:
     Raises:
         MissingExtraError: scikit-image, scikit-learn or a photograph of theirs is not installed.
     """
-    image_module = require_extra("PIL.Image", "demo", "adaea")
+    from PIL import Image
+
     folders = [
-        Path(str(require_extra("skimage", "train", "adaea").__file__)).parent / "data",
-        Path(str(require_extra("sklearn", "train", "adaea").__file__)).parent / "datasets" / "images",
+        Path(str(require_extra("skimage", "demo", "adaea").__file__)).parent / "data",
+        Path(str(require_extra("sklearn", "demo", "adaea").__file__)).parent / "datasets" / "images",
     ]
     found: list[np.ndarray[Any, Any]] = []
     for name in SCENES:
         files = [path for folder in folders for path in sorted(folder.glob(f"{name}.*"))]
         if not files:
             raise InputError(f"no photograph {name!r} in the installed scikit-image and scikit-learn")
-        with image_module.open(files[0]) as opened:
+        with Image.open(files[0]) as opened:
             picture = opened.convert("RGB")
         scale = _SHORT_SIDE / min(picture.size)
         size = (max(round(picture.width * scale), SIZE), max(round(picture.height * scale), SIZE))
-        found.append(np.asarray(picture.resize(size, image_module.Resampling.BICUBIC)))
+        found.append(np.asarray(picture.resize(size, Image.Resampling.BICUBIC)))
     return found
 
 

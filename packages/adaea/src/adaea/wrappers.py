@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusion_core.errors import InputError
+from fusion_core.device import autocast, resolve_dtype
+from fusion_core.errors import ConfigError, InputError
 from fusion_core.modules import logits_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -61,6 +63,20 @@ class Normalized(nn.Module):
         """Mean, std and size."""
         mean, std = (self.get_buffer(name).flatten().tolist() for name in ("mean", "std"))
         return f"mean={mean}, std={std}, size={self.size}"
+
+
+def half_precision(device: torch.device, dtype: str | torch.dtype) -> AbstractContextManager[Any]:
+    """Autocast for the half dtypes; nothing for ``"auto"`` and float32.
+
+    Raises:
+        ConfigError: another dtype.
+    """
+    if str(dtype) == "auto":
+        return nullcontext()
+    found = resolve_dtype(dtype, device)
+    if found is torch.float64:
+        raise ConfigError("dtype is 'float64', wanted auto, float32, bfloat16 or float16")
+    return autocast(device, found)
 
 
 def predict(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
