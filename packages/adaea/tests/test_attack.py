@@ -224,11 +224,17 @@ def test_kinds_of_surrogates(nets, batch):
     assert torch.equal(AdaEA(nn.ModuleDict(models), steps=1)(x, y), listed)
     assert torch.equal(AdaEA(nn.ModuleList(models.values()), steps=1)(x, y), listed)
     assert torch.equal(AdaEA(steps=1)(x, y, surrogates=models), listed)
-    compiled = [torch.compile(net, backend="eager") for net in models.values()]
-    torch.testing.assert_close(AdaEA(compiled, steps=1)(x, y), listed)
     alone, trace = AdaEA(models["net0"], steps=1)(x, y, trace=True)
     assert trace.names == ("0:Sequential",)
     assert torch.equal(alone, Ens(models["net0"], steps=1)(x, y))
+
+
+@pytest.mark.slow
+def test_compiled_surrogates(nets, batch):
+    x, y = batch()
+    models = nets(2)
+    compiled = [torch.compile(net, backend="eager") for net in models.values()]
+    torch.testing.assert_close(AdaEA(compiled, steps=1)(x, y), AdaEA(models, steps=1)(x, y))
 
 
 def test_devices_move_a_surrogate_for_the_run(nets, batch, device):
