@@ -34,7 +34,7 @@ def _smooth(channels, classes, seed, dtype, width, symmetric):
 
 @pytest.fixture
 def nets():
-    """``nets(3, channels=3, classes=4, dtype=...)``: name -> network, in training mode as a user may leave it."""
+    """``nets(3, channels=3, classes=4)``: name -> network, in training mode as a user may leave it."""
 
     def make(count=3, *, channels=3, classes=4, dtype=torch.float64, width=6, symmetric=False, first=0):
         return {

@@ -9,15 +9,35 @@ import pytest
 import torch
 from torch import nn
 
-from adaea import DI, SI, TI, AdaEA, Admix, Ens, Momentum, Nesterov, Variance
-from adaea import agm_weights, disparity_filter, disparity_map, loss_matrix
+from adaea import (
+    DI,
+    SI,
+    TI,
+    AdaEA,
+    Admix,
+    Ens,
+    Momentum,
+    Nesterov,
+    Variance,
+    agm_weights,
+    disparity_filter,
+    disparity_map,
+    loss_matrix,
+)
 from adaea.budget import project, step
 from adaea.drf import filter_bound
 from adaea.fusion import fuse_logits, fused_loss
 from adaea.trace import AttackState
 from adaea.transforms import smooth, smoothing_kernel
-from fusion_core.errors import ConfigError, DataError, FusionError, FusionWarning, InputError
-from fusion_core.errors import NonFiniteError, ShapeError
+from fusion_core.errors import (
+    ConfigError,
+    DataError,
+    FusionError,
+    FusionWarning,
+    InputError,
+    NonFiniteError,
+    ShapeError,
+)
 
 
 # surrogates
@@ -398,8 +418,9 @@ def test_an_inactive_filter_is_told(nets, batch, drf, count):
 
 def test_the_documented_official_run_never_filters(batch, nets):
     x, y = batch(2)
-    with pytest.warns(FusionWarning, match=r"eta is -0.3, and with 4 surrogates .* below -0.2708"):
+    with pytest.warns(FusionWarning, match=r"eta is -0.3, and with 4 surrogates .* below -0.2708") as told:
         _, trace = AdaEA.official(nets(4), steps=2)(x, y, trace=True)
+    assert told[0].filename == __file__, "it points at the caller's line"
     assert trace.keep.all()
     g = torch.randn(4, 64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert disparity_filter(g, -0.3, "official").all()

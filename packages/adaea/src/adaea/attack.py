@@ -101,7 +101,11 @@ class Attack:
         if len(images):
             check_geometry(settings, images)
             warn_inactive(settings, len(models), images)
-        with prepared(models, settings.devices) as ready:
+        with torch.inference_mode(False), prepared(models, settings.devices) as ready:
+            if images.is_inference():
+                images = images.clone()  # as a tensor that a graph may hold
+            if labels.is_inference():
+                labels = labels.clone()
             loop = Loop(settings, ready, images, labels, draws, state=state, traced=trace, on_step=on_step)
             adversarial = loop.run() if len(images) and settings.eps > 0 else images
             found = loop.trace() if trace else None

@@ -93,7 +93,7 @@ def check_state(state: AttackState, images: Tensor, count: int) -> None:
         raise ShapeError(f"state holds weights of {state.weights.shape[0]} surrogates, wanted {count}")
 
 
-def warn_inactive(settings: AdaptiveSettings, count: int, images: Tensor, stacklevel: int = 4) -> None:
+def warn_inactive(settings: AdaptiveSettings, count: int, images: Tensor, stacklevel: int = 3) -> None:
     """Warn of settings that do nothing, or not what they seem to, with these surrogates and images."""
 
     def warn(words: str) -> None:

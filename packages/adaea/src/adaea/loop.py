@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -238,7 +239,7 @@ class Loop:
             f"surrogate {surrogate.name!r} is so sure of every label that its loss has no gradient; "
             "loss='logit' or 'margin' does not saturate",
             FusionWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
     def _weigh(self, point: Tensor, gradients: Tensor, losses: Tensor) -> Tensor:
