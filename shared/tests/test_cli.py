@@ -192,3 +192,16 @@ def test_track_shows_a_bar_on_stderr_when_asked(capsys):
     assert captured.out == ""
     assert "counting [x]" in captured.err
     assert "3/3" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8/255", 8 / 255), ("0.5", 0.5), (" 1 / 4 ", 0.25), ("1e-3", 1e-3), ("-2", -2.0)]
+)
+def test_fractions(text, value):
+    assert cli.fraction(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "eight", "1/0", "1/2/3", "nan", "inf", "1/"])
+def test_what_is_no_fraction(text):
+    with pytest.raises(ConfigError, match="wanted"):
+        cli.fraction(text)

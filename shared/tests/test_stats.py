@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from fusion_core.errors import InputError, ShapeError
-from fusion_core.stats import Interval, paired_t, summary
+from fusion_core.stats import Interval, mcnemar, paired_t, summary, wilson
 
 SIZES = [2, 3, 4, 5, 8, 9, 31, 200, 5001]
 
@@ -59,3 +59,50 @@ def test_bad_input_names_the_argument():
         summary([])
     with pytest.raises(ShapeError, match="a has 2 values and b 1"):
         paired_t([1, 2], [1])
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize(
+    ("k", "n"), [(0, 1), (1, 1), (3, 7), (23, 33), (0, 12), (500, 1000), (99_999, 100_000)]
+)
+def test_wilson_agrees_with_scipy(k, n, level):
+    ours = wilson(k, n, level)
+    wanted = stats.binomtest(k, n).proportion_ci(level, method="wilson")
+    assert ours.value == k / n
+    assert (ours.low, ours.high) == pytest.approx((wanted.low, wanted.high), rel=1e-12, abs=1e-15)
+    assert 0 <= ours.low <= ours.value <= ours.high <= 1
+
+
+def test_wilson_without_trials_knows_nothing():
+    found = wilson(0, 0)
+    assert math.isnan(found.value)
+    assert (found.low, found.high) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [(0, 0), (1, 0), (8, 6), (0, 4), (34, 34), (20, 61), (3, 2), (400, 480), (0, 60)]
+)
+def test_mcnemar_agrees_with_scipy(a, b):
+    wanted = stats.binomtest(a, a + b).pvalue if a + b else 1.0
+    assert mcnemar(a, b) == pytest.approx(wanted, rel=1e-9, abs=1e-300)
+    assert mcnemar(a, b) == mcnemar(b, a)
+
+
+def test_mcnemar_takes_large_counts():
+    wanted = stats.binomtest(10_000, 20_400).pvalue
+    assert mcnemar(10_000, 10_400) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(("k", "n"), [(-1, 3), (4, 3), (1.5, 3), (0, -1)])
+def test_wilson_refuses_what_no_count_can_be(k, n):
+    with pytest.raises(InputError, match="0 <= k <= n"):
+        wilson(k, n)
+
+
+def test_levels_and_counts_are_checked():
+    with pytest.raises(InputError, match="level is 1"):
+        wilson(1, 2, 1.0)
+    with pytest.raises(InputError, match="whole numbers"):
+        mcnemar(-1, 2)
+    with pytest.raises(InputError, match="whole numbers"):
+        mcnemar(1, 0.5)

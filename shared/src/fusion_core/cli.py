@@ -5,6 +5,7 @@ stdout carries data only; bars, warnings and errors go to stderr.
 """
 
 import io
+import math
 import sys
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
-from fusion_core.errors import CheckpointError, FusionError, InputError, MissingExtraError, StoreError
+from fusion_core.errors import (
+    CheckpointError,
+    ConfigError,
+    FusionError,
+    InputError,
+    MissingExtraError,
+    StoreError,
+)
 
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Where results go: a directory, or a file by its suffix.")
@@ -62,6 +70,29 @@ def new_app(name: str, help: str, version: str) -> typer.Typer:  # noqa: A002
         pass
 
     return app
+
+
+def fraction(text: str) -> float:
+    """A number that may be written as a fraction.
+
+    Args:
+        text: such as ``"8/255"``, ``"0.5"`` or ``"1e-3"``.
+
+    Raises:
+        ConfigError: no finite number.
+
+    Example:
+        >>> fraction("1/4"), fraction("0.5")
+        (0.25, 0.5)
+    """
+    top, mark, bottom = str(text).partition("/")
+    try:
+        found = float(top) / float(bottom) if mark else float(top)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{text!r} is no number, wanted one such as 8/255 or 0.5") from error
+    if not math.isfinite(found):
+        raise ConfigError(f"{text!r} is not finite, wanted a number such as 8/255 or 0.5")
+    return found
 
 
 def run(app: typer.Typer) -> None:

@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
-from fusion_core.errors import InputError, ShapeError
+from fusion_core.errors import InputError, ShapeError, check_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,65 @@ def paired_t(a: Iterable[float], b: Iterable[float]) -> Paired:
     df = len(left) - 1
     t = abs(mean) / (std / math.sqrt(df + 1))
     return Paired(mean, interval.low, interval.high, 1.0 - _t_inside(math.atan(t / math.sqrt(df)), df))
+
+
+def wilson(k: int, n: int, level: float = 0.95) -> Interval:
+    """Share ``k / n`` with Wilson's score interval (E. B. Wilson, 1927).
+
+    Args:
+        k: successes, in [0, n].
+        n: trials, at least 0.
+        level: of confidence, in (0, 1).
+
+    Returns:
+        The share and the interval, both in [0, 1]; without trials NaN and [0, 1].
+
+    Raises:
+        InputError: counts or level out of range.
+
+    Example:
+        >>> found = wilson(23, 33)
+        >>> round(found.value, 4), round(found.low, 4), round(found.high, 4)
+        (0.697, 0.5266, 0.8262)
+    """
+    if k != int(k) or n != int(n) or not 0 <= k <= n:
+        raise InputError(f"k is {k!r} and n {n!r}, wanted whole numbers with 0 <= k <= n")
+    check_range("level", level, 0.0, 1.0, open=True)
+    if n == 0:
+        return Interval(math.nan, 0.0, 1.0)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, square = k / n, z * z / n
+    middle = (share + square / 2) / (1 + square)
+    reach = z / (1 + square) * math.sqrt(share * (1 - share) / n + square / (4 * n))
+    return Interval(share, 0.0 if k == 0 else middle - reach, 1.0 if k == n else middle + reach)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided p of McNemar's exact test: is one of two methods better on the same items?
+
+    Args:
+        only_a: items where only the first succeeds, at least 0.
+        only_b: items where only the second succeeds.
+
+    Returns:
+        min(1, 2 P(X <= min(only_a, only_b))) for X binomial with share 1/2, without correction; 1 where they
+        never differ.
+
+    Raises:
+        InputError: a count is negative or no whole number.
+
+    Example:
+        >>> mcnemar(8, 6), mcnemar(0, 4)
+        (0.79052734375, 0.125)
+    """
+    if only_a != int(only_a) or only_b != int(only_b) or min(only_a, only_b) < 0:
+        raise InputError(f"only_a is {only_a!r} and only_b {only_b!r}, wanted whole numbers >= 0")
+    count, fewer = int(only_a) + int(only_b), int(min(only_a, only_b))
+    term = total = 1
+    for i in range(fewer):
+        term = term * (count - i) // (i + 1)
+        total += term
+    return min(1.0, 2 * total / 2**count)
 
 
 def _t_inside(angle: float, df: int) -> float:
