@@ -34,7 +34,7 @@ CLEAN = ("alone", "const:0.5", "const:0.9", "wls", "tgeo")
 # The settings of the recorded experiment: an outer step at each student step, v without preconditioner.
 RECIPE: dict[str, Any] = {"every": 1, "precondition": False, "val_batch_size": 64, "device": "cpu"}
 _VARIANT = "Compact geometry with a bounded outer loss (preset robust) beats a fixed ratio and WLS"
-AUDIT = {"better": "higher", "percent": False}
+AUDIT: Any = {"better": "higher", "percent": False}
 
 
 @contextmanager
