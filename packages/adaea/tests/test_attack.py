@@ -12,8 +12,22 @@ import torch
 from torch import nn
 
 import adaea
-from adaea import DI, SI, TI, AdaEA, Admix, Ens, Momentum, Nesterov, Variance
+from adaea import (
+    DI,
+    SI,
+    TI,
+    AdaEA,
+    Admix,
+    Ens,
+    Momentum,
+    Nesterov,
+    Variance,
+    agm_weights,
+    disparity_map,
+    loss_matrix,
+)
 from adaea.draws import Draws
+from adaea.fusion import fuse_logits
 from adaea.plain import plain_attack
 from adaea.targets import target_labels
 from fusion_core.errors import InputError
@@ -195,6 +209,31 @@ def test_half_precision_surrogates_take_a_float32_perturbation(nets, batch):
     assert adv.dtype == trace.weights.dtype == trace.losses.dtype == torch.float32
     assert models["net1"][0].weight.dtype == torch.bfloat16
     assert (adv - x).abs().max() > 1e-3
+
+
+def test_surrogates_of_several_dtypes(nets, batch):
+    x, y = batch(3, dtype=torch.float64)
+    models = nets(3)
+    mixed = models | {"net1": nets(3, dtype=torch.float32)["net1"]}
+    adv, trace = AdaEA(mixed, steps=3, update=Variance(1))(x, y, trace=True)
+    expected, other = AdaEA(models, steps=3, update=Variance(1))(x, y, trace=True)
+    assert adv.dtype == torch.float64
+    assert ((adv - expected).abs() <= 1e-6).double().mean() > 0.99
+    torch.testing.assert_close(trace.weights, other.weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_and_maps_of_half_precision_are_computed_in_float32(dtype):
+    z = (8 * torch.randn(3, 3, 4, 10, generator=generator(0))).to(dtype)
+    y = torch.tensor([0, 3, 9, 1])
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    assert loss_matrix(z, y).dtype == torch.float32
+    torch.testing.assert_close(loss_matrix(z, y), loss_matrix(z.float(), y), **close)
+    sure = torch.tensor([[60.0, 0.0]], dtype=dtype)
+    assert fuse_logits(torch.stack([sure, -sure]), torch.tensor([0.5, 0.5]), "probs").isfinite().all()
+    g = torch.randn(3, 2, 3, 4, 4, generator=generator(1)).to(dtype) * 1e-4
+    torch.testing.assert_close(disparity_map(g), disparity_map(g.float()), **close)
+    assert agm_weights(loss_matrix(z, y).to(dtype)).dtype == torch.float32
 
 
 def test_outputs_of_other_libraries(nets, batch):

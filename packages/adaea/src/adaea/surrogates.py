@@ -67,8 +67,7 @@ class Surrogate:
         self.device = device if device is not None else tensors[0].device if tensors else None
         floats = [t.dtype for t in tensors if t.is_floating_point()]
         self.dtype = floats[0] if floats else None
-        # On a CPU depthwise convolutions, and so whole networks of them, run a fifth faster channels-last; dense
-        # ones run slower.
+        # On a CPU networks of depthwise convolutions run a fifth faster channels-last; dense ones run slower.
         parts = model.modules() if isinstance(model, nn.Module) else ()
         depthwise = any(isinstance(p, nn.Conv2d) and 1 < p.groups == p.in_channels for p in parts)
         last = depthwise and self.device is not None and self.device.type == "cpu"
