@@ -176,6 +176,57 @@ def test_parts_compose(nets, batch, options, device):
         assert not torch.equal(adv, plain)
 
 
+@pytest.mark.parametrize("agm", [True, False])
+@pytest.mark.parametrize("drf", [True, False])
+def test_the_ablation_switches_work_with_di_and_ti(nets, batch, agm, drf):
+    """In the published code these switches keep the DI and TI classes from being constructed."""
+    x, y = batch(2)
+    models = nets(3)
+    parts = {"transforms": [DI(0.8, 0.9), TI(3)], "update": Momentum(0.0), "steps": 3, "eta": 0.2}
+    adv, trace = AdaEA(models, agm=agm, drf=drf, **parts)(x, y, trace=True)
+    assert torch.isfinite(adv).all()
+    assert (trace.weights == 1 / 3).all().item() is not agm
+    assert trace.keep.all().item() is not drf
+
+
+def test_candidates_are_judged_through_a_fresh_draw_on_request(nets, batch):
+    x, y = batch(2)
+    models = nets(3)
+    first = []
+    parts = {"transforms": DI(0.7, 1.0), "steps": 1}
+    keep = lambda record: first.append(record)
+    AdaEA(models, **parts)(x, y, on_step=keep)
+    AdaEA(models, agm_transform=True, **parts)(x, y, on_step=keep)
+    assert torch.equal(first[0].gradients, first[1].gradients), "the step's own draws are the same"
+    assert (first[0].weights - first[1].weights).abs().max() > 1e-4
+
+
+def test_admix_is_the_mean_over_partners_and_scales(nets, batch):
+    x, y = batch(3)
+    models = {name: net.eval() for name, net in nets(2).items()}
+    partners, steps = [], []
+
+    class Noted(Draws):
+        def partners(self, size, count):
+            partners.append(super().partners(size, count))
+            return partners[-1]
+
+    attack = AdaEA(models, transforms=Admix(0.3, 2, 3), steps=1, noise=0)
+    attack(x, y, draws=Noted(generator(0)), on_step=steps.append)
+    (others,), (record,) = partners, steps
+    leaf = x.clone().requires_grad_()
+    copies = [(leaf + 0.3 * x[row]) / 2**s for row in others for s in range(3)]
+    own, fused = [], 0.0
+    for net in models.values():
+        losses = [nn.functional.cross_entropy(net(copy), y, reduction="sum") for copy in copies]
+        own.append(torch.autograd.grad(sum(losses) / 6, leaf, retain_graph=True)[0])
+    for copy in copies:
+        z = sum(w * net(copy) for w, net in zip(record.weights, models.values(), strict=True))
+        fused = fused + nn.functional.cross_entropy(z, y, reduction="sum") / 6
+    torch.testing.assert_close(record.gradients, torch.stack(own), rtol=0, atol=1e-10)
+    torch.testing.assert_close(record.fused, torch.autograd.grad(fused, leaf)[0], rtol=0, atol=1e-10)
+
+
 def test_bfloat16_forwards_change_weights_in_the_third_digit_only(nets, batch):
     x, y = batch(3, dtype=torch.float32)
     models = nets(3, dtype=torch.float32)
