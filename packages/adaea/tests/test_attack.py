@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 import random
 
 import numpy as np
@@ -12,8 +10,22 @@ import torch
 from torch import nn
 
 import adaea
-from adaea import DI, SI, TI, AdaEA, Admix, Ens, Momentum, Nesterov, Variance
+from adaea import (
+    DI,
+    SI,
+    TI,
+    AdaEA,
+    Admix,
+    Ens,
+    Momentum,
+    Nesterov,
+    Variance,
+    agm_weights,
+    disparity_map,
+    loss_matrix,
+)
 from adaea.draws import Draws
+from adaea.fusion import fuse_logits
 from adaea.plain import plain_attack
 from adaea.targets import target_labels
 from fusion_core.errors import InputError
@@ -162,6 +174,57 @@ def test_parts_compose(nets, batch, options, device):
         assert not torch.equal(adv, plain)
 
 
+@pytest.mark.parametrize("agm", [True, False])
+@pytest.mark.parametrize("drf", [True, False])
+def test_the_ablation_switches_work_with_di_and_ti(nets, batch, agm, drf):
+    """In the published code these switches keep the DI and TI classes from being constructed."""
+    x, y = batch(2)
+    models = nets(3)
+    parts = {"transforms": [DI(0.8, 0.9), TI(3)], "update": Momentum(0.0), "steps": 3, "eta": 0.2}
+    adv, trace = AdaEA(models, agm=agm, drf=drf, **parts)(x, y, trace=True)
+    assert torch.isfinite(adv).all()
+    assert (trace.weights == 1 / 3).all().item() is not agm
+    assert trace.keep.all().item() is not drf
+
+
+def test_candidates_are_judged_through_a_fresh_draw_on_request(nets, batch):
+    x, y = batch(2)
+    models = nets(3)
+    first = []
+    parts = {"transforms": DI(0.7, 1.0), "steps": 1}
+    keep = lambda record: first.append(record)
+    AdaEA(models, **parts)(x, y, on_step=keep)
+    AdaEA(models, agm_transform=True, **parts)(x, y, on_step=keep)
+    assert torch.equal(first[0].gradients, first[1].gradients), "the step's own draws are the same"
+    assert (first[0].weights - first[1].weights).abs().max() > 1e-4
+
+
+def test_admix_is_the_mean_over_partners_and_scales(nets, batch):
+    x, y = batch(3)
+    models = {name: net.eval() for name, net in nets(2).items()}
+    partners, steps = [], []
+
+    class Noted(Draws):
+        def partners(self, size, count):
+            partners.append(super().partners(size, count))
+            return partners[-1]
+
+    attack = AdaEA(models, transforms=Admix(0.3, 2, 3), steps=1, noise=0)
+    attack(x, y, draws=Noted(generator(0)), on_step=steps.append)
+    (others,), (record,) = partners, steps
+    leaf = x.clone().requires_grad_()
+    copies = [(leaf + 0.3 * x[row]) / 2**s for row in others for s in range(3)]
+    own, fused = [], 0.0
+    for net in models.values():
+        losses = [nn.functional.cross_entropy(net(copy), y, reduction="sum") for copy in copies]
+        own.append(torch.autograd.grad(sum(losses) / 6, leaf, retain_graph=True)[0])
+    for copy in copies:
+        z = sum(w * net(copy) for w, net in zip(record.weights, models.values(), strict=True))
+        fused = fused + nn.functional.cross_entropy(z, y, reduction="sum") / 6
+    torch.testing.assert_close(record.gradients, torch.stack(own), rtol=0, atol=1e-10)
+    torch.testing.assert_close(record.fused, torch.autograd.grad(fused, leaf)[0], rtol=0, atol=1e-10)
+
+
 def test_bfloat16_forwards_change_weights_in_the_third_digit_only(nets, batch):
     x, y = batch(3, dtype=torch.float32)
     models = nets(3, dtype=torch.float32)
@@ -195,6 +258,31 @@ def test_half_precision_surrogates_take_a_float32_perturbation(nets, batch):
     assert adv.dtype == trace.weights.dtype == trace.losses.dtype == torch.float32
     assert models["net1"][0].weight.dtype == torch.bfloat16
     assert (adv - x).abs().max() > 1e-3
+
+
+def test_surrogates_of_several_dtypes(nets, batch):
+    x, y = batch(3, dtype=torch.float64)
+    models = nets(3)
+    mixed = models | {"net1": nets(3, dtype=torch.float32)["net1"]}
+    adv, trace = AdaEA(mixed, steps=3, update=Variance(1))(x, y, trace=True)
+    expected, other = AdaEA(models, steps=3, update=Variance(1))(x, y, trace=True)
+    assert adv.dtype == torch.float64
+    assert ((adv - expected).abs() <= 1e-6).double().mean() > 0.99
+    torch.testing.assert_close(trace.weights, other.weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_and_maps_of_half_precision_are_computed_in_float32(dtype):
+    z = (8 * torch.randn(3, 3, 4, 10, generator=generator(0))).to(dtype)
+    y = torch.tensor([0, 3, 9, 1])
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    assert loss_matrix(z, y).dtype == torch.float32
+    torch.testing.assert_close(loss_matrix(z, y), loss_matrix(z.float(), y), **close)
+    sure = torch.tensor([[60.0, 0.0]], dtype=dtype)
+    assert fuse_logits(torch.stack([sure, -sure]), torch.tensor([0.5, 0.5]), "probs").isfinite().all()
+    g = torch.randn(3, 2, 3, 4, 4, generator=generator(1)).to(dtype) * 1e-4
+    torch.testing.assert_close(disparity_map(g), disparity_map(g.float()), **close)
+    assert agm_weights(loss_matrix(z, y).to(dtype)).dtype == torch.float32
 
 
 def test_outputs_of_other_libraries(nets, batch):
@@ -281,73 +369,6 @@ def test_target_maps(nets, batch):
     assert (trace.targets != y).all()
     assert ((trace.targets >= 0) & (trace.targets < 4)).all()
     assert AdaEA(target="random").with_(targeted=False).target == "label"
-
-
-def test_presets():
-    official, usual = AdaEA.official(), AdaEA.literature()
-    assert (official.drf, official.eta, official.noise) == ("official", -0.3, 0.001)
-    assert official.update == (Momentum(0.9),)
-    assert AdaEA.official(update=None).update == ()
-    assert (usual.eps, usual.alpha, usual.steps) == (16 / 255, 1.6 / 255, 10)
-    assert usual.update == (Momentum(1.0),)
-    plain = AdaEA()
-    assert (plain.eps, plain.alpha, plain.steps, plain.beta, plain.eta) == (8 / 255, 2 / 255, 10, 10.0, -0.3)
-    assert (plain.drf, plain.agm, plain.agm_every, plain.ratio) == ("symmetric", "exact", 1, "given")
-    assert AdaEA(norm="l2").eps == 3.0
-    assert plain.with_(norm="l2").eps == 3.0
-    assert plain.with_(norm="l2", eps=1.0).alpha == 0.25
-
-
-@pytest.mark.parametrize("kind", [AdaEA, Ens])
-def test_settings_survive_json_and_pickle(kind, nets, batch):
-    x, y = batch(size=16)
-    parts = {"update": [Variance(1), Nesterov(0.5)], "transforms": [DI(0.8), TI(3, "linear")], "target": 1}
-    attack = kind(eps=0.1, steps=2, seed=3, **parts)
-    config = json.loads(json.dumps(attack.config()))
-    assert config["attack"] == kind.__name__
-    again = kind.from_config(config, nets(3))
-    assert again.config() == attack.config()
-    assert torch.equal(again(x, y), attack(x, y, surrogates=nets(3)))
-    assert pickle.loads(pickle.dumps(attack)).config() == attack.config()
-    assert repr(attack) == repr(pickle.loads(pickle.dumps(attack)))
-    assert "eps=0.1" in repr(attack)
-    with pytest.raises(AttributeError):
-        attack.eps = 1.0
-
-
-def test_trace(nets, batch, tmp_path):
-    x, y = batch(3)
-    records = []
-    adv, trace = AdaEA(nets(3), agm="per_sample", steps=4, eta=0.2)(x, y, trace=True, on_step=records.append)
-    assert trace.weights.shape == (4, 3, 3)
-    assert trace.losses.shape == (4, 3, 3)
-    assert trace.names == ("net0", "net1", "net2")
-    torch.testing.assert_close(trace.kept, trace.keep.double().mean((2, 3, 4)))
-    assert torch.equal(records[-1].images, adv)
-    assert [record.step for record in records] == [0, 1, 2, 3]
-    table = trace.to_dataframe()
-    assert table.shape == (12, 6)
-    assert table[table.surrogate == "net1"].weight.tolist() == pytest.approx(
-        trace.weights[:, 1].mean(-1).tolist()
-    )
-    for name in ("trace.npz", "trace.json", "trace.jsonl", "trace.safetensors"):
-        trace.save(tmp_path / name)
-    with np.load(tmp_path / "trace.npz") as arrays:
-        assert set(arrays.files) == {"weights", "kept", "losses", "keep", "still", "targets"}
-        assert np.array_equal(arrays["weights"], trace.weights.numpy())
-    assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == 12
-    assert "state" not in json.loads((tmp_path / "trace.json").read_text())
-    assert "weights=float64 (4, 3, 3)" in repr(trace)
-
-
-def test_plot(nets, batch):
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    _, trace = AdaEA(nets(2), steps=3)(*batch(), trace=True)
-    axes = trace.plot()
-    assert [line.get_label() for line in axes.lines] == ["net0", "net1"]
-    assert axes.lines[0].get_ydata() == pytest.approx(trace.weights[:, 0].tolist())
-    assert trace.plot(axes) is axes
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ KINDS = {
     "agm", "drf", "attack", "permutation", "batch_dependence", "all_filtered", "filter_bounds", "weights_of",
     "scores", "png_rounding",
 }  # fmt: skip
-ELSEWHERE = {"scores", "png_rounding"}  # numbers of the metrics and of saving, not of the attack
 
 
 class Cnn(nn.Module):
@@ -320,6 +320,16 @@ def test_filter_bounds(golden, case):
     for form in ("symmetric", "official"):
         for count, bound in record[form].items():
             assert filter_bound(int(count), form) == pytest.approx(bound, abs=1e-15)
+
+
+@of_kind("png_rounding")
+def test_png_rounding(golden, case):
+    quantize = pytest.importorskip("adaea.quantize")
+    record = golden.load(case["file"])[case["key"]]
+    x, adv = (torch.tensor(record[key], dtype=torch.float64).view(1, 1, 1, -1) for key in ("x", "adv"))
+    rounded, outside = quantize.to_uint8(adv, x, float(Fraction(record["eps"])))
+    assert rounded.flatten().tolist() == record["expected_uint8"]
+    assert outside == 0
 
 
 @both_dtypes

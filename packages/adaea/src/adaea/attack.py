@@ -123,6 +123,7 @@ class AdaEA(Attack, AdaptiveSettings):
     Args:
         surrogates: models with gradients from image to logits: a mapping by name, a sequence, or one module;
             may be given at the call instead. They take images in ``bounds`` and normalise by themselves.
+            Modules are frozen and in evaluation mode for the run; plain functions are called as they are.
         eps: budget, >= 0; 8/255, or 3.0 for ``norm="l2"``. 0 gives the images back bit for bit.
         alpha: step size, > 0; 2/255, or a quarter of ``eps`` for l2.
         steps: at least 1.

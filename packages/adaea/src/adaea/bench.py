@@ -52,7 +52,7 @@ class Workload:
 
 
 def workload(
-    batch: int = 8, size: int = 64, *, steps: int = 2, device: str = "cpu", seed: int = 0
+    batch: int = 8, size: int = 64, *, steps: int = 3, device: str = "cpu", seed: int = 0
 ) -> Workload:
     """Build the surrogates and draw the images.
 
@@ -128,7 +128,7 @@ def run(
     repeats: int = 5,
     batch: int = 8,
     size: int = 64,
-    steps: int = 2,
+    steps: int = 3,
     device: str = "cpu",
     memory: bool = True,
     threads: int = 1,

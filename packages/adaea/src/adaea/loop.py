@@ -284,7 +284,7 @@ class Loop:
         total = torch.zeros_like(self.clean)
         for leaf, z, cotangent in zip(leaves, logits, cotangents, strict=True):
             if z.requires_grad:
-                total += torch.autograd.grad(z, leaf, cotangent)[0]
+                total += torch.autograd.grad(z, leaf, cotangent.to(z.dtype))[0]
         return total
 
     def _neighbourhood(self, number: int, part: Variance) -> Tensor:

@@ -67,6 +67,11 @@ class Surrogate:
         self.device = device if device is not None else tensors[0].device if tensors else None
         floats = [t.dtype for t in tensors if t.is_floating_point()]
         self.dtype = floats[0] if floats else None
+        # On a CPU networks of depthwise convolutions run a fifth faster channels-last; dense ones run slower.
+        parts = model.modules() if isinstance(model, nn.Module) else ()
+        depthwise = any(isinstance(p, nn.Conv2d) and 1 < p.groups == p.in_channels for p in parts)
+        last = depthwise and self.device is not None and self.device.type == "cpu"
+        self.layout = torch.channels_last if last else torch.preserve_format
 
     def __call__(
         self, images: Float[Tensor, "batch channels height width"]
@@ -77,7 +82,7 @@ class Surrogate:
             ShapeError: no logits, or not two-dimensional.
             DataError: labels instead of logits.
         """
-        output = self.model(images.to(device=self.device, dtype=self.dtype))
+        output = self.model(images.to(device=self.device, dtype=self.dtype, memory_format=self.layout))
         try:
             logits = logits_of(output)
         except ShapeError as error:
