@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="pairs per row")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-memory", action="store_true", help="speed only")

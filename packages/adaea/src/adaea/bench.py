@@ -59,7 +59,7 @@ def workload(
     Args:
         batch: images.
         size: of a side in pixels, a multiple of 8.
-        steps: of each attack.
+        steps: of each attack; the default is the attack's own.
         device: of all of it.
         seed: of weights and images.
 
@@ -128,7 +128,7 @@ def run(
     repeats: int = 5,
     batch: int = 8,
     size: int = 64,
-    steps: int = 3,
+    steps: int = 10,
     device: str = "cpu",
     memory: bool = True,
     threads: int = 1,
@@ -139,7 +139,7 @@ def run(
         repeats: pairs per row.
         batch: images.
         size: of a side in pixels.
-        steps: of each attack.
+        steps: of each attack; the default is the attack's own.
         device: ``"cpu"`` or ``"cuda"``.
         memory: measure peaks too; on the CPU each in a fresh process.
         threads: of the CPU, for both sides.
