@@ -282,7 +282,8 @@ def test_one_row_and_two_classes(problem, engine, options):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_absent_class(problem, engine):
-    sound(problem, engine, edit=lambda p: (p.y.zero_(), p.loss.fit_class_mean(p.zt, p.y)))
+    out = sound(problem, engine, edit=lambda p: (p.y.zero_(), p.loss.fit_class_mean(p.zt, p.y)))
+    assert (out.context.labels == 0).all()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

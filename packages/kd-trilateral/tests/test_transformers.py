@@ -199,7 +199,9 @@ def test_evaluation_is_plain_cross_entropy_and_predicts(tmp_path: Path) -> None:
 
 
 def test_unused_columns_may_stay(tmp_path: Path) -> None:
-    trainer(tmp_path, options={"max_steps": 2, "remove_unused_columns": False}).train()
+    t = trainer(tmp_path, options={"max_steps": 2, "remove_unused_columns": False})
+    t.train()
+    assert t.state.global_step == 2
 
 
 def test_annealing_runs_over_the_training(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
 
@@ -22,12 +23,12 @@ Images = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
 
 
-class Attack:
+class Attack(ABC):
     """Being called on a batch: what :class:`AdaEA` and :class:`adaea.Ens` share."""
 
+    @abstractmethod
     def _adaptive(self) -> AdaptiveSettings:
         """The settings as the loop takes them."""
-        raise NotImplementedError
 
     @overload
     def __call__(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from fusion_core.modules import logits_of
 from fusion_core.seeding import generator
 
 
-class Defence(nn.Module):
+class Defence(nn.Module, ABC):
     """Base of the defences: changes the images, then asks the model.
 
     Args:
@@ -47,9 +48,9 @@ class Defence(nn.Module):
         self.model, self.seed, self.straight_through, self.eot = model, seed, straight_through, eot
         self._warned = False
 
+    @abstractmethod
     def transform(self, images: Tensor, draw: torch.Generator) -> Tensor:
         """The images as the model gets them, ``(batch, channels, height, width)`` in [0, 1]."""
-        raise NotImplementedError
 
     def changed(self, images: Tensor, draw: torch.Generator) -> Tensor:
         """The changed images, with the gradient that the settings give them."""

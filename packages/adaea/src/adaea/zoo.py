@@ -6,6 +6,7 @@ others play the models under audit, one of them adversarially trained.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -20,16 +21,16 @@ CLASSES = 10
 CHECKPOINT = FOLDER / "zoo.safetensors"
 
 
-class _Scaled(nn.Module):
+class _Scaled(nn.Module, ABC):
     """Base of the zoo: (x - 0.5) / 0.25 before everything else."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, 10)`` of images ``(batch, 3, 32, 32)`` in [0, 1]."""
         return self.logits((images - 0.5) / 0.25)
 
+    @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Logits of normalized images."""
-        raise NotImplementedError
 
 
 def _convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
