@@ -12,7 +12,7 @@ import pytest
 from fusion_core import command, demo
 from fusion_core.errors import DataError, FusionWarning, InputError
 from fusion_core.report import Claim, Comparison, Figure
-from fusion_core.testing import kill_when, run_cli
+from fusion_core.testing import heed_ctrl_c, kill_when, run_cli
 
 PNG = (
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415478da63f8cfc000000301"
@@ -212,7 +212,9 @@ def test_doctor_names_what_is_missing(fakes):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_leaves_nothing(fakes, tmp_path):
     words = [sys.executable, "-m", "fusion_core", "demo", "slow", "-o", tmp_path / "out" / "page"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_ctrl_c
+    )
     end = time.monotonic() + 60
     while not list((tmp_path / "out").glob(".page*/.slow*/started")):
         assert time.monotonic() < end

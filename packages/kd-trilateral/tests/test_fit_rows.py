@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kd_trilateral as kdt
 from fusion_core.errors import ConfigError, DataError, InputError, ShapeError
-from fusion_core.testing import run_cli
+from fusion_core.testing import heed_ctrl_c, run_cli
 from kd_trilateral.cli import main
 from kd_trilateral.comparing import compare, method
 from kd_trilateral.rowsource import Rows
@@ -295,9 +295,8 @@ def test_callables_get_the_seed_only_where_they_ask(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="no process groups on Windows")
 def test_the_demos_second_process_goes_with_the_first(tmp_path):
     command = [sys.executable, "-m", "kd_trilateral", "demo", "--full", "--out", str(tmp_path / "d")]
-    demo = subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    demo = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_ctrl_c, **quiet)
 
     def left():
         found = subprocess.run(

@@ -8,9 +8,19 @@ if TYPE_CHECKING:
     from fusion_core.testing import detfill, strategies
     from fusion_core.testing.detfill import array, fill_state_dict, parameter
     from fusion_core.testing.plugin import Golden
-    from fusion_core.testing.processes import kill_when, run_cli
+    from fusion_core.testing.processes import heed_ctrl_c, kill_when, run_cli
 
-__all__ = ["Golden", "array", "detfill", "fill_state_dict", "kill_when", "parameter", "run_cli", "strategies"]
+__all__ = [
+    "Golden",
+    "array",
+    "detfill",
+    "fill_state_dict",
+    "heed_ctrl_c",
+    "kill_when",
+    "parameter",
+    "run_cli",
+    "strategies",
+]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -19,6 +29,7 @@ __getattr__, __dir__ = lazy_exports(
         "array": "detfill",
         "detfill": "detfill",
         "fill_state_dict": "detfill",
+        "heed_ctrl_c": "processes",
         "kill_when": "processes",
         "parameter": "detfill",
         "run_cli": "processes",

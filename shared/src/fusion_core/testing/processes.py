@@ -6,6 +6,7 @@ import contextlib
 import glob
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,6 +57,11 @@ def run_cli(main: Callable[[], Any], *args: object) -> Completed:
             traceback.print_exc()
             code = 1
     return Completed(code, stdout.getvalue(), stderr.getvalue())
+
+
+def heed_ctrl_c() -> None:
+    """Undo that Ctrl-C is ignored, as background jobs inherit it: for ``Popen(preexec_fn=heed_ctrl_c)``."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def kill_when(
