@@ -1,0 +1,12 @@
+"""FuseChat: fuse chat models of any tokenizer into one by aligned distributions, then merge.
+
+Names load their module on first use, so ``import fusechat`` costs little more than PyTorch.
+"""
+
+from fusion_core.lazy import lazy_exports
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__"]
+
+__getattr__, __dir__ = lazy_exports(__name__, {})
