@@ -12,6 +12,7 @@ WORDS = (
     "Open the file, read it line by line and close it again.",
     "Fusing two sources needs one map between their vocabularies.",
     "A dialogue has turns; the assistant's turns are what we learn.",
+    "0 1 2 3 4 5 6 7 8 9 !",
 )
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"

@@ -138,6 +138,8 @@ def _turn(
 ) -> tuple[int, int] | None:
     try:
         prompt = _jinja(messages[:number], template, words, prompt=True)[0] if number else ""
+        if number and prompt == _jinja(messages[:number], template, words)[0]:
+            prompt = ""  # a template without a generation prompt: the turn's header would count as the turn
         until = _jinja(messages[: number + 1], template, words)[0]
     except InputError:  # a template that wants the turns to alternate, or a user first
         prompt, until = "", ""
