@@ -75,7 +75,9 @@ def test_split_characters_align_at_their_last_byte(source_tokenizer):
     assert source_tokenizer.decode(one.ids[1 : pairs.source[2] + 1]) == "a\U0001f600"
 
 
-@pytest.mark.parametrize(("value", "words"), [([3, 1], "falls"), ([-1, 2], "negative"), ([[1]], "shape"), ([0.5], "integers")])
+@pytest.mark.parametrize(
+    ("value", "words"), [([3, 1], "falls"), ([-1, 2], "negative"), ([[1]], "shape"), ([0.5], "integers")]
+)
 def test_span_refuses(value, words):
     with pytest.raises(InputError, match=words):
         align.span(value, [0, 1])
@@ -161,7 +163,9 @@ def test_token_costs_are_levenshtein(source, pivot):
 
 def test_raw_strings_that_become_empty_keep_their_marks():
     # FuseLLM's rule: where nothing is left after the marks, both are compared with them.
-    cost = token_costs(["\u0120", "\u0120a"], ["\u2581", "\u2581a", "b"], source_mark="\u0120", pivot_mark="\u2581")
+    cost = token_costs(
+        ["\u0120", "\u0120a"], ["\u2581", "\u2581a", "b"], source_mark="\u0120", pivot_mark="\u2581"
+    )
     assert cost.tolist() == [[0, 1, 1], [1, 0, 1]]
 
 
@@ -179,7 +183,9 @@ def test_dtw_refuses():
 def test_maps_of_a_tokenizer_to_itself_are_the_identity(source_tokenizer):
     size = len(source_tokenizer)
     for method in ("em", "mined", "prefix"):
-        assert align.vocabulary_map(source_tokenizer, source_tokenizer, method).table.tolist() == list(range(size))
+        assert align.vocabulary_map(source_tokenizer, source_tokenizer, method).table.tolist() == list(
+            range(size)
+        )
     own = Vocabulary.of(source_tokenizer)
     counts = PairCounts(size, size)
     ids = encode(source_tokenizer, plain(TEXTS[0])).ids
@@ -310,7 +316,10 @@ TALK = [
 def test_template_spans(pivot_tokenizer, template):
     made = render(TALK, pivot_tokenizer, template=template)
     learned = [made.text[start:stop] for start, stop in made.spans]
-    assert [part.strip() for part in learned] == ["yes</s>", "more </s>" if template is not STRICT else "more</s>"]
+    assert [part.strip() for part in learned] == [
+        "yes</s>",
+        "more </s>" if template is not STRICT else "more</s>",
+    ]
     assert made.spans[0][0] > made.text.index("yes")  # the user's own "yes" comes first
 
 

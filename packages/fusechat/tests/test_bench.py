@@ -15,7 +15,8 @@ from fusion_core.errors import ConfigError
 def test_alignment_rows():
     rows = alignment_rows(64, 1)
     assert [row.name for row in rows] == ["span alignment", "exact DTW", "exact DTW without numba"]
-    assert all(row.ratio > 1 for row in rows)
+    assert rows[0].ratio > 10
+    assert rows[1].ratio > 1
 
 
 @pytest.mark.slow
@@ -32,7 +33,9 @@ def test_plain_loss_is_the_same_objective():
     labels = torch.randint(0, 9, (2, 6), generator=made).index_fill_(1, torch.tensor([1]), -100)
     values = torch.randn(2, 6, 3, generator=made, dtype=torch.float64)
     ids = torch.randint(0, 9, (2, 6, 3), generator=made)
-    batch = FusionBatch({}, labels, (Targets(ids, values, torch.ones(2, 6, dtype=torch.bool), torch.zeros(2)),))
+    batch = FusionBatch(
+        {}, labels, (Targets(ids, values, torch.ones(2, 6, dtype=torch.bool), torch.zeros(2)),)
+    )
     ours = FusionLoss(0.1, select="source")(logits, batch).total
     torch.testing.assert_close(ours, plain_loss(logits, labels, ids, values.softmax(-1), 0.9))
 

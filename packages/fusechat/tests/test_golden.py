@@ -37,7 +37,9 @@ def vocabularies(golden):
     for side in ("source", "pivot"):
         special = record[f"{side}_special"]
         sides.append(
-            Vocabulary(record[f"{side}_vocab"], record[f"{side}_mark"], **special, decoded=record[f"{side}_decoded"])
+            Vocabulary(
+                record[f"{side}_vocab"], record[f"{side}_mark"], **special, decoded=record[f"{side}_decoded"]
+            )
         )
     return record, *sides
 
@@ -51,7 +53,9 @@ def test_dtw(golden, compiled):
             cost = np.abs(array(case["name"], case["shape"], case["scale"]))
             cost = np.floor(cost) if case["floor"] else cost
         else:
-            cost = token_costs(case["source_tokens"], case["pivot_tokens"], source_mark="\u0120", pivot_mark="\u2581")
+            cost = token_costs(
+                case["source_tokens"], case["pivot_tokens"], source_mark="\u0120", pivot_mark="\u2581"
+            )
             assert cost.tolist() == case["cost_matrix"]
         for tie in golden.settings["dp_alignment"]["ties"]:
             record = case[tie]
@@ -74,8 +78,14 @@ def test_statistics_and_maps(golden):
     assert np.stack(counts["distinct"].nonzero(), 1).tolist() == record["statistics_nonzero"]
     assert np.stack(counts["all"].nonzero(), 1).tolist() == record["statistics_multiplicity_nonzero"]
     distinct = counts["distinct"]
-    assert statistics_table(distinct, source, pivot, "official").tolist() == record["source_to_pivot_ms_official"]
-    assert statistics_table(distinct, source, pivot, "frequency").tolist() == record["source_to_pivot_ms_frequency"]
+    assert (
+        statistics_table(distinct, source, pivot, "official").tolist()
+        == record["source_to_pivot_ms_official"]
+    )
+    assert (
+        statistics_table(distinct, source, pivot, "frequency").tolist()
+        == record["source_to_pivot_ms_frequency"]
+    )
     nearest = nearest_table(source, pivot)
     words = dict(zip(source.written(pivot.mark), (pivot.tokens[n] for n in nearest), strict=True))
     assert words == record["source_to_pivot_mined"]
@@ -118,7 +128,9 @@ def test_distribution_alignment(golden, dtype):
                 ids = made.ids[place][kept].tolist() if row >= 0 else [int(fallback[place])]
                 logits = made.logits[place][kept] if row >= 0 else np.array([1.0])
                 assert ids == case[name]["indices"][place], (name, place)
-                close(golden, logits, np.array(case[name]["logits"][place]), "value", dtype, f"{name} {place}")
+                close(
+                    golden, logits, np.array(case[name]["logits"][place]), "value", dtype, f"{name} {place}"
+                )
 
 
 def ragged(cases, prefix, length, dtype):
@@ -165,14 +177,18 @@ def loss_inputs(golden, dtype):
     third = np.abs(array(settings["third"]["name"], shape)) ** settings["third"]["power"]
     third /= third.sum(-1, keepdims=True)
     made = {
-        name: Targets.from_dense(torch.from_numpy(probs).to(dtype), torch.from_numpy(record[f"metric_{name}"]))
+        name: Targets.from_dense(
+            torch.from_numpy(probs).to(dtype), torch.from_numpy(record[f"metric_{name}"])
+        )
         for name, probs in (
             ("pivot", targets["ref64_pivot_T1"]),
             ("source", targets["ref64_source_T1"]),
             ("third", third),
         )
     }
-    student = torch.from_numpy(array(settings["student"]["name"], shape, settings["student"]["scale"])).to(dtype)
+    student = torch.from_numpy(array(settings["student"]["name"], shape, settings["student"]["scale"])).to(
+        dtype
+    )
     inputs = {"attention_mask": torch.from_numpy(record["attention_mask"])}
     return record, settings, made, student.requires_grad_(), inputs
 
@@ -191,7 +207,10 @@ def test_fusion_loss(golden, dtype, divergence):
         f"fusellm_{divergence}_mince_hard": (many, llm),
         f"fusellm_{divergence}_avgce_hard": (many, {**llm, "select": "avg_ce"}),
         f"fusellm_{divergence}_mince_hard_and_decay": (many, {**llm, "schedule": "decay"}),
-        f"fusellm_{divergence}_avgce_hard_and_decay": (many, {**llm, "select": "avg_ce", "schedule": "decay"}),
+        f"fusellm_{divergence}_avgce_hard_and_decay": (
+            many,
+            {**llm, "select": "avg_ce", "schedule": "decay"},
+        ),
     }
     for name, (batch, options) in runs.items():
         loss = FusionLoss(1 - settings["lambda"], divergence, rewards=settings["rewards"], **options)
@@ -208,7 +227,9 @@ def test_choices_and_weights(golden):
     ce = {name: torch.from_numpy(record[f"metric_{name}"]) for name in ("pivot", "source", "third")}
     sets = {"pairwise": [ce["pivot"], ce["source"]], "three": list(ce.values())}
     for name, values in sets.items():
-        assert min_ce(stack_ce(values), "bf16").tolist() == record[f"mince_choice_{name}_official_bf16"].tolist()
+        assert (
+            min_ce(stack_ce(values), "bf16").tolist() == record[f"mince_choice_{name}_official_bf16"].tolist()
+        )
         assert min_ce(stack_ce(values)).tolist() == record[f"mince_choice_{name}_fp64"].tolist()
     weights = avg_ce_weights(stack_ce(sets["three"]), "bf16")
     golden.assert_close(weights.T, record["avgce_weights_official_bf16"], rtol=0, atol=0)
@@ -252,4 +273,6 @@ def test_end_to_end(golden, dtype):
     with torch.no_grad():
         for p in model.parameters():
             p -= settings["learning_rate"] * p.grad
-    close(golden, loss(model(**inputs).logits, batch).total, record["loss_after"], "model", dtype, "loss_after")
+    close(
+        golden, loss(model(**inputs).logits, batch).total, record["loss_after"], "model", dtype, "loss_after"
+    )

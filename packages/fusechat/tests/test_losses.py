@@ -24,7 +24,9 @@ def targets(seed=0, batch=2, tokens=5, ce=None, dtype=torch.float64, distinct=Fa
     draw = lambda *shape: torch.randn(*shape, generator=made, dtype=dtype)
     ids = torch.randint(-1, V, (batch, tokens, K), generator=made)
     if distinct:
-        ids = torch.stack([torch.randperm(V, generator=made)[:K] for _ in range(batch * tokens)]).reshape(batch, tokens, K)
+        ids = torch.stack([torch.randperm(V, generator=made)[:K] for _ in range(batch * tokens)]).reshape(
+            batch, tokens, K
+        )
     logits = draw(batch, tokens, K).sort(-1, descending=True).values
     lse = logits.logsumexp(-1) + draw(batch, tokens).abs()
     mask = torch.rand(batch, tokens, generator=made) < 0.8
@@ -34,7 +36,9 @@ def targets(seed=0, batch=2, tokens=5, ce=None, dtype=torch.float64, distinct=Fa
 
 def make(seed=0, sources=1, pivot=False, **options):
     made = torch.Generator().manual_seed(seed + 99)
-    labels = torch.randint(0, V, (2, 5), generator=made).masked_fill(torch.rand(2, 5, generator=made) < 0.3, -100)
+    labels = torch.randint(0, V, (2, 5), generator=made).masked_fill(
+        torch.rand(2, 5, generator=made) < 0.3, -100
+    )
     labels[:, -1] = 1
     inputs = {"attention_mask": torch.ones_like(labels)}
     others = tuple(targets(seed + n, **options) for n in range(sources))
@@ -141,7 +145,11 @@ def test_nan_is_the_worst_cross_entropy():
     # Row 18.
     nan = float("nan")
     assert min_ce(torch.tensor([[nan], [50.0]])).tolist() == [1]
-    assert replace_better(torch.tensor([1.0, 1.0, nan]), torch.tensor([1.0, 0.5, 2.0])).tolist() == [False, True, True]
+    assert replace_better(torch.tensor([1.0, 1.0, nan]), torch.tensor([1.0, 0.5, 2.0])).tolist() == [
+        False,
+        True,
+        True,
+    ]
     assert rewards(torch.tensor([[nan]])).item() == 0
     batch = make(0, sources=2)
     worse = replace(batch.sources[0], ce=torch.full((2,), nan))
@@ -177,13 +185,19 @@ def test_sft_is_rounded_only_on_request():
     exact, rounded = (FusionLoss(0.5, sft_dtype=name)(logits, batch).sft for name in ("auto", "float32"))
     assert exact != rounded
     torch.testing.assert_close(exact, rounded, rtol=1e-6, atol=1e-6)
-    own = torch.nn.functional.cross_entropy(logits[:, :-1].float().reshape(-1, V), batch.labels[:, 1:].reshape(-1))
+    own = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().reshape(-1, V), batch.labels[:, 1:].reshape(-1)
+    )
     assert rounded.item() == pytest.approx(own.item(), rel=1e-6)
 
 
 def test_empty_rows_take_the_pivot_or_are_left_out():
     source, pivot = targets(1), targets(2)
-    empty = replace(source, ids=source.ids.clone().index_fill_(1, torch.tensor([0]), -1), mask=torch.ones(2, 5, dtype=torch.bool))
+    empty = replace(
+        source,
+        ids=source.ids.clone().index_fill_(1, torch.tensor([0]), -1),
+        mask=torch.ones(2, 5, dtype=torch.bool),
+    )
     assert not empty.filled(None).mask[:, 0].any()
     assert torch.equal(empty.filled(pivot).ids[:, 0], pivot.ids[:, 0])
     assert torch.equal(empty.filled(pivot).mask[:, 0], pivot.mask[:, 0])
@@ -216,7 +230,9 @@ def test_schedules():
         FusionLoss(0.4, schedule="soft")(logits, batch)
     own = targets(0, batch=1, ce=[0.7])
     one = FusionBatch({}, batch.labels[:1], (own, targets(1, batch=1, ce=[0.9])))
-    best, mean = (FusionLoss(schedule="soft", select=name)(logits[:1], one).lam.item() for name in ("min_ce", "avg_ce"))
+    best, mean = (
+        FusionLoss(schedule="soft", select=name)(logits[:1], one).lam.item() for name in ("min_ce", "avg_ce")
+    )
     powers = torch.tensor([-0.7, -0.9]).exp()
     assert best == pytest.approx(1 - powers[0].item())
     assert mean == pytest.approx(1 - powers.mean().item())
@@ -271,4 +287,9 @@ def test_calls_are_checked():
     with pytest.raises(InputError, match="no targets"):
         FusionLoss()(student(), replace(batch, sources=()))
     with pytest.raises(ShapeError, match="targets have shapes"):
-        Targets(torch.zeros(1, 2, 3, dtype=torch.int64), torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool), torch.zeros(1))
+        Targets(
+            torch.zeros(1, 2, 3, dtype=torch.int64),
+            torch.zeros(1, 2, 4),
+            torch.ones(1, 2, dtype=torch.bool),
+            torch.zeros(1),
+        )

@@ -46,7 +46,9 @@ def test_store_holds_what_the_model_says(store, source_model, source_tokenizer, 
         assert text[start:stop] == dialogue[1]["content"] + "</s>"
 
 
-def test_resumed_run_equals_the_uninterrupted_one(store, source_model, source_tokenizer, pivot_tokenizer, dialogues, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_one(
+    store, source_model, source_tokenizer, pivot_tokenizer, dialogues, tmp_path
+):
     copy = tmp_path / "again"
     shutil.copytree(store.folder, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -77,7 +79,9 @@ def test_damaged_shards_are_named(store, tmp_path):
         TopKStore(tmp_path / "nowhere")
 
 
-def test_batches_do_not_change_the_store(store, source_model, source_tokenizer, pivot_tokenizer, dialogues, tmp_path):
+def test_batches_do_not_change_the_store(
+    store, source_model, source_tokenizer, pivot_tokenizer, dialogues, tmp_path
+):
     one = collect(source_model, dialogues, out=tmp_path / "one", k=8, tokenizer=source_tokenizer,
                   pivot_tokenizer=pivot_tokenizer, batch_tokens=1, shard_rows=4)  # fmt: skip
     for row in range(len(store)):
@@ -111,8 +115,20 @@ def test_two_ranks_equal_one(source_model, source_tokenizer, dialogues, tmp_path
     source_model.save_pretrained(tmp_path / "model")
     source_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "data.json").write_text(json.dumps(dialogues))
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", RANK, str(tmp_path / "model"), str(tmp_path / "two"), str(tmp_path / "data.json")]
+    world = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_port()),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    words = [
+        sys.executable,
+        "-c",
+        RANK,
+        str(tmp_path / "model"),
+        str(tmp_path / "two"),
+        str(tmp_path / "data.json"),
+    ]
     ranks = [subprocess.Popen(words, env={**os.environ, **world, "RANK": str(rank)}) for rank in range(2)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     one = collect(str(tmp_path / "model"), dialogues, out=tmp_path / "one", k=8, shard_rows=2, device="cpu",
@@ -124,26 +140,34 @@ def collator(pivot_tokenizer, store, source_tokenizer, **options):
     return FusionCollator(pivot_tokenizer, [store], tokenizers=[source_tokenizer], **options)
 
 
-def test_collator_makes_what_the_readme_says(store, pivot_store, pivot_model, pivot_tokenizer, source_tokenizer, dialogues):
+def test_collator_makes_what_the_readme_says(
+    store, pivot_store, pivot_model, pivot_tokenizer, source_tokenizer, dialogues
+):
     batch = collator(pivot_tokenizer, store, source_tokenizer, pivot=pivot_store)(dialogues[:3])
     out = pivot_model(**batch.inputs)
     for divergence in ("ce", "kl", "jsd"):
         for select in ("min_ce", "avg_ce", "source"):
             found = FusionLoss(0.5, divergence, select)(out.logits, batch)
             assert found.total.isfinite()
-            assert found.total.item() == pytest.approx(0.5 * (found.sft.item() + found.fusion.item()), rel=1e-5)
+            assert found.total.item() == pytest.approx(
+                0.5 * (found.sft.item() + found.fusion.item()), rel=1e-5
+            )
     for divergence in ("ce", "kl", "rkl", "jsd"):
         assert FusionLoss(0.5, divergence, "source", tail="uniform")(out.logits, batch).total.isfinite()
     assert FusionLoss(0.5, mince="token")(out.logits, batch).choice.ndim == 2
     labels = batch.labels[0][batch.labels[0] >= 0]
-    assert pivot_tokenizer.decode(labels).replace(" ", "") == (dialogues[0][1]["content"] + "</s>").replace(" ", "")
+    assert pivot_tokenizer.decode(labels).replace(" ", "") == (dialogues[0][1]["content"] + "</s>").replace(
+        " ", ""
+    )
     raw = collator(pivot_tokenizer, store, source_tokenizer, vocab="none")(dialogues[:3])
     assert FusionLoss(0.5, "uld", "source")(out.logits, raw).total.isfinite()
 
 
 @pytest.mark.parametrize("vocab", ["ms", "ms-official", "em", "mined", "prefix"])
 @pytest.mark.parametrize("align", ["span", "dtw"])
-def test_every_map_and_alignment_collates(store, pivot_store, pivot_tokenizer, source_tokenizer, dialogues, vocab, align):
+def test_every_map_and_alignment_collates(
+    store, pivot_store, pivot_tokenizer, source_tokenizer, dialogues, vocab, align
+):
     for unaligned in ("skip", "onehot", "pivot"):
         batch = collator(pivot_tokenizer, store, source_tokenizer, pivot=pivot_store, vocab=vocab, align=align,
                          unaligned=unaligned)(dialogues[:2])  # fmt: skip
@@ -224,7 +248,9 @@ def trained(pivot, folder, store, pivot_tokenizer, source_tokenizer, dialogues, 
     return model, trainer
 
 
-def test_trainer_learns_and_accumulation_changes_nothing(pivot, store, pivot_tokenizer, source_tokenizer, dialogues, tmp_path):
+def test_trainer_learns_and_accumulation_changes_nothing(
+    pivot, store, pivot_tokenizer, source_tokenizer, dialogues, tmp_path
+):
     common = (pivot, tmp_path, store, pivot_tokenizer, source_tokenizer, dialogues[:4])
     whole, trainer = trained(*common, per_device_train_batch_size=4)
     parts, _ = trained(*common, per_device_train_batch_size=1, gradient_accumulation_steps=4)
@@ -235,7 +261,9 @@ def test_trainer_learns_and_accumulation_changes_nothing(pivot, store, pivot_tok
     assert {"sft", "fusion"} <= set(trainer.state.log_history[0])
 
 
-def test_trainer_leaves_out_what_cannot_be_learned(pivot, store, pivot_tokenizer, source_tokenizer, dialogues, tmp_path):
+def test_trainer_leaves_out_what_cannot_be_learned(
+    pivot, store, pivot_tokenizer, source_tokenizer, dialogues, tmp_path
+):
     common = (pivot, tmp_path, store, pivot_tokenizer, source_tokenizer)
     with pytest.warns(FusionWarning, match="1 of 3 dialogues"):
         trained(*common, [*dialogues[:2], [{"role": "user", "content": "alone"}]], max_steps=1)

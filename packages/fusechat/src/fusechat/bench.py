@@ -1,6 +1,7 @@
 """The benchmark: alignment against a plain Python dynamic program, and the memory of the loss.
 
-Two byte-pair tokenizers are trained on this Python's own docstrings; one pair of about 1024 tokens is aligned.
+Two byte-pair tokenizers are trained on this Python's own docstrings; one text of about 1024 tokens is
+aligned.
 """
 
 from __future__ import annotations
@@ -50,14 +51,18 @@ def bpe(texts: list[str], size: int, kind: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     special = ["<unk>", "<s>", "</s>"]
-    made: Any = Tokenizer(models.BPE(unk_token="<unk>"))
+    made: Any = Tokenizer(models.BPE(unk_token=special[0]))
     if kind == "bytes":
-        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        made.pre_tokenizer, made.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
     else:
         made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer: Any = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)  # pyright: ignore[reportCallIssue]
+    trainer: Any = trainers.BpeTrainer(vocab_size=size, special_tokens=special)
     made.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")  # noqa: S106
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
 def alignment_rows(tokens: int = 1024, repeats: int = 5) -> list[Row]:
@@ -81,7 +86,9 @@ def alignment_rows(tokens: int = 1024, repeats: int = 5) -> list[Row]:
     reference = lambda: plain_dtw(*strings)
     common: dict[str, Any] = {"repeats": repeats, "against": AGAINST, "note": note, "warmup": 0}
     return [
-        paired("span alignment", lambda: span(ours.ends, theirs.ends), reference, target=SPAN_TARGET, **common),
+        paired(
+            "span alignment", lambda: span(ours.ends, theirs.ends), reference, target=SPAN_TARGET, **common
+        ),
         paired("exact DTW", lambda: dtw(*strings), reference, target=DTW_TARGET, **common),
         paired("exact DTW without numba", lambda: dtw(*strings, compiled=False), reference, **common),
     ]
@@ -98,7 +105,7 @@ class _LossTask:
 
 
 def loss_call(kind: str, batch: int, tokens: int, classes: int, k: int) -> Callable[[], object]:
-    """A function that computes one loss and its gradient: ``"ours"``, ``"dense"``, or ``"gradient"`` alone."""
+    """A function that computes a loss and its gradient, ``"ours"`` or ``"dense"``."""
     torch.set_num_threads(1)
     made = torch.Generator().manual_seed(0)
     logits = torch.randn(batch, tokens, classes, generator=made).requires_grad_()
@@ -115,15 +122,12 @@ def loss_call(kind: str, batch: int, tokens: int, classes: int, k: int) -> Calla
     def dense() -> None:
         plain_loss(logits, labels, ids, values.softmax(-1), 0.9).backward()
 
-    def gradient() -> None:
-        logits.backward(torch.ones_like(logits))
-
     # The libraries set themselves up on the first call.
     small = torch.zeros(1, 2, 8, requires_grad=True)
     tiny = Targets(ids[:1, :2] % 8, values[:1, :2], mask[:1, :2], torch.zeros(1))
     loss(small, FusionBatch({}, labels[:1, :2] % 8, (tiny,))).total.backward()
     plain_loss(small, labels[:1, :2] % 8, ids[:1, :2] % 8, values[:1, :2].softmax(-1), 0.9).backward()
-    return {"ours": ours, "dense": dense, "gradient": gradient}[kind]
+    return ours if kind == "ours" else dense
 
 
 def loss_rows(batch: int = 2, tokens: int = 512, classes: int = 32_000, k: int = 10) -> list[Row]:
@@ -134,7 +138,9 @@ def loss_rows(batch: int = 2, tokens: int = 512, classes: int = 32_000, k: int =
     note = f"{batch} x {tokens} x {classes}, k={k}; the gradient alone is {gradient / 2**20:.0f} MiB"
     extra = max(peaks["ours"] - gradient, 1), max(peaks["dense"] - gradient, 1)
     return [
-        memory_row("loss and gradient, peak", peaks["ours"], peaks["dense"], against="dense targets", note=note),
+        memory_row(
+            "loss and gradient, peak", peaks["ours"], peaks["dense"], against="dense targets", note=note
+        ),
         memory_row("loss beyond logits and gradient", *extra, against="dense targets", note=note),
     ]
 

@@ -79,7 +79,13 @@ class FusionCollator:
         pivot_size: int | None = None,
     ) -> None:
         check_tokenizer(pivot_tokenizer)
-        given = {"align": align, "unaligned": unaligned, "onehot_at": onehot_at, "tie": tie, "collide": collide}
+        given = {
+            "align": align,
+            "unaligned": unaligned,
+            "onehot_at": onehot_at,
+            "tie": tie,
+            "collide": collide,
+        }
         for name, value in given.items():
             if value not in _CHOICES[name]:
                 raise ConfigError(f"{name} is {value!r}, wanted one of {list(_CHOICES[name])}")
@@ -90,8 +96,11 @@ class FusionCollator:
         if not len(sources):
             raise InputError("sources is empty, wanted at least one store")
         self.tokenizer, self.mask = pivot_tokenizer, mask
-        self.align, self.tie, self.unaligned = align, tie, unaligned
-        self.onehot_at, self.collide, self.max_length = onehot_at, collide, max_length
+        self.align: Literal["span", "dtw"] = align
+        self.tie: Literal["fusechat", "fusellm"] = tie
+        self.onehot_at: Literal["next", "current"] = onehot_at
+        self.collide: Collide = collide
+        self.unaligned, self.max_length = unaligned, max_length
         self.sources = [source if isinstance(source, TopKStore) else TopKStore(source) for source in sources]
         self.pivot = TopKStore(pivot) if pivot is not None and not isinstance(pivot, TopKStore) else pivot
         stores = [*self.sources, *([self.pivot] if self.pivot is not None else [])]
@@ -102,7 +111,9 @@ class FusionCollator:
 
             tokenizers = [AutoTokenizer.from_pretrained(store.fingerprint["model"]) for store in self.sources]
         if tokenizers is not None and len(tokenizers) != len(self.sources):
-            raise InputError(f"tokenizers are {len(tokenizers)}, wanted one for each of {len(self.sources)} sources")
+            raise InputError(
+                f"tokenizers are {len(tokenizers)}, wanted one for each of {len(self.sources)} sources"
+            )
         self.tokenizers = list(tokenizers or [])
         self.maps = self._maps(vocab, map_texts, pivot_size)
 
@@ -110,7 +121,9 @@ class FusionCollator:
         width = pivot_size or len(Vocabulary.of(self.tokenizer))
         if not isinstance(vocab, str):
             if len(vocab) != len(self.sources):
-                raise InputError(f"vocab holds {len(vocab)} maps, wanted one for each of {len(self.sources)} sources")
+                raise InputError(
+                    f"vocab holds {len(vocab)} maps, wanted one for each of {len(self.sources)} sources"
+                )
             return list(vocab)
         if vocab == "none":
             sizes = [store.vocab_size for store in self.sources]
@@ -120,8 +133,15 @@ class FusionCollator:
             texts = [store.text(row).text for row in range(min(len(store), most))] if "ms" in vocab else None
             method: Any = vocab
             maps.append(
-                vocabulary_map(tokenizer, self.tokenizer, method, texts=texts, align=self.align, tie=self.tie,
-                               size=(width, store.vocab_size))  # fmt: skip
+                vocabulary_map(
+                    tokenizer,
+                    self.tokenizer,
+                    method,
+                    texts=texts,
+                    align=self.align,
+                    tie=self.tie,
+                    size=(width, store.vocab_size),
+                )
             )
         return maps
 
@@ -137,7 +157,8 @@ class FusionCollator:
         kept = [entry for entry in encoded if entry[2].supervised[1:].any()]
         if not kept:
             raise DataError(
-                f"none of the batch's {len(dialogues)} dialogues has an assistant's token within {self.max_length}"
+                f"none of the batch's {len(dialogues)} dialogues has an assistant's token "
+                f"within {self.max_length}"
             )
         width = max(len(e) for _, _, e in kept)
         pad = getattr(self.tokenizer, "pad_token_id", None)
@@ -163,7 +184,9 @@ class FusionCollator:
 
     def learnable(self, dialogue: Dialogue) -> bool:
         """Whether a dialogue has a token to learn within ``max_length``."""
-        return bool(encode(self.tokenizer, self.text(dialogue), max_length=self.max_length).supervised[1:].any())
+        return bool(
+            encode(self.tokenizer, self.text(dialogue), max_length=self.max_length).supervised[1:].any()
+        )
 
     def _own(self, sides: list[tuple[Encoded, int]], width: int) -> Targets | None:
         """The pivot's own distributions; its tokens are the same, so position answers to position."""
@@ -173,7 +196,9 @@ class FusionCollator:
         for one, row in sides:
             stored = self.pivot[row]
             pairs = span(one.ends, stored.encoded.ends)
-            same = project(stored.logits[pairs.source], stored.indices[pairs.source], np.arange(self.pivot.vocab_size))
+            same = project(
+                stored.logits[pairs.source], stored.indices[pairs.source], np.arange(self.pivot.vocab_size)
+            )
             parts.append((pairs.pivot, same.ids, same.logits, stored.lse[pairs.source],
                           stored.token_ce[pairs.source], stored.ce))  # fmt: skip
         return _padded(parts, len(sides), width, self.pivot.k)

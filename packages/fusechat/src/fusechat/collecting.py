@@ -92,7 +92,13 @@ def collect(
         "max_length": max_length,
     }
     store = TopKStore.create(
-        out, fingerprint, rows=len(texts), k=k, vocab_size=size, logits_dtype=logits_dtype, shard_rows=shard_rows
+        out,
+        fingerprint,
+        rows=len(texts),
+        k=k,
+        vocab_size=size,
+        logits_dtype=logits_dtype,
+        shard_rows=shard_rows,
     )
     if store.complete:
         return store
@@ -103,7 +109,10 @@ def collect(
             rows = store.shard_range(number)
             encoded = [_encode(tokenizer, texts[row], max_length) for row in rows]
             kept = _shard(net, encoded, rows, k, batch_tokens)
-            store.write(number, [StoredRow(texts[r], e, *part) for r, e, part in zip(rows, encoded, kept, strict=True)])
+            store.write(
+                number,
+                [StoredRow(texts[r], e, *part) for r, e, part in zip(rows, encoded, kept, strict=True)],
+            )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     store.finish()
@@ -122,7 +131,9 @@ def _loaded(model: Any, tokenizer: Any, device: Any, dtype: Any) -> tuple[Any, A
             raise InputError("tokenizer is None, wanted the model's tokenizer beside a model object")
         config = getattr(model, "config", None)
         if config is None or not hasattr(config, "get_text_config"):
-            raise InputError(f"model is {type(model).__name__}, wanted a causal model of transformers or its name")
+            raise InputError(
+                f"model is {type(model).__name__}, wanted a causal model of transformers or its name"
+            )
         from fusion_core.checkpoint import digest_state
 
         return model, tokenizer, digest_state(dict(model.state_dict()))
@@ -134,7 +145,8 @@ def _loaded(model: Any, tokenizer: Any, device: Any, dtype: Any) -> tuple[Any, A
         net = AutoModelForCausalLM.from_pretrained(model, dtype=resolve_dtype(dtype, place))
     except (OSError, ValueError) as error:
         raise InputError(f"model {str(model)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return net.to(place), tokenizer, str(model)
+    net.to(device=place)
+    return net, tokenizer, str(model)
 
 
 def _rank() -> tuple[int, int]:

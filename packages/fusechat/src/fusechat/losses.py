@@ -17,7 +17,7 @@ from fusion_core.numerics import kl_divergence
 
 Divergence = Literal["ce", "kl", "rkl", "jsd", "uld"]
 DIVERGENCES = ("ce", "kl", "rkl", "jsd", "uld")
-_ENTRIES = 1 << 22  # logits that are widened at a time
+_ENTRIES = 1 << 20  # logits that are widened at a time
 
 
 class _LogProbs(torch.autograd.Function):

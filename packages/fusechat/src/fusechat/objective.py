@@ -122,8 +122,11 @@ class FusionLoss(nn.Module):
                 raise ConfigError(f"{name} is {value!r}, wanted one of {list(_CHOICES[name])}")
         if tail == "uniform" and temperature != 1.0:
             raise ConfigError(f'temperature is {temperature}, but tail="uniform" knows the mass at 1 only')
-        self.divergence, self.beta = divergence, beta
-        self.select, self.mince, self.tail, self.rewards = select, mince, tail, rewards
+        self.divergence: Divergence = divergence
+        self.beta = beta
+        self.tail: Tail = tail
+        self.rewards: Rewards = rewards
+        self.select, self.mince = select, mince
         self.mask, self.schedule, self.sft_dtype = mask, schedule, sft_dtype
 
     def extra_repr(self) -> str:
@@ -180,7 +183,9 @@ class FusionLoss(nn.Module):
     def _learned(self, batch: FusionBatch) -> Tensor:
         if self.mask == "attention":
             return batch.inputs["attention_mask"].bool()
-        return torch.cat([batch.labels[:, 1:] >= 0, torch.zeros_like(batch.labels[:, :1], dtype=torch.bool)], 1)
+        return torch.cat(
+            [batch.labels[:, 1:] >= 0, torch.zeros_like(batch.labels[:, :1], dtype=torch.bool)], 1
+        )
 
     def _candidates(self, batch: FusionBatch) -> tuple[Targets, ...]:
         sources = tuple(source.filled(batch.pivot) for source in batch.sources)
@@ -222,9 +227,13 @@ class FusionLoss(nn.Module):
         self, found: tuple[Targets, ...], ids: Tensor, probs: Tensor, rest: Tensor, masks: Tensor
     ) -> _Chosen:
         if self.tail == "uniform" and len(found) > 1:
-            raise ConfigError('select="avg_ce" of several models with tail="uniform" is not defined; use "none"')
+            raise ConfigError(
+                'select="avg_ce" of several models with tail="uniform" is not defined; use "none"'
+            )
         weights = avg_ce_weights(stack_ce([t.ce for t in found]), self.rewards).to(probs.dtype)
-        share = torch.where(masks, weights[..., None], torch.zeros((), dtype=probs.dtype, device=probs.device))
+        share = torch.where(
+            masks, weights[..., None], torch.zeros((), dtype=probs.dtype, device=probs.device)
+        )
         # Models that have nothing to say at a position leave their weight to the others.
         share = torch.where(
             masks.all(0), share, share / share.sum(0).clamp(min=torch.finfo(probs.dtype).tiny)
@@ -246,7 +255,8 @@ class FusionLoss(nn.Module):
         ids, probs = coalesce(chosen.ids, chosen.probs.to(wide))
         if ids.numel() and int(ids.max()) >= size:
             raise InputError(
-                f"targets hold id {int(ids.max())}, but the logits have {size} classes; make them for this pivot"
+                f"targets hold id {int(ids.max())}, but the logits have {size} classes; "
+                "make them for this pivot"
             )
         rest = chosen.rest.to(wide)
         if self.divergence == "rkl" or (self.divergence == "jsd" and self.tail == "uniform"):
@@ -257,9 +267,9 @@ class FusionLoss(nn.Module):
         log_q, total = log_probs_at(logits, torch.cat([ids.clamp(min=0), extra], -1))
         k = ids.shape[-1]
         kind: Any = self.divergence
-        return sparse_divergence(
-            log_q[..., :k], total, ids, probs, rest, size, kind, self.beta
-        ), log_q[..., k:]
+        return sparse_divergence(log_q[..., :k], total, ids, probs, rest, size, kind, self.beta), log_q[
+            ..., k:
+        ]
 
     def _dense(self, logits: Tensor, ids: Tensor, probs: Tensor, rest: Tensor, size: int) -> Tensor:
         kept = ids >= 0
@@ -279,7 +289,8 @@ class FusionLoss(nn.Module):
         if self.schedule == "decay":
             if not max_steps or not 0 <= step <= max_steps:
                 raise ConfigError(
-                    f'schedule "decay" got step {step} of max_steps {max_steps}, wanted 0 <= step <= max_steps'
+                    f'schedule "decay" got step {step} of max_steps {max_steps}, '
+                    "wanted 0 <= step <= max_steps"
                 )
             return torch.tensor(lam + (1.0 - lam) * step / max_steps, dtype=torch.float64)
         if len(batch) != 1:

@@ -39,7 +39,11 @@ def plain_dtw(source: Sequence[str], pivot: Sequence[str], tie: str = "fusechat"
     i, j = n - 1, m - 1
     path = [(i, j)]
     while i or j:
-        corner, up, left = (table[i][j], i - 1, j - 1), (table[i][j + 1], i - 1, j), (table[i + 1][j], i, j - 1)
+        corner, up, left = (
+            (table[i][j], i - 1, j - 1),
+            (table[i][j + 1], i - 1, j),
+            (table[i + 1][j], i, j - 1),
+        )
         order = (corner, left, up) if tie == "fusechat" else (corner, up, left)
         _, i, j = min(order, key=lambda step: step[0])
         path.append((i, j))

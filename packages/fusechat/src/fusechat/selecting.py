@@ -20,7 +20,7 @@ def rewards(ce: Float[Tensor, "models batch"], precision: Rewards = "exact") -> 
 
     Args:
         ce: mean cross-entropies in nats.
-        precision: ``"bf16"`` rounds CE, exp(CE) and its reciprocal to bfloat16, as the published trainer does.
+        precision: ``"bf16"`` rounds CE, exp(CE) and its reciprocal to bfloat16, as published.
 
     Example:
         >>> rewards(torch.tensor([[1.0], [1.001]]), "bf16").tolist()

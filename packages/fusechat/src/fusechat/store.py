@@ -22,9 +22,10 @@ from fusion_core.shards import read_header, write_tensors
 SCHEMA = "fusion.store/1"
 KIND = "fusechat.topk"
 Arrays = dict[str, NDArray[Any]]
-_DTYPES = {"ids": np.int32, "logits": None, "indices": None, "lse": np.float32, "end": np.int32, "ce": np.float32,
-           "supervised": np.uint8, "row_ptr": np.int64, "text": np.uint8, "text_ptr": np.int64,
-           "spans": np.int32, "span_ptr": np.int64, "whole": np.uint8}  # fmt: skip
+_NAMES = {
+    "ids", "logits", "indices", "lse", "end", "ce", "supervised", "row_ptr", "text", "text_ptr", "spans",
+    "span_ptr", "whole",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +103,9 @@ class TopKStore:
         try:
             self._manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
             if self._manifest["schema"] != SCHEMA or self._manifest["kind"] != KIND:
-                raise StoreError(f"{path} is no store of top-k distributions, its kind is {self._manifest['kind']!r}")
+                raise StoreError(
+                    f"{path} is no store of top-k distributions, its kind is {self._manifest['kind']!r}"
+                )
             self.k, self.shard_rows = int(self._manifest["k"]), int(self._manifest["shard_rows"])
             self._total, self._mark = int(self._manifest["rows"]), str(self._manifest["digest"])
         except OSError as error:
@@ -159,12 +162,11 @@ class TopKStore:
                 has = store._manifest.get(key, store._manifest["fingerprint"].get(key))
                 if key != "fingerprint" and has != wanted:
                     raise StoreError(
-                        f"{folder} was made from something else; {key!r}: the store has {has!r}, wanted {wanted!r}"
+                        f"{folder} was made from something else; "
+                        f"{key!r}: the store has {has!r}, wanted {wanted!r}"
                     )
             return store
-        from fusechat import __version__
-
-        manifest = {"schema": SCHEMA, "kind": KIND, "version": __version__, **made,
+        manifest = {"schema": SCHEMA, "kind": KIND, "version": package_version("fusechat"), **made,
                     "digest": digest(made), "shards": [], "complete": False}  # fmt: skip
         Path(folder).mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(folder) / "manifest.json", "w") as file:
@@ -223,7 +225,7 @@ class TopKStore:
             header, metadata = read_header(path)
         except CheckpointError as error:
             raise StoreError(f"{self.folder}: shard {path.name} cannot be used: {error}") from error
-        if metadata.get("store") != self._mark or set(header) != set(_DTYPES):
+        if metadata.get("store") != self._mark or set(header) != _NAMES:
             raise StoreError(f"{self.folder}: shard {path.name} belongs to another store")
         return True
 
@@ -237,7 +239,9 @@ class TopKStore:
         if self.complete:
             raise StoreError(f"{self.folder} is complete; nothing can be written to it")
         if len(rows) != len(self.shard_range(number)):
-            raise InputError(f"rows are {len(rows)}, wanted {len(self.shard_range(number))} for shard {number}")
+            raise InputError(
+                f"rows are {len(rows)}, wanted {len(self.shard_range(number))} for shard {number}"
+            )
         layout = self._manifest
         arrays = shard_arrays(rows, self.k, layout["logits_dtype"], layout["indices_dtype"])
         with atomic_write(self._path(number)) as file:
@@ -252,7 +256,12 @@ class TopKStore:
         if self.complete or self.missing():
             return self.complete
         shards = [
-            {"file": self._path(n).name, "start": r.start, "stop": r.stop, "digest": digest_file(self._path(n))}
+            {
+                "file": self._path(n).name,
+                "start": r.start,
+                "stop": r.stop,
+                "digest": digest_file(self._path(n)),
+            }
             for n, r in ((n, self.shard_range(n)) for n in range(self.shards))
         ]
         manifest = {**self._manifest, "shards": shards, "complete": True}
@@ -269,7 +278,9 @@ class TopKStore:
         """
         for number, shard in enumerate(self._manifest["shards"]):
             if digest_file(self._path(number)) != shard["digest"]:
-                raise StoreError(f"{self.folder}: shard {shard['file']} does not have the digest of the manifest")
+                raise StoreError(
+                    f"{self.folder}: shard {shard['file']} does not have the digest of the manifest"
+                )
 
     def _map(self, number: int) -> Arrays:
         if number not in self._maps:
@@ -287,7 +298,9 @@ class TopKStore:
             raise InputError(f"row is {row}, but the store has {self._total} rows")
         number, local = divmod(row % self._total, self.shard_rows)
         if not self._path(number).exists():
-            raise StoreError(f"{self.folder} does not hold row {row} yet; run the collection again to resume it")
+            raise StoreError(
+                f"{self.folder} does not hold row {row} yet; run the collection again to resume it"
+            )
         return self._map(number), local
 
     def text(self, row: int) -> Text:
@@ -358,7 +371,8 @@ def check_same_texts(first: TopKStore, second: TopKStore) -> None:
     """
     if len(first) != len(second):
         raise AlignmentError(
-            f"{first.folder} has {len(first)} rows, {second.folder} {len(second)}; wanted stores of the same texts"
+            f"{first.folder} has {len(first)} rows, {second.folder} {len(second)}; "
+            "wanted stores of the same texts"
         )
     for row in range(len(first)):
         a, b = first.text(row).text, second.text(row).text

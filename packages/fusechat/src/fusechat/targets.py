@@ -39,7 +39,11 @@ class Targets:
     token_ce: Float[Tensor, "batch tokens"] | None = None
 
     def __post_init__(self) -> None:
-        shapes = {f.name: tuple(getattr(self, f.name).shape) for f in fields(self) if getattr(self, f.name) is not None}
+        shapes = {
+            f.name: tuple(getattr(self, f.name).shape)
+            for f in fields(self)
+            if getattr(self, f.name) is not None
+        }
         head = shapes["mask"]
         wrong = shapes["ids"] != shapes["logits"] or shapes["ids"][:2] != head or shapes["ce"] != head[:1]
         if wrong or any(shapes.get(name, head) != head for name in ("lse", "token_ce")):

@@ -54,7 +54,9 @@ def render(dialogue: Dialogue, tokenizer: Any = None, *, template: str | None = 
         Text(text='plain text', spans=((0, 10),), whole=True)
     """
     if isinstance(dialogue, Mapping):
-        found = next((dialogue[key] for key in ("messages", "conversations", "text") if key in dialogue), None)
+        found = next(
+            (dialogue[key] for key in ("messages", "conversations", "text") if key in dialogue), None
+        )
         if found is None:
             raise InputError(
                 f"dialogue is a mapping with {sorted(map(str, dialogue))}, wanted 'messages' or 'text' in it"
@@ -78,14 +80,17 @@ def render(dialogue: Dialogue, tokenizer: Any = None, *, template: str | None = 
 def _listed(dialogue: Any) -> Sequence[Any]:
     if not isinstance(dialogue, Sequence) or not dialogue:
         raise InputError(
-            f"dialogue is {type(dialogue).__name__} of no messages, wanted text or messages with role and content"
+            f"dialogue is {type(dialogue).__name__} of no messages, "
+            "wanted text or messages with role and content"
         )
     return dialogue  # pyright: ignore[reportUnknownVariableType]
 
 
 def _message(entry: Any, number: int) -> dict[str, Any]:
     if not isinstance(entry, Mapping) or "role" not in entry or not isinstance(entry.get("content"), str):
-        raise InputError(f"message {number} is {entry!r:.80}, wanted a mapping with 'role' and a text 'content'")
+        raise InputError(
+            f"message {number} is {entry!r:.80}, wanted a mapping with 'role' and a text 'content'"
+        )
     return dict(entry)
 
 
@@ -105,7 +110,8 @@ def _jinja(
         )
     except TemplateError as error:
         raise InputError(f"the chat template refuses the dialogue: {error}") from error
-    return texts[0], list(blocks[0]) if blocks else []
+    spans: Any = blocks[0] if blocks else []
+    return texts[0], list(spans)
 
 
 def _turns(

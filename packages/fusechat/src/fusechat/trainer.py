@@ -55,10 +55,14 @@ class FusionTrainer(Trainer):
         if collator is None:
             if processing_class is None or not len(sources):
                 raise InputError(
-                    f"processing_class is {type(processing_class).__name__} with {len(sources)} sources, wanted "
+                    f"processing_class is {type(processing_class).__name__} "
+                    f"with {len(sources)} sources, wanted "
                     "the pivot's tokenizer and at least one store, or a collator"
                 )
-            given = {"pivot_size": int(model.config.get_text_config().vocab_size), **(collator_options or {})}
+            given: dict[str, Any] = {
+                "pivot_size": int(model.config.get_text_config().vocab_size),
+                **(collator_options or {}),
+            }
             collator = FusionCollator(processing_class, sources, **given)
         self.fusion_loss = fusion_loss if fusion_loss is not None else FusionLoss()
         self.fusion_collator = collator
@@ -86,7 +90,8 @@ class FusionTrainer(Trainer):
             import warnings
 
             warnings.warn(
-                f"{len(dialogues) - len(kept)} of {len(dialogues)} dialogues have nothing to learn and are left out",
+                f"{len(dialogues) - len(kept)} of {len(dialogues)} dialogues have nothing to learn "
+                "and are left out",
                 FusionWarning,
                 stacklevel=3,
             )
@@ -118,7 +123,9 @@ class FusionTrainer(Trainer):
     ) -> Any:
         """The fusion objective on one batch."""
         batch = inputs["fusion"].to(inputs["input_ids"].device)
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        )
         training = num_items_in_batch is not None or model.training
         found = self.fusion_loss(
             logits_of(outputs),

@@ -53,7 +53,9 @@ class Cooccurrence:
         return int(candidates[int(np.argmax(scores))])
 
 
-def _count(sequences: Sequence[Sequence[int]], common: dict[int, int], window: int) -> dict[int, dict[int, int]]:
+def _count(
+    sequences: Sequence[Sequence[int]], common: dict[int, int], window: int
+) -> dict[int, dict[int, int]]:
     table: dict[int, dict[int, int]] = {}
     for sequence in sequences:
         for place, token in enumerate(sequence):

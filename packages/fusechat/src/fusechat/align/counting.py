@@ -43,7 +43,7 @@ class PairCounts:
         """
         pivot, source = np.asarray(pivot_ids, np.int64), np.asarray(source_ids, np.int64)
         for name, ids, size in zip(("pivot", "source"), (pivot, source), self.shape, strict=True):
-            if ids.size and not (0 <= ids.min() and ids.max() < size):
+            if ids.size and (ids.min() < 0 or ids.max() >= size):
                 raise InputError(f"{name}_ids hold {int(ids.max())}, wanted ids of 0 to {size - 1}")
         self._waiting.append(pivot * self.shape[1] + source)
         self._held += len(pivot)

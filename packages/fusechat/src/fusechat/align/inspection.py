@@ -19,6 +19,7 @@ from fusion_core.report import Page, Report
 
 _COLORS = ("#7aa6c255", "#c2a67a55")
 _WRONG = "#d0404088"
+_NOTHING = Markup("")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class AlignmentReport(Report):
         worst: pivot tokens that most often have no partner, with counts.
     """
 
-    strip: Markup = Markup("")
+    strip: Markup = _NOTHING
     worst: tuple[tuple[str, int, int], ...] = ()
 
     def page(self) -> Page:
@@ -93,7 +94,9 @@ def inspect(
         one = encode(pivot_tokenizer, stored.text)
         pairs = span(one.ends, stored.encoded.ends)
         if method == "dtw":
-            theirs, ours = (decode_each(t, e.ids) for t, e in ((source_tokenizer, stored.encoded), (pivot_tokenizer, one)))
+            theirs, ours = (
+                decode_each(t, e.ids) for t, e in ((source_tokenizer, stored.encoded), (pivot_tokenizer, one))
+            )
             pairs = dtw(theirs, ours, tie=tie)
         has = np.zeros(len(one), np.bool_)
         has[pairs.pivot] = True
@@ -113,7 +116,7 @@ def inspect(
     if not used:
         raise DataError(f"none of the first {len(rows)} rows of {store.folder} holds tokens")
     order = np.argsort(-alone, kind="stable")[:10]
-    worst = tuple((vocabulary.tokens[n], int(alone[n]), int(seen[n])) for n in order if alone[n])
+    worst = tuple((str(vocabulary.tokens[n]), int(alone[n]), int(seen[n])) for n in order if alone[n])
     pair_count = sum(len(part) for part in mass)
     line = {
         "dialogues": used,
@@ -124,7 +127,8 @@ def inspect(
         "same_end": exact / max(pair_count, 1),
         "kept_mass": float(np.minimum(np.concatenate(mass), 1.0).mean()) if pair_count else 0.0,
         "mapped_tokens": table.coverage,
-        "bytes_per_token": store.nbytes / max(1, sum(len(store[row].encoded) for row in rows) * len(store) // len(rows)),
+        "bytes_per_token": store.nbytes
+        / max(1, sum(len(store[row].encoded) for row in rows) * len(store) // len(rows)),
     }
     return AlignmentReport(title="Alignment", rows=[line], strip=strip, worst=worst)
 
@@ -139,8 +143,12 @@ def _map(store: TopKStore, pivot: Any, source: Any, vocab: str | VocabularyMap, 
 
 def _strip(text: str, pivot: Encoded, source: Encoded, places: Any, partners: Any, most: int = 400) -> Markup:
     """Two lines of colored tokens; aligned ends are joined by a bar, pairs with unlike ends are red."""
-    good = {int(pivot.ends[p]) for p, s in zip(places, partners, strict=True) if pivot.ends[p] == source.ends[s]}
-    bad = {int(pivot.ends[p]) for p, s in zip(places, partners, strict=True) if pivot.ends[p] != source.ends[s]}
+    good = {
+        int(pivot.ends[p]) for p, s in zip(places, partners, strict=True) if pivot.ends[p] == source.ends[s]
+    }
+    bad = {
+        int(pivot.ends[p]) for p, s in zip(places, partners, strict=True) if pivot.ends[p] != source.ends[s]
+    }
     lines: list[Markup] = []
     for name, side in (("pivot", pivot), ("source", source)):
         cells: list[Markup] = []

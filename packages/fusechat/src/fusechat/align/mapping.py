@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fusechat.align.counting import PairCounts
 from fusechat.align.cooccurrence import Cooccurrence
+from fusechat.align.counting import PairCounts
 from fusechat.align.pairs import dtw, span
 from fusechat.align.vocabulary import Vocabulary, decode_each
 from fusion_core.errors import ConfigError, InputError, ShapeError
@@ -193,7 +193,7 @@ def vocabulary_map(
         raise ConfigError(f"vocab method is {method!r}, wanted one of {list(METHODS)}")
     source, pivot = Vocabulary.of(source_tokenizer), Vocabulary.of(pivot_tokenizer)
     statistical = method in ("ms", "ms-official")
-    if (statistical and counts is None or cooccurrence) and texts is None:
+    if ((statistical and counts is None) or cooccurrence) and texts is None:
         raise ConfigError(f"vocab method {method!r} needs texts to align, got none; give texts= or counts=")
     kept: Sequence[str] = list(texts) if texts is not None else []
     neighbours = None
@@ -250,7 +250,9 @@ def count_texts(
             continue
         ids = [np.asarray(t(text)["input_ids"]) for t in (source_tokenizer, pivot_tokenizer)]
         if len(ids[0]) and len(ids[1]):
-            strings = [decode_each(t, i) for t, i in zip((source_tokenizer, pivot_tokenizer), ids, strict=True)]
+            strings = [
+                decode_each(t, i) for t, i in zip((source_tokenizer, pivot_tokenizer), ids, strict=True)
+            ]
             counts.add_pairs(dtw(strings[0], strings[1], tie=tie), ids[1], ids[0], count)
     if not seen:
         raise InputError("texts is empty, wanted at least one text to align")

@@ -80,7 +80,9 @@ def project(
         raise ShapeError(f"logits have shape {values.shape}, indices {places.shape}, wanted (positions, k)")
     bad = np.isnan(values) | (values == np.inf)
     if bad.any():
-        raise NonFiniteError(f"logits hold NaN or +inf in row {int(bad.any(1).argmax())}, wanted numbers or -inf")
+        raise NonFiniteError(
+            f"logits hold NaN or +inf in row {int(bad.any(1).argmax())}, wanted numbers or -inf"
+        )
     table = mapping.table if isinstance(mapping, VocabularyMap) else np.asarray(mapping, np.int64)
     if places.size and (int(places.max()) >= len(table) or int(places.min()) < 0):
         raise InputError(
