@@ -166,6 +166,8 @@ class TopKStore:
                         f"{key!r}: the store has {has!r}, wanted {wanted!r}"
                     )
             return store
+        from fusion_core.demo import package_version
+
         manifest = {"schema": SCHEMA, "kind": KIND, "version": package_version("fusechat"), **made,
                     "digest": digest(made), "shards": [], "complete": False}  # fmt: skip
         Path(folder).mkdir(parents=True, exist_ok=True)
