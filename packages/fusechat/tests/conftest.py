@@ -57,8 +57,8 @@ def make_model(vocab, seed=0, hidden=16, dtype=torch.float32):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=vocab, hidden_size=hidden, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=512,
+            vocab_size=vocab, hidden_size=hidden, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
         )  # fmt: skip
         return LlamaForCausalLM(config).to(dtype).eval()
 
@@ -113,8 +113,8 @@ def store(tmp_path_factory, source_model, source_tokenizer, pivot_tokenizer, dia
     from fusechat import collect
 
     return collect(
-        source_model, dialogues, out=tmp_path_factory.mktemp("store") / "source", k=8, tokenizer=source_tokenizer,
-        pivot_tokenizer=pivot_tokenizer, shard_rows=4, progress=False,
+        source_model, dialogues, out=tmp_path_factory.mktemp("store") / "source", k=8,
+        tokenizer=source_tokenizer, pivot_tokenizer=pivot_tokenizer, shard_rows=4, progress=False,
     )  # fmt: skip
 
 
@@ -123,6 +123,6 @@ def pivot_store(tmp_path_factory, pivot_model, pivot_tokenizer, dialogues):
     from fusechat import collect
 
     return collect(
-        pivot_model, dialogues, out=tmp_path_factory.mktemp("store") / "pivot", k=8, tokenizer=pivot_tokenizer,
-        shard_rows=4, progress=False,
+        pivot_model, dialogues, out=tmp_path_factory.mktemp("store") / "pivot", k=8,
+        tokenizer=pivot_tokenizer, shard_rows=4, progress=False,
     )  # fmt: skip

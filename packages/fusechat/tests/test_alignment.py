@@ -205,7 +205,7 @@ def test_ms_takes_the_frequent_and_the_official_the_rare():
 
 
 def test_mined_is_the_nearest_string_not_the_first():
-    # Row 8: the published mode compared a string with a list and mapped all unmatched tokens to the first entry.
+    # Row 8: the published mode maps all unmatched tokens to the first entry.
     source, pivot = Vocabulary(["hello", "worlds"]), Vocabulary(["zzz", "hallo", "world"])
     assert nearest_table(source, pivot).tolist() == [1, 2]
     near = Cooccurrence({0: {0: 3}}, {1: {2: 1}, 2: {0: 1}})
@@ -301,8 +301,9 @@ MARKED = (
     "{{ m['content'] }}</s>{% endgeneration %}{% else %}{{ m['content'] }}</s>{% endif %}\n{% endfor %}"
 )
 STRICT = (
-    "{% for m in messages %}{% if loop.index0 == 0 and m['role'] != 'user' %}{{ raise_exception('user first') }}"
-    "{% endif %}[{{ m['role'] }}] {{ m['content'] | trim }}{% if m['role'] == 'assistant' %}</s>{% endif %}\n{% endfor %}"
+    "{% for m in messages %}{% if loop.index0 == 0 and m['role'] != 'user' %}"
+    "{{ raise_exception('user first') }}{% endif %}[{{ m['role'] }}] {{ m['content'] | trim }}"
+    "{% if m['role'] == 'assistant' %}</s>{% endif %}\n{% endfor %}"
 )
 TALK = [
     {"role": "user", "content": "yes"},

@@ -246,7 +246,9 @@ def test_end_to_end(golden, dtype):
     fill_state_dict(model)
     model.to(dtype).train()
     made = [
-        Targets.from_dense(torch.from_numpy(targets[f"ref64_{n}_T1"]).to(dtype), torch.from_numpy(targets[f"metric_{n}"]))
+        Targets.from_dense(
+            torch.from_numpy(targets[f"ref64_{n}_T1"]).to(dtype), torch.from_numpy(targets[f"metric_{n}"])
+        )
         for n in ("source", "pivot")
     ]  # fmt: skip
     inputs = {name: torch.from_numpy(targets[name]) for name in ("input_ids", "attention_mask")}

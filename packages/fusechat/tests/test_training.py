@@ -169,7 +169,8 @@ def test_every_map_and_alignment_collates(
     store, pivot_store, pivot_tokenizer, source_tokenizer, dialogues, vocab, align
 ):
     for unaligned in ("skip", "onehot", "pivot"):
-        batch = collator(pivot_tokenizer, store, source_tokenizer, pivot=pivot_store, vocab=vocab, align=align,
+        batch = collator(pivot_tokenizer, store, source_tokenizer, pivot=pivot_store, vocab=vocab,
+                         align=align,
                          unaligned=unaligned)(dialogues[:2])  # fmt: skip
         source = batch.sources[0]
         probs, _ = source.filled(batch.pivot).probabilities()
@@ -231,7 +232,8 @@ def test_rows_without_a_turn_are_kept_empty(source_model, source_tokenizer, dial
 def arguments(folder, **options):
     from transformers import TrainingArguments
 
-    given = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
+    given = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2,
+             "lr_scheduler_type": "constant",
              "report_to": [], "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "seed": 0,
              "disable_tqdm": True}  # fmt: skip
     return TrainingArguments(str(folder), **{**given, **options})
