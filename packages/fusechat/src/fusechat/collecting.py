@@ -142,7 +142,7 @@ def _loaded(model: Any, tokenizer: Any, device: Any, dtype: Any) -> tuple[Any, A
     place = resolve_device(device)
     try:
         tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model)
-        net = AutoModelForCausalLM.from_pretrained(model, dtype=resolve_dtype(dtype, place))
+        net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=resolve_dtype(dtype, place))
     except (OSError, ValueError) as error:
         raise InputError(f"model {str(model)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     net.to(device=place)

@@ -122,7 +122,7 @@ def dtw(
         InputError: a side without tokens.
 
     Example:
-        >>> pairs = dtw(["hel", "lo", "you"], ["hello", "you"])
+        >>> pairs = dtw(["hell", "o", "you"], ["hello", "you"])  # "o" is nearer to "you": a wrong link
         >>> pairs.pivot_to_source
         [[0, 1], [2]]
     """
