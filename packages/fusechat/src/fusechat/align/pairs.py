@@ -122,9 +122,9 @@ def dtw(
         InputError: a side without tokens.
 
     Example:
-        >>> pairs = dtw(["hell", "o", "you"], ["hello", "you"])  # "o" is nearer to "you": a wrong link
-        >>> pairs.pivot_to_source
-        [[0, 1], [2]]
+        >>> pairs = dtw(["hell", "o", "you"], ["hello", "you"])
+        >>> pairs.pivot_to_source  # "o" is nearer to "you" than to "hello": spans know better
+        [[0], [1, 2]]
     """
     for name, tokens in (("source_tokens", source_tokens), ("pivot_tokens", pivot_tokens)):
         if not len(tokens):
