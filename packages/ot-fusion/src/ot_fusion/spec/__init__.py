@@ -1,0 +1,1 @@
+"""Declarations of architectures: written by hand, read from a model, proved numerically."""
