@@ -3,10 +3,56 @@
 Names load their module on first use, so ``import ot_fusion`` costs little more than PyTorch.
 """
 
+from typing import TYPE_CHECKING
+
 from fusion_core.lazy import lazy_exports
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from ot_fusion.apply import align_conv, align_embedding, align_linear, align_vector
+    from ot_fusion.config import FusionConfig
+    from ot_fusion.cost import ground_cost
+    from ot_fusion.errors import IllegalMapError, SolverError, SpecError
+    from ot_fusion.layers import fuse_encoder_block, fuse_linear
+    from ot_fusion.plan import Plan
+    from ot_fusion.policies import merge_maps
+    from ot_fusion.solvers import solve
 
-__getattr__, __dir__ = lazy_exports(__name__, {})
+__all__ = [
+    "FusionConfig",
+    "IllegalMapError",
+    "Plan",
+    "SolverError",
+    "SpecError",
+    "__version__",
+    "align_conv",
+    "align_embedding",
+    "align_linear",
+    "align_vector",
+    "fuse_encoder_block",
+    "fuse_linear",
+    "ground_cost",
+    "merge_maps",
+    "solve",
+]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "FusionConfig": "config",
+        "IllegalMapError": "errors",
+        "Plan": "plan",
+        "SolverError": "errors",
+        "SpecError": "errors",
+        "align_conv": "apply",
+        "align_embedding": "apply",
+        "align_linear": "apply",
+        "align_vector": "apply",
+        "fuse_encoder_block": "layers",
+        "fuse_linear": "layers",
+        "ground_cost": "cost",
+        "merge_maps": "policies",
+        "solve": "solvers",
+    },
+)
