@@ -136,7 +136,7 @@ SQUARE = (
 
 
 def block(prefix, hidden, inner, dtype):
-    shapes = {name: (hidden, hidden) for name in SQUARE}
+    shapes = dict.fromkeys(SQUARE, (hidden, hidden))
     shapes |= {"intermediate.dense": (inner, hidden), "output.dense": (hidden, inner)}
     found = {}
     for name in NORMS:
@@ -155,7 +155,7 @@ def test_encoder(golden, dtype):
     for side in ("source", "anchor"):
         prefix = settings[side]
         params.append(block(prefix, hidden, inner, dtype))
-        widths = {name: hidden for name in (*SQUARE, "output.dense")} | {"intermediate.dense": inner}
+        widths = dict.fromkeys((*SQUARE, "output.dense"), hidden) | {"intermediate.dense": inner}
         found = {name: {"name": f"{prefix}acts.{name}", "shape": [samples, n]} for name, n in widths.items()}
         scale = settings["attention_scale"]
         found["attention"] = {"name": f"{prefix}acts.attention", "shape": [samples, hidden], "scale": scale}
@@ -174,3 +174,220 @@ def test_encoder(golden, dtype):
     assert {key for key in record if np.ndim(record[key]) and "." in key} == {
         key for key in record if key.startswith(tuple(f"{p}." for p in settings["cases"]))
     }
+
+
+def vit_of(entry, dtype):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=entry["hidden"],
+        num_hidden_layers=entry["blocks"],
+        num_attention_heads=entry["heads"],
+        intermediate_size=entry["intermediate"],
+        image_size=entry["image"][1],
+        num_channels=entry["image"][0],
+        patch_size=entry["patch"],
+        num_labels=entry["classes"],
+        layer_norm_eps=1e-12,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        hidden_act="gelu",
+    )
+    model = ViTForImageClassification(config).to(dtype).eval()
+    names = {new: old for old, new in ((old, vit_key(old)) for old in old_names(entry))}
+    state = model.state_dict()
+    assert set(names) == set(state), set(names) ^ set(state)
+    filled = {
+        k: torch.as_tensor(parameter(entry["prefix"] + names[k], tuple(v.shape)), dtype=dtype)
+        for k, v in state.items()
+    }
+    model.load_state_dict(filled)
+    return model
+
+
+def old_names(entry):
+    found = [f"vit.embeddings.{n}" for n in ("cls_token", "position_embeddings")]
+    parts = ["vit.embeddings.patch_embeddings.projection", "vit.layernorm", "classifier"]
+    for number in range(entry["blocks"]):
+        parts += [
+            f"vit.encoder.layer.{number}.{name}"
+            for name in (*NORMS, *SQUARE, "intermediate.dense", "output.dense")
+        ]
+    return found + [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]
+
+
+def vit_key(old):
+    return next(iter(vit_names({old: None})))
+
+
+ORDER = ["q", "k", "v", "o", "fc1", "fc2"]
+
+
+@both_dtypes
+@pytest.mark.golden_files("vit*.npz")
+def test_vit(golden, golden_file, dtype):
+    record, settings = golden.load(golden_file), golden.settings[golden_file.removesuffix(".npz")]
+    models = {name: vit_of(entry, dtype) for name, entry in settings["models"].items()}
+    images = made(settings["images"], dtype)
+    exact = dtype == torch.float64
+    logits_tolerance = (
+        settings["logits_tolerance"] if exact else golden.settings["tolerance_float32"]["logits"]
+    )
+    for key, names in settings["logits"].items():
+        states = [models[name].state_dict() for name in names]
+        model = vit_of(settings["models"][names[0]], dtype)
+        model.load_state_dict({k: sum(s[k] for s in states) / len(states) for k in states[0]})
+        golden.assert_close(
+            model(images).logits, record[f"{key}/logits"], atol=logits_tolerance, rtol=0, what=key
+        )
+    for key, case in settings["cases"].items():
+        chosen = [models[name] for name in case["source"]]
+        config = config_of(case, alpha=case.get("alpha_outside", case["alpha"]))
+        fused = fuse([*chosen, models[case["anchor"]]], data=images, config=config)
+        state = fused.model.state_dict()
+        ties = case.get("ties", [])
+        for name in [k.partition("/")[2] for k in record if k.startswith(f"{key}/")]:
+            expected = record[f"{key}/{name}"]
+            if name in ties or name == "logits":
+                continue
+            if name.startswith("map."):
+                number = int(name[4:])
+                nodes = ["class_token", "positions", "patch"]
+                nodes += [
+                    f"blocks.{b}.{part}" for b in range(settings["models"]["m1"]["blocks"]) for part in ORDER
+                ]
+                close(
+                    golden,
+                    fused.maps[nodes[number]].official_map(),
+                    expected,
+                    case["tolerance"],
+                    dtype,
+                    f"{key}/{name}",
+                )
+                continue
+            close(golden, state[vit_key(name)], expected, case["tolerance"], dtype, f"{key}/{name}")
+        if ties:
+            plan = fused.maps["class_token"].matrix
+            n0, n1 = plan.shape
+            assert torch.allclose(plan.sum(0), torch.full((n1,), 1 / n1, dtype=plan.dtype), atol=1e-12)
+            assert torch.allclose(plan.sum(1), torch.full((n0,), 1 / n0, dtype=plan.dtype), atol=1e-12)
+            rows = [
+                models[m].vit.embeddings.cls_token.detach().double().flatten()
+                for m in (case["source"][0], case["anchor"])
+            ]
+            if case["features"] == "wts":
+                rows = [r / (r.abs() + 1e-9) for r in rows]
+            cost = (rows[0][:, None] - rows[1][None, :]).abs()
+            least = wasserstein_distance(rows[0].numpy(), rows[1].numpy())
+            assert abs(float((plan * cost).sum()) - least) <= 1e-12 * float(cost.max())
+            state["vit.embeddings.cls_token"] = torch.as_tensor(
+                record[f"{key}/vit.embeddings.cls_token"], dtype=dtype
+            )
+            fused.model.load_state_dict(state)
+        if f"{key}/logits" in record:
+            found = fused.model(images).logits
+            golden.assert_close(
+                found, record[f"{key}/logits"], atol=logits_tolerance, rtol=0, what=f"{key}/logits"
+            )
+
+
+class Net(torch.nn.Module):
+    """The predecessor's bias-free nets, by their layer lists."""
+
+    def __init__(self, entry, dtype):
+        super().__init__()
+        self.kind, self.names = entry["kind"], [name for name, _, _ in entry["layers"]]
+        for name, shape, _ in entry["layers"]:
+            if len(shape) == 4:
+                stride = (
+                    2 if self.kind == "resnet" and name in ("layer2.0.conv1", "layer2.0.shortcut.0") else 1
+                )
+                layer = torch.nn.Conv2d(shape[1], shape[0], shape[2], stride, shape[2] // 2, bias=False)
+            else:
+                layer = torch.nn.Linear(shape[1], shape[0], bias=False)
+            values = parameter(f"{entry['prefix']}{name}.weight", tuple(shape))
+            layer.weight.data = torch.as_tensor(values, dtype=dtype)
+            self.add_module(name.replace(".", "_"), layer)
+
+    def at(self, name):
+        return getattr(self, name.replace(".", "_"))
+
+    def forward(self, x):
+        relu, pool = torch.relu, torch.nn.functional.max_pool2d
+        if self.kind == "mlp":
+            for name in self.names[:-1]:
+                x = relu(self.at(name)(x))
+            return self.at(self.names[-1])(x)
+        if self.kind == "cnn":
+            x = pool(relu(self.at("conv1")(x)), 2)
+            x = pool(relu(self.at("conv2")(x)), 2).flatten(1)
+            return self.at("fc2")(relu(self.at("fc1")(x)))
+        x = relu(self.at("conv1")(x))
+        x = relu(self.at("layer1.0.conv2")(relu(self.at("layer1.0.conv1")(x))) + x)
+        skip = self.at("layer2.0.shortcut.0")(x)
+        x = relu(self.at("layer2.0.conv2")(relu(self.at("layer2.0.conv1")(x))) + skip)
+        return self.at("linear")(x.mean((2, 3)))
+
+
+def net_spec(entry):
+    builder = SpecBuilder(entry["kind"], [f"{n.replace('.', '_')}.weight" for n, _, _ in entry["layers"]])
+    shapes = {name: shape for name, shape, _ in entry["layers"]}
+    last = entry["layers"][-1][0]
+    for name, shape, before in entry["layers"]:
+        if before is not None:
+            space, view, _ = builder.where[before]
+            builder.where[before] = (space, view, shape[1] // shapes[before][0])
+        space = builder.space(name, Full(shape[0])) if name != last else None
+        path = name.replace(".", "_")
+        builder.linear(path, before, name, space, kernel=len(shape) - 2, hook=path)
+    return builder.build()
+
+
+@both_dtypes
+def test_otfusion(golden, dtype):
+    record, settings = golden.load("otfusion.npz"), golden.settings["otfusion"]
+    for key, case in settings["cases"].items():
+        entries = [settings["nets"][case[side]] for side in ("source", "anchor")]
+        nets = [Net(entry, dtype) for entry in entries]
+        specs = {name: net_spec(entry) for name, entry in zip(("0", "1"), entries, strict=True)}
+        if case.get("transport_last"):
+            specs = {name: transported(spec, entries[0]) for name, spec in specs.items()}
+        found = {
+            k: v
+            for k, v in case.items()
+            if k
+            in (
+                "features",
+                "solver",
+                "reg",
+                "normalize",
+                "squared",
+                "row_norm",
+                "alpha",
+                "importance",
+                "transport_last",
+            )
+        }
+        rule = "otfusion_proper" if case.get("proper") else "otfusion"
+        config = FusionConfig.otfusion(**found, normalization=rule)
+        data = made(settings["inputs"][entries[0]["kind"]], dtype)
+        fused = fuse(nets, data=data, config=config, spec=specs)
+        for name, _, _ in entries[1]["layers"]:
+            wanted = (
+                record[f"{key}/{name}.weight"]
+                if f"{key}/{name}.weight" in record
+                else record[f"{key}.{name}.weight"]
+            )
+            close(
+                golden,
+                fused.state[f"{name.replace('.', '_')}.weight"],
+                wanted,
+                case["tolerance"],
+                dtype,
+                f"{key} {name}",
+            )
+
+
+def transported(spec, entry):
+    name, shape, _ = entry["layers"][-1]
+    return spec

@@ -14,22 +14,29 @@ if TYPE_CHECKING:
     from ot_fusion.config import FusionConfig
     from ot_fusion.cost import ground_cost
     from ot_fusion.errors import IllegalMapError, SolverError, SpecError
+    from ot_fusion.fusing import Aligned, Fused, align, fuse
     from ot_fusion.layers import fuse_encoder_block, fuse_linear
+    from ot_fusion.moments import Moments
     from ot_fusion.plan import Plan
     from ot_fusion.policies import merge_maps
     from ot_fusion.solvers import solve
 
 __all__ = [
+    "Aligned",
+    "Fused",
     "FusionConfig",
     "IllegalMapError",
+    "Moments",
     "Plan",
     "SolverError",
     "SpecError",
     "__version__",
+    "align",
     "align_conv",
     "align_embedding",
     "align_linear",
     "align_vector",
+    "fuse",
     "fuse_encoder_block",
     "fuse_linear",
     "ground_cost",
@@ -40,6 +47,11 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "fuse": "fusing",
+        "align": "fusing",
+        "Moments": "moments",
+        "Fused": "fusing",
+        "Aligned": "fusing",
         "FusionConfig": "config",
         "IllegalMapError": "errors",
         "Plan": "plan",

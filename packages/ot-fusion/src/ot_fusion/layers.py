@@ -226,7 +226,7 @@ def fuse_encoder_block(
             ]
             for key, aligned in zip(keys, apply_query_key(parts, whole, config), strict=True):
                 out[key] = _mix(aligned, params1[key], alpha)
-        maps.update({name: whole for name in names} if config.qk == "shared" else {"joint": whole})
+        maps.update(dict.fromkeys(names, whole) if config.qk == "shared" else {"joint": whole})
 
     def merged(resid: Tensor | None, branch: Tensor | None, sizes: tuple[Any, Any]) -> Tensor | None:
         if resid is None and config.official_side("identity_skip"):

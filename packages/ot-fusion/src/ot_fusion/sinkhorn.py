@@ -15,7 +15,8 @@ _CHECK = 10
 
 def choose_kernel(cost: Tensor, reg: float) -> str:
     """``sinkhorn`` where the kernel cannot underflow in the cost's dtype, else ``sinkhorn_stabilized`` or, on a
-    GPU, ``sinkhorn_log``."""
+    GPU, ``sinkhorn_log``.
+    """
     if float(cost.max()) / reg < _SAFE.get(cost.dtype, 80.0):
         return "sinkhorn"
     return "sinkhorn_log" if cost.is_cuda else "sinkhorn_stabilized"
