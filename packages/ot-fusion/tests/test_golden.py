@@ -4,16 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from scipy.stats import wasserstein_distance
+
 from fusion_core.testing import array, parameter
 from ot_fusion import (
-    FusionConfig,
-    align_vector,
-    fuse_encoder_block,
-    fuse_linear,
-    ground_cost,
-    merge_maps,
-    solve,
+    FusionConfig, align_vector, fuse, fuse_encoder_block, fuse_linear, ground_cost, merge_maps, solve,
 )
+from ot_fusion.groups import Full
+from ot_fusion.spec.builder import SpecBuilder
+from ot_fusion.spec.vit import vit_names
 
 DTYPES = [torch.float64, torch.float32]
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])

@@ -105,16 +105,12 @@ class Plan:
             case "official":
                 return self.official_map()
             case "otfusion":
-                return self._divided_rows()
+                return self.matrix / (1 / self.matrix.shape[0] + _OTFUSION_EPS)
             case "otfusion_proper":
-                scaled = self._divided_rows()
-                return scaled / (scaled.sum(0) + _OTFUSION_EPS)
+                return self.matrix / (self.matrix.sum(0) + _OTFUSION_EPS)
         raise InputError(
             f"normalization is {self.normalization!r}, wanted paper, exact, official, otfusion or otfusion_proper"
         )
-
-    def _divided_rows(self) -> Tensor:
-        return self.matrix / (1 / self.matrix.shape[0] + _OTFUSION_EPS)
 
     def in_map(self) -> Float[Tensor, "n0 n1"]:
         """The map of input axes: for ``exact`` each source neuron's weight is split, else as :meth:`out_map`."""
