@@ -251,6 +251,8 @@ class _Flow:
         plan = self._input(op1)
         if self.config.official_side("post_norm") and op1.kind == "norm" and "post_norm" in self.spec1.notes:
             plan = self._official_post_norm(op1, plan)
+        if op1.view == "fixed":
+            plan = None
         if op1.view == "qk_norm":  # one weight for all heads
             plan = self.norm_plans.get(str(op1.space))
         matrix = None if plan is None else plan.out_map()
@@ -264,7 +266,7 @@ class _Flow:
     def _official_post_norm(self, op: Op, plan: Plan | None) -> Plan | None:
         """The authors average a block's second norm with the branch's map, before the maps are merged."""
         before = self.pairs[op.inputs[0]][1]
-        is_second = op.output.endswith(("norm2", ".out"))
+        is_second = op.output.endswith(".out")
         return self.maps[before.inputs[1]] if before.kind == "add" and is_second else plan
 
     def _elementwise(self, _op0: Op, op1: Op) -> None:

@@ -196,6 +196,8 @@ class _Reader:
         """Rows of neurons of an activation."""
         op = self.ops[node]
         output = found[str(op.hook)]
+        if op.part is not None:  # several layers packed in one
+            output = output[..., op.part[0] : op.part[1]]
         if output.ndim == 3 and len(output) == 1:  # positions are looked up once for the whole batch
             output = output.expand(_rows(batch), -1, -1)
         return as_samples(output, node_size(self.spec, op), keep=self.keep(node, output, batch))

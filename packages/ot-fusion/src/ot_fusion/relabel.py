@@ -44,7 +44,7 @@ def check_states(spec: AlignmentSpec, state: Mapping[str, Tensor], who: str = "t
         ShapeError: an axis of another size.
         DataError: a tensor that is to be mixed but holds no floating-point numbers.
     """
-    known = set(spec.tensors) | set(spec.copied)
+    known = set(spec.tensors) | set(spec.copied) | {key for group in spec.tied for key in group}
     missing, extra = sorted(set(state) - known), sorted(set(spec.tensors) - set(state))
     tied = {key for group in spec.tied for key in group}
     extra = [key for key in extra if key not in tied]

@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 
 from ot_fusion.errors import SpecError
+from ot_fusion.spec.decoders import gpt2_spec, llama_spec
+from ot_fusion.spec.encoders import bert_spec, distilbert_spec
 from ot_fusion.spec.plain import resnet_spec, sequential_spec
 from ot_fusion.spec.types import AlignmentSpec
 from ot_fusion.spec.vit import vit_spec
@@ -13,7 +15,19 @@ from ot_fusion.spec.vit import vit_spec
 __all__ = ["MODEL_TYPES", "spec_for"]
 
 Builder = Callable[[Any, Sequence[str]], AlignmentSpec]
-MODEL_TYPES: dict[str, Builder] = {"vit": vit_spec, "deit": vit_spec}
+MODEL_TYPES: dict[str, Builder] = {
+    "bert": bert_spec,
+    "deit": vit_spec,
+    "distilbert": distilbert_spec,
+    "gemma": llama_spec,
+    "gpt2": gpt2_spec,
+    "llama": llama_spec,
+    "mistral": llama_spec,
+    "qwen2": llama_spec,
+    "qwen3": llama_spec,
+    "roberta": bert_spec,
+    "vit": vit_spec,
+}
 
 
 def spec_for(model: Any, keys: Sequence[str] | None = None) -> AlignmentSpec:
