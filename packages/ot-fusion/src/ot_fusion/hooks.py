@@ -109,11 +109,11 @@ def batches(data: Any, batch_size: int, samples: int | None) -> Iterator[Any]:
         )
     for part in parts:
         batch = part[0] if isinstance(part, tuple | list) else part
-        rows = _rows(batch)
         if left <= 0:
             return
-        yield batch if rows <= left else _cut(batch, 0, int(left))
-        left -= rows
+        found = _rows(batch)
+        yield batch if found <= left else _cut(batch, 0, int(left))
+        left -= found
 
 
 def _rows(batch: Any) -> int:
