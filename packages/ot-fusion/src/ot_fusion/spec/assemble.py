@@ -31,6 +31,8 @@ def assemble(trace: Any, model: nn.Module) -> AlignmentSpec:
     state = model.state_dict()
     by_key = {key: trace.of[node] for node, key in trace.params.items() if node in trace.of and key in state}
     tied = _tied(state, by_key)
+    alias = {key: group[0] for group in tied for key in group[1:]}
+    by_key = {key: own for key, own in by_key.items() if key not in alias}
     heads = _attention_heads(trace, axes)
     spaces, names = dict[str, Space](), dict[int, tuple[str, str]]()
     inputs, outputs = _sides(trace)
@@ -60,7 +62,7 @@ def assemble(trace: Any, model: nn.Module) -> AlignmentSpec:
     for key in [key for key, tensor in tensors.items() if not state[key].is_floating_point()]:
         del tensors[key]
         copied = (*copied, key)
-    ops = _Ops(trace, tensors, names, heads).run()
+    ops = _Ops(trace, tensors, alias).run()
     return AlignmentSpec(spaces, tensors, ops, tied, copied, f"inferred from {type(model).__name__}")
 
 
@@ -231,10 +233,8 @@ def _axis(
 class _Ops:
     """The operations of the flow strategy, by walking the traced program."""
 
-    def __init__(
-        self, trace: Any, tensors: dict[str, TensorSpec], names: dict[int, tuple[str, str]], heads: dict[int, dict[str, Any]]
-    ) -> None:
-        self.trace, self.tensors, self.names, self.heads = trace, tensors, names, heads
+    def __init__(self, trace: Any, tensors: dict[str, TensorSpec], alias: dict[str, str]) -> None:
+        self.trace, self.tensors, self.alias = trace, tensors, alias
         self.ops: list[Op] = []
         self.at: dict[str, str] = {}  # node -> activation
         self.order: dict[str, int] = {}
@@ -253,7 +253,8 @@ class _Ops:
         return tuple(self.ops)
 
     def _key(self, node: Any) -> str | None:
-        return self.trace.params.get(getattr(node, "name", ""))
+        key = self.trace.params.get(getattr(node, "name", ""))
+        return None if key is None else self.alias.get(key, key)
 
     def _place(self, op: Op, node: Any) -> None:
         self.order[op.output] = len(self.ops)
@@ -320,6 +321,8 @@ class _Ops:
         key = self._key(weight)
         if key is None:
             return
+        if key in self.used and key in self.alias.values():
+            return  # an output table that is the input table
         if key in self.used:
             raise _CalledTwiceError
         self.used.add(key)
