@@ -7,7 +7,13 @@ from fusion_core.seeding import generator
 from ot_fusion.spec.registry import spec_for
 from ot_fusion.spec.verify import relabelled_model
 
-TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 30}
+TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "vocab_size": 30,
+}
 TEXT |= {"max_position_embeddings": 16}
 
 
@@ -19,7 +25,9 @@ class Block(nn.Module):
         self.relu = nn.ReLU()
         self.downsample = None
         if stride > 1 or inner != width:
-            self.downsample = nn.Sequential(nn.Conv2d(inner, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inner, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
 
     def forward(self, x):
         h = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -72,9 +80,24 @@ def hugging_face(name, **more):
         settings = {k: v for k, v in TEXT.items() if k not in ("vocab_size", "max_position_embeddings")}
         settings |= {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 5}
     if name == "gpt2":
-        settings = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 30, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 1}
+        settings = {
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 4,
+            "vocab_size": 30,
+            "n_positions": 16,
+            "bos_token_id": 1,
+            "eos_token_id": 1,
+        }
     if name == "distilbert":
-        settings = {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "vocab_size": 30, "max_position_embeddings": 16}
+        settings = {
+            "dim": 16,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 24,
+            "vocab_size": 30,
+            "max_position_embeddings": 16,
+        }
     if name in ("llama", "mistral", "qwen2", "qwen3", "gemma"):
         settings |= {"num_key_value_heads": 2}
     if name in ("qwen3", "gemma"):
@@ -90,7 +113,19 @@ def hugging_face(name, **more):
 
 
 PLAIN = {"mlp": mlp, "convnet": convnet, "resnet": ResNet}
-TEXTS = ["bert", "bert-classifier", "roberta", "distilbert", "gpt2", "llama", "llama-mha", "mistral", "qwen2", "qwen3", "gemma"]
+TEXTS = [
+    "bert",
+    "bert-classifier",
+    "roberta",
+    "distilbert",
+    "gpt2",
+    "llama",
+    "llama-mha",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+]
 NAMES = [*PLAIN, "vit", *TEXTS]
 
 
@@ -103,9 +138,13 @@ def make(name, seed=0, **more):
             if key.endswith("running_var"):
                 value.data = 0.5 + torch.rand_like(value)
             elif value.ndim == 1 and value.is_floating_point() and "inv_freq" not in key:
-                value.data = torch.randn_like(value) * 0.3 + (1.0 if "norm" in key.lower() or "ln_" in key or "bn" in key else 0.0)
+                value.data = torch.randn_like(value) * 0.3 + (
+                    1.0 if "norm" in key.lower() or "ln_" in key or "bn" in key else 0.0
+                )
             elif value.ndim > 1 and value.is_floating_point():
-                value.data = torch.randn_like(value) * (1.5 / value[0].numel() ** 0.5 if "embed" not in key and "wte" not in key else 0.5)
+                value.data = torch.randn_like(value) * (
+                    1.5 / value[0].numel() ** 0.5 if "embed" not in key and "wte" not in key else 0.5
+                )
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model.double().eval()

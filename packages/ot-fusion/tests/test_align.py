@@ -30,7 +30,9 @@ def test_a_relabelled_copy_is_recovered(name, config):
     assert any((index != torch.arange(len(index))).any() for e in elements.values() for index in e.values())
     found = align(copy, to=anchor, data=models.inputs(name, rows=40), config=config)
     for key, value in anchor.state_dict().items():
-        torch.testing.assert_close(found.state[key], value, atol=1e-6, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            found.state[key], value, atol=1e-6, rtol=0, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.parametrize("config", [WTS, ACTS], ids=["wts", "acts"])

@@ -3,12 +3,18 @@
 import numpy as np
 import pytest
 import torch
-
 from scipy.stats import wasserstein_distance
 
 from fusion_core.testing import array, parameter
 from ot_fusion import (
-    FusionConfig, align_vector, fuse, fuse_encoder_block, fuse_linear, ground_cost, merge_maps, solve,
+    FusionConfig,
+    align_vector,
+    fuse,
+    fuse_encoder_block,
+    fuse_linear,
+    ground_cost,
+    merge_maps,
+    solve,
 )
 from ot_fusion.groups import Full
 from ot_fusion.spec.builder import SpecBuilder

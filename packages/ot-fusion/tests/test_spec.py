@@ -37,7 +37,9 @@ def canonical(spec):
     views = {"q": "qk", "k": "qk", "v": "vo", "o": "vo", "": "", "qk_norm": "qk_norm"}
     tensors = {
         key: tuple(
-            None if axis is None else tuple((first[p.space], views[p.view], p.inner, p.side) for p in axis_parts(axis))
+            None
+            if axis is None
+            else tuple((first[p.space], views[p.view], p.inner, p.side) for p in axis_parts(axis))
             for axis in tensor.axes
         )
         for key, tensor in spec.tensors.items()
@@ -51,7 +53,9 @@ def test_a_traced_spec_equals_the_written_one(name):
     model = models.make(name)
     traced = infer_spec(model, models.inputs(name, 2))
     assert canonical(traced) == canonical(spec_for(model))
-    assert set(traced.tensors) | set(traced.copied) | {k for g in traced.tied for k in g} >= set(model.state_dict())
+    assert set(traced.tensors) | set(traced.copied) | {k for g in traced.tied for k in g} >= set(
+        model.state_dict()
+    )
 
 
 @pytest.mark.parametrize("features", ["acts", "wts"])
@@ -63,7 +67,9 @@ def test_a_traced_spec_fuses_as_the_written_one(name, features):
     written = fuse(pair, data=data, config=config)
     traced = fuse(pair, data=data, config=config, spec=infer_spec(pair[0], models.inputs(name, 2)))
     for key, value in written.state.items():
-        torch.testing.assert_close(traced.state[key], value, atol=1e-9, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            traced.state[key], value, atol=1e-9, rtol=0, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def test_a_traced_decoder_keeps_its_heads():
@@ -125,7 +131,10 @@ def test_a_spec_survives_its_file(name, tmp_path):
         (torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2), torch.nn.Linear(8, 2)), "in 2 groups"),
         (torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.PixelShuffle(2)), "PixelShuffle"),
         (torch.nn.Sequential(torch.nn.ReLU()), "no linear layer"),
-        (torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(9, 2)), "no multiple of the 4"),
+        (
+            torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(9, 2)),
+            "no multiple of the 4",
+        ),
     ],
 )
 def test_stacks_that_the_builder_does_not_describe(module, words):
@@ -135,7 +144,15 @@ def test_stacks_that_the_builder_does_not_describe(module, words):
 
 def test_groups_know_their_elements():
     draws = generator(0, "groups")
-    for group in (Full(6), Frozen(3), Blocks(3, 2), Heads(2, 2, 4), Heads(2, 3, 4, qk="rotary", norm="head"), Heads(3, 1, 4, qk="rotary", rotary=2, norm="all"), Heads(2, 1, 3, value_dim=5, heads="frozen")):
+    for group in (
+        Full(6),
+        Frozen(3),
+        Blocks(3, 2),
+        Heads(2, 2, 4),
+        Heads(2, 3, 4, qk="rotary", norm="head"),
+        Heads(3, 1, 4, qk="rotary", rotary=2, norm="all"),
+        Heads(2, 1, 3, value_dim=5, heads="frozen"),
+    ):
         for _ in range(5):
             element = group.random(draws)
             assert group.contains(element), (group, element)

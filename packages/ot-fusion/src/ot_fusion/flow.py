@@ -5,51 +5,25 @@ Source: section 4 of the paper (transportation-map flow graph); the authors' dev
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusion_core.errors import FusionWarning
 from ot_fusion.apply import map_axis
 from ot_fusion.config import FusionConfig
-from ot_fusion.cost import ground_cost
 from ot_fusion.errors import InputError, SpecError
 from ot_fusion.groups import Heads
 from ot_fusion.hooks import Statistics
 from ot_fusion.layers import (
-    absolute_clip,
     apply_query_key,
-    feature_plan,
-    importance_masses,
-    plan_of_cost,
-    query_key_map,
-    row_features,
 )
-from ot_fusion.legal import is_legal, plan_heads
 from ot_fusion.plan import Plan
+from ot_fusion.planner import FlowResult, Planner
 from ot_fusion.policies import branch_shares, merge_maps
-from ot_fusion.spec.types import AlignmentSpec, Axis, Concat, Op
+from ot_fusion.spec.types import AlignmentSpec, Op
 
 __all__ = ["FlowResult", "flow_pair", "in_block"]
-
-
-@dataclass
-class FlowResult:
-    """The source in the anchor's coordinates.
-
-    Attributes:
-        aligned: its tensors; those that are not fused are absent.
-        maps: the plan of every activation that has one.
-        costs: by activation, what the solver said.
-    """
-
-    aligned: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    maps: dict[str, Plan] = field(default_factory=dict[str, Plan])
-    costs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
 
 def in_block(op: Op) -> bool:
@@ -64,6 +38,7 @@ def flow_pair(
     spec1: AlignmentSpec,
     stats: Statistics | None,
     config: FusionConfig,
+    known: Mapping[str, Plan] | None = None,
 ) -> FlowResult:
     """Align a source with an anchor, operation by operation.
 
@@ -74,6 +49,7 @@ def flow_pair(
         spec1: the anchor's, with the same operations; sizes may differ.
         stats: activations, for features ``acts``; None for ``wts``.
         config: costs, solvers, policies.
+        known: plans of an earlier run, which are taken instead of solving.
 
     Raises:
         SpecError: specifications of different operations.
@@ -88,62 +64,13 @@ def flow_pair(
         raise SpecError(
             f"the spec {spec1.name!r} has no operations, which strategy='flow' walks; use 'consistent'"
         )
-    return _Flow(source, anchor, spec0, spec1, stats, config).run()
+    return _Flow(source, anchor, spec0, spec1, stats, config, known).run()
 
 
-class _Weights:
-    """Reads and writes the part of a tensor that an operation owns, as ``(out, in, ...)``."""
+class _Flow(Planner):
+    """Walks the operations, writes aligned tensors, hands maps on."""
 
-    def __init__(self, state: Mapping[str, Tensor], spec: AlignmentSpec) -> None:
-        self.state, self.spec = state, spec
-
-    def in_axis(self, key: str) -> Axis | None:
-        """The declared input axis."""
-        for axis in self.spec.tensors[key].axes:
-            if isinstance(axis, Axis) and axis.side == "in":
-                return axis
-        return None
-
-    def transposed(self, key: str) -> bool:
-        """Whether the input axis comes first, as in GPT-2's Conv1D."""
-        axes = self.spec.tensors[key].axes
-        first = axes[0]
-        if isinstance(first, Axis) and first.side == "in":
-            return True
-        return isinstance(axes[-1], Concat) and len(axes) > 1
-
-    def read(self, op: Op, key: str) -> Tensor:
-        """This operation's rows."""
-        tensor = self.state[key]
-        if tensor.ndim > 1 and self.transposed(key):
-            tensor = tensor.transpose(0, 1)
-        return tensor if op.part is None else tensor[op.part[0] : op.part[1]]
-
-
-class _Flow:
-    def __init__(
-        self,
-        source: Mapping[str, Tensor],
-        anchor: Mapping[str, Tensor],
-        spec0: AlignmentSpec,
-        spec1: AlignmentSpec,
-        stats: Statistics | None,
-        config: FusionConfig,
-    ) -> None:
-        self.w0, self.w1 = _Weights(source, spec0), _Weights(anchor, spec1)
-        self.spec0, self.spec1, self.stats, self.config = spec0, spec1, stats, config
-        self.pairs = {b.output: (a, b) for a, b in zip(spec0.ops, spec1.ops, strict=True)}
-        self.maps: dict[str, Plan | None] = {}
-        self.joint: dict[str, Tensor] = {}  # activation -> map of queries and keys that is no plan
-        self.held: dict[str, tuple[Op, Op, Tensor]] = {}
-        self.norm_plans: dict[str, Plan] = {}
-        self.parts: dict[str, dict[tuple[int, int] | None, Tensor]] = {}
-        self.result = FlowResult()
-        self.gates = {node: op.inputs for op in spec1.ops if op.kind == "gate" for node in op.inputs}
-        self.attentions = {node: op for op in spec1.ops if op.kind == "attention" for node in op.inputs[:3]}
-        self.fixed_nodes = self._fixed_nodes()
-
-    def _fixed_nodes(self) -> set[str]:
+    def _closed_nodes(self) -> set[str]:
         """The authors' code gives the last branch no map where the classifier is not fused."""
         heads = [op for op in self.spec1.ops if op.kind == "linear" and op.space is None and op.weight]
         last = [op for op in self.spec1.ops if op.kind == "add" and in_block(op)]
@@ -153,21 +80,17 @@ class _Flow:
 
     def run(self) -> FlowResult:
         """Walk the operations."""
+        self.fixed_nodes = self._closed_nodes()
         for output, (op0, op1) in self.pairs.items():
             step = getattr(self, f"_{op1.kind}")
             step(op0, op1)
             plan = self.maps.get(output)
-            if plan is not None and (op1.kind in ("linear", "embed", "add")):
+            own = op1.kind in ("linear", "embed", "add")
+            own = own or (op1.kind == "attention" and plan is not self.maps.get(op1.inputs[2]))
+            if plan is not None and own:
                 self.result.maps[output] = plan
         self._assemble()
         return self.result
-
-    def _input(self, op: Op, number: int = 0) -> Plan | None:
-        if not op.inputs:
-            return None
-        if op.inputs[number] not in self.maps:
-            raise SpecError(f"{op.output} reads {op.inputs[number]}, which no earlier operation makes")
-        return self.maps[op.inputs[number]]
 
     # One method per kind of operation.
 
@@ -182,18 +105,6 @@ class _Flow:
         plan = self._table_plan(op1, t0, t1)
         self.maps[op1.output] = plan
         self._write(op1.weight, None, map_axis(t0, plan.out_map(), -1))
-
-    def _table_plan(self, op: Op, t0: Tensor, t1: Tensor) -> Plan:
-        config = self.config.at(op.output)
-        rows = [t.flatten(0, -2).T.double() for t in (t0, t1)]
-        if rows[0].shape[1] != rows[1].shape[1]:
-            raise InputError(
-                f"the tables of {op.output} have {rows[0].shape[1]} and {rows[1].shape[1]} rows, wanted equal "
-                "vocabularies and positions"
-            )
-        if config.features == "wts" and config.row_norm:
-            rows = [r / (r.norm(dim=1, keepdim=True) + 1e-9) for r in rows]
-        return self._noted(op, feature_plan(rows[0], rows[1], config))
 
     def _linear(self, op0: Op, op1: Op) -> None:
         if op0.weight is None or op1.weight is None:
@@ -217,14 +128,6 @@ class _Flow:
         self._write(op1.weight, op1.part, map_axis(moved, out_map, 0))
         if op0.bias is not None and op1.bias is not None:
             self._write(op1.bias, op1.part, map_axis(self.w0.read(op0, op0.bias), out_map, 0))
-
-    def _moved_input(self, op0: Op, op1: Op) -> Tensor:
-        weight = self.w0.read(op0, str(op0.weight))
-        plan = self._input(op1)
-        if plan is None:
-            return weight
-        axis = self.w0.in_axis(str(op0.weight))
-        return map_axis(weight, plan.in_map(), 1, inner=axis.inner if axis else 1)
 
     def _joint_rows(self, op0: Op, op1: Op, moved: Tensor) -> None:
         """Keep queries until the keys are there, then move both through their one map."""
@@ -289,6 +192,9 @@ class _Flow:
     def _attention(self, _op0: Op, op1: Op) -> None:
         if op1.output in self.maps:
             return
+        if op1.output in self.known:
+            self.maps[op1.output] = self.known[op1.output]
+            return
         plan = self._input(op1, 2)
         if plan is not None and op1.space is not None:
             groups = self._groups(op1)
@@ -300,6 +206,9 @@ class _Flow:
         resid, branch = (self._input(op1, number) for number in (0, 1))
         if op1.output in self.fixed_nodes:
             self.maps[op1.output] = None
+            return
+        if op1.output in self.known:
+            self.maps[op1.output] = self.known[op1.output]
             return
         first = self.pairs[op1.inputs[0]][1]
         if self.config.official_side("identity_skip") and resid is None:
@@ -362,117 +271,6 @@ class _Flow:
         eye = Plan.identity(*known.matrix.shape, normalization=known.normalization, dtype=known.matrix.dtype)
         return resid or eye, branch or eye
 
-    # Plans.
-
-    def _find_plan(self, op: Op) -> None:
-        node = op.output
-        groups = self._groups(op)
-        if groups is not None and self.config.legal == "enforce" and node in self.attentions:
-            self._legal_plans(self.attentions[node], groups)
-            return
-        attention = self.attentions.get(node)
-        if attention is not None and self.config.qk != "separate" and node in attention.inputs[:2]:
-            self._query_key_plan(attention)
-            return
-        members = [self.pairs[name][1] for name in self.gates.get(node, (node,))]
-        plan = self._plan_of(members)
-        for member in members:
-            self.maps[member.output] = plan
-        if groups is not None and self.config.legal == "warn" and not is_legal(plan, *groups, op.view):
-            warnings.warn(
-                f"the map of {node} mixes attention heads, which changes the function; legal='enforce' keeps to {groups[0]}",
-                FusionWarning,
-                stacklevel=5,
-            )
-
-    def _groups(self, op: Op) -> tuple[Heads, Heads] | None:
-        if op.space is None:
-            return None
-        pair = self.spec0.spaces[str(self.pairs[op.output][0].space)].group, self.spec1.spaces[op.space].group
-        return (pair[0], pair[1]) if isinstance(pair[0], Heads) and isinstance(pair[1], Heads) else None
-
-    def _features(self, op: Op) -> tuple[Tensor, Tensor]:
-        """Weight rows of source (inputs aligned) and anchor, not yet divided."""
-        op0, op1 = self.pairs[op.output]
-        moved = self._moved_input(op0, op1)
-        anchor = self.w1.read(op1, str(op1.weight))
-        parts = [moved.flatten(1), anchor.flatten(1)]
-        if self.config.wts_bias and op0.bias is not None and op1.bias is not None:
-            biases = self.w0.read(op0, op0.bias), self.w1.read(op1, op1.bias)
-            parts = [torch.cat([part, bias[:, None]], 1) for part, bias in zip(parts, biases, strict=True)]
-        return parts[0], parts[1]
-
-    def _masses(self, op: Op, config: FusionConfig) -> tuple[Tensor | None, Tensor | None]:
-        op0, op1 = self.pairs[op.output]
-        weights = self.w0.read(op0, str(op0.weight)), self.w1.read(op1, str(op1.weight))
-        return importance_masses(weights[0], config.importance), importance_masses(
-            weights[1], config.importance
-        )
-
-    def _plan_of(self, ops: list[Op], *, last: bool = False) -> Plan:
-        config = self.config.at(ops[0].output)
-        masses = self._masses(ops[0], config)
-        names = [op.output for op in ops]
-        if config.features == "acts":
-            if self.stats is None or not self.stats.has(names):
-                where = "the last layer" if last else ", ".join(names)
-                raise InputError(f"there are no activations of {where}; give data, or use features='wts'")
-            plan = self.stats.plan(names, config, masses)
-        else:
-            rows = [self._features(op) for op in ops]
-            sides = [torch.cat([pair[side] for pair in rows], 1).double() for side in (0, 1)]
-            plan = feature_plan(*(row_features(side, _no_bias(config)) for side in sides), config, masses)
-        return self._noted(ops[0], plan)
-
-    def _noted(self, op: Op, plan: Plan) -> Plan:
-        self.result.costs[op.output] = dict(plan.info)
-        return plan
-
-    def _query_key_plan(self, attention: Op) -> None:
-        names = (attention.inputs[0], attention.inputs[1])
-        config = self.config.at(attention.output)
-        if config.features == "acts":
-            wanted = list(names) if config.qk == "shared" else [f"{attention.output}.qk"]
-            if self.stats is None or not self.stats.has(wanted):
-                raise InputError(
-                    f"there are no activations of {', '.join(wanted)}; give data, or use features='wts'"
-                )
-            plan = self.stats.plan(wanted, config)
-            whole = plan.out_map()
-            if config.qk == "joint" and config.official_side("joint_order"):
-                whole = _swapped(whole)
-        else:
-            rows = {name: self._features(self.pairs[name][1]) for name in names}
-            whole = query_key_map({n: (a.double(), b.double()) for n, (a, b) in rows.items()}, config, names)
-            plan = None
-        for name in names:
-            if config.qk == "shared" and plan is not None:
-                self.maps[name] = plan
-            else:
-                self.joint[name] = whole
-
-    def _legal_plans(self, attention: Op, groups: tuple[Heads, Heads]) -> None:
-        costs: dict[str, Tensor] = {}
-        config = self.config.at(attention.output)
-        for view, node in zip(("q", "k", "v"), attention.inputs[:3], strict=True):
-            op = self.pairs[node][1]
-            if config.features == "acts":
-                if self.stats is None or not self.stats.has([node]):
-                    raise InputError(f"there are no activations of {node}; give data, or use features='wts'")
-                costs[view] = self.stats.cost([node], config)
-            else:
-                sides = [row_features(side.double(), _no_bias(config)) for side in self._features(op)]
-                costs[view] = ground_cost(
-                    sides[0], sides[1], config.metric, config.squared, config.normalize, absolute_clip(config)
-                )
-        plans = plan_heads(costs, *groups, lambda cost: plan_of_cost(cost, config))
-        for view, node in zip(("q", "k", "v"), attention.inputs[:3], strict=True):
-            self.maps[node] = self._noted(self.pairs[node][1], plans[view])
-            self.result.costs[node]["cost"] = float((plans[view].matrix * costs[view]).sum())
-        self.maps[attention.output] = plans["o"]
-        if groups[0].norm == "head":
-            self.norm_plans[str(attention.space)] = plans["qk_norm"]
-
     # Writing.
 
     def _write(self, key: str, part: tuple[int, int] | None, rows: Tensor) -> None:
@@ -485,16 +283,6 @@ class _Flow:
             if tensor.ndim > 1 and self.w1.transposed(key):
                 tensor = tensor.transpose(0, 1)
             self.result.aligned[key] = tensor.contiguous()
-
-
-def _no_bias(config: FusionConfig) -> FusionConfig:
-    return config if not config.wts_bias else config.replace(wts_bias=False)
-
-
-def _swapped(whole: Tensor) -> Tensor:
-    """The authors' map of (keys, queries), which their code applies to (queries, keys)."""
-    n0, n1 = whole.shape
-    return whole.roll((n0 // 2, n1 // 2), (0, 1))
 
 
 def _repeat_groups(plan: Plan, group0: Heads, group1: Heads) -> Plan:

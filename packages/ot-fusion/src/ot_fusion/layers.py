@@ -216,7 +216,7 @@ def fuse_encoder_block(
                 features[name] = (pair[0].T, pair[1].T)
             else:
                 features[name] = (weight.flatten(1), params1[f"{name}.weight"].flatten(1))
-        whole = query_key_map(features, config, names)
+        whole = query_key_plan(features, config, names).out_map()
         for kind in ("weight", "bias"):
             keys = [f"{name}.{kind}" for name in names]
             if not all(key in params0 and key in params1 for key in keys):
@@ -257,10 +257,10 @@ def fuse_encoder_block(
     return out, t_out, maps
 
 
-def query_key_map(
+def query_key_plan(
     features: Mapping[str, tuple[Tensor, Tensor]], config: FusionConfig, names: tuple[str, str]
-) -> Tensor:
-    """One map for queries and keys: the same for both (``shared``), or one of both stacked (``joint``).
+) -> Plan:
+    """One plan for queries and keys: the same for both (``shared``), or one of both stacked (``joint``).
 
     Args:
         features: per name the source's and anchor's ``(neurons, samples)``, not yet divided by row norms.
@@ -278,15 +278,15 @@ def query_key_map(
 
     if config.qk == "shared":
         both = [scaled(torch.cat([features[name][side] for name in names], 1)) for side in (0, 1)]
-        return feature_plan(both[0], both[1], config).out_map()
+        return feature_plan(both[0], both[1], config)
     swapped = config.features == "acts" and config.official_side("joint_order")
     order = names[::-1] if swapped else names
     stacked = [torch.cat([scaled(features[name][side]) for name in order]) for side in (0, 1)]
-    return feature_plan(stacked[0], stacked[1], config).out_map()
+    return feature_plan(stacked[0], stacked[1], config)
 
 
 def apply_query_key(parts: list[Tensor], whole: Tensor, config: FusionConfig) -> list[Tensor]:
-    """Weights or biases of queries and keys (in this order) through the map of :func:`query_key_map`."""
+    """Weights or biases of queries and keys (in this order) through the map of :func:`query_key_plan`."""
     if config.qk == "shared":
         return [map_axis(part, whole, 0) for part in parts]
     return list(map_axis(torch.cat(parts), whole, 0).chunk(2))

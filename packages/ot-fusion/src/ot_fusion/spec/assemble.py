@@ -51,7 +51,17 @@ def assemble(trace: Any, model: nn.Module) -> AlignmentSpec:
         key: TensorSpec(
             key,
             tuple(
-                _axis(key, place, axis, axes, names, heads, spaces, "in" if (key, place) in inputs else "out", outputs)
+                _axis(
+                    key,
+                    place,
+                    axis,
+                    axes,
+                    names,
+                    heads,
+                    spaces,
+                    "in" if (key, place) in inputs else "out",
+                    outputs,
+                )
                 for place, axis in enumerate(own)
             ),
         )
@@ -167,9 +177,15 @@ def _declare(
         dim = prod(axes.size[leaf] for leaf in entry["qk"])
         width = prod(axes.size[leaf] for leaf in entry["v"])
         if any(axes.frozen[leaf] for leaf in entry["v"]) or (qk_free and len(entry["qk"]) > 1):
-            raise SpecError(f"the heads of {key} have channels that are only partly free; write the spec by hand")
+            raise SpecError(
+                f"the heads of {key} have channels that are only partly free; write the spec by hand"
+            )
         entry["group"] = Heads(
-            axes.size[head], entry["ratio"], dim, None if width == dim else width, qk="full" if qk_free else "frozen"
+            axes.size[head],
+            entry["ratio"],
+            dim,
+            None if width == dim else width,
+            qk="full" if qk_free else "frozen",
         )
         entry["space"] = name
         spaces[name] = Space(name, entry["group"])
@@ -307,7 +323,18 @@ class _Ops:
                 for arg in args:
                     if arg.name in self.scores:
                         self.scores[node.name] = self.scores[arg.name]
-                if name in ("relu", "relu_", "gelu", "silu", "tanh", "sigmoid", "elu", "leaky_relu", "hardswish", "mish"):
+                if name in (
+                    "relu",
+                    "relu_",
+                    "gelu",
+                    "silu",
+                    "tanh",
+                    "sigmoid",
+                    "elu",
+                    "leaky_relu",
+                    "hardswish",
+                    "mish",
+                ):
                     op = self.ops[self.order[source]]
                     activation = replace(op, kind="elementwise", output=node.name, inputs=(self._joined(source),), weight=None, bias=None, buffers=(), hook=None)  # fmt: skip
                     self._place(activation, node)
@@ -316,7 +343,9 @@ class _Ops:
 
     def _layer(self, node: Any, name: str) -> None:
         x, weight, bias = (
-            (node.args[1], node.args[2], node.args[0]) if name == "addmm" else (node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None)
+            (node.args[1], node.args[2], node.args[0])
+            if name == "addmm"
+            else (node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None)
         )
         key = self._key(weight)
         if key is None:
@@ -332,7 +361,13 @@ class _Ops:
         space, view = self._where(out)
         source = self._carried(x)
         path = self.trace.path(node)
-        depthwise = reads is None and source is not None and space == self.ops[self.order[source]].space and axes[1] is None and space is not None
+        depthwise = (
+            reads is None
+            and source is not None
+            and space == self.ops[self.order[source]].space
+            and axes[1] is None
+            and space is not None
+        )
         hook = path if path and space is not None and f"{path}.weight" == key else None
         op = Op(
             "norm" if depthwise else "linear",

@@ -52,7 +52,9 @@ def gpt2_spec(config: Any, keys: Sequence[str]) -> AlignmentSpec:
         entry = builder.norm(f"{path}.ln_1", node, f"{block}.norm1")
         parts = [(f"{block}.{view}", space, view, width) for view in ("q", "k", "v")]
         builder.packed(f"{path}.attn.c_attn", entry, parts)
-        context = builder.step("attention", f"{block}.context", *(part[0] for part in parts), space=space, view="o")
+        context = builder.step(
+            "attention", f"{block}.context", *(part[0] for part in parts), space=space, view="o"
+        )
         builder.packed(f"{path}.attn.c_proj", context, [(f"{block}.o", stream, "", width)])
         middle = builder.step("add", f"{block}.middle", node, f"{block}.o")
         entry = builder.norm(f"{path}.ln_2", middle, f"{block}.norm2")
@@ -92,9 +94,7 @@ def llama_spec(config: Any, keys: Sequence[str]) -> AlignmentSpec:
     for number in range(int(config.num_hidden_layers)):
         path, block = f"{prefix}layers.{number}", f"blocks.{number}"
         normed = f"{path}.self_attn.q_norm.weight" in known
-        group = Heads(
-            kv, heads // kv, dim, qk="rotary", rotary=turning, norm="head" if normed else "none"
-        )
+        group = Heads(kv, heads // kv, dim, qk="rotary", rotary=turning, norm="head" if normed else "none")
         space = builder.space(f"{block}.heads", group)
         entry = builder.norm(f"{path}.input_layernorm", node, f"{block}.norm1")
         parts = [f"{block}.{view}" for view in ("q", "k", "v")]
@@ -102,7 +102,9 @@ def llama_spec(config: Any, keys: Sequence[str]) -> AlignmentSpec:
             builder.linear(f"{path}.self_attn.{view}_proj", entry, part, space, view=view)
         if normed:
             for view in ("q", "k"):
-                builder.norm(f"{path}.self_attn.{view}_norm", f"{block}.{view}", f"{block}.{view}_norm", view="qk_norm")
+                builder.norm(
+                    f"{path}.self_attn.{view}_norm", f"{block}.{view}", f"{block}.{view}_norm", view="qk_norm"
+                )
         context = builder.step("attention", f"{block}.context", *parts, space=space, view="o")
         branch = builder.linear(f"{path}.self_attn.o_proj", context, f"{block}.o", stream)
         middle = builder.step("add", f"{block}.middle", node, branch)

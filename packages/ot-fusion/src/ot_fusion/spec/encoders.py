@@ -107,7 +107,9 @@ def bert_spec(config: Any, keys: Sequence[str]) -> AlignmentSpec:
     prefix = _prefix(keys, ("bert", "roberta"))
     builder = SpecBuilder(str(config.model_type), keys)
     depth, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
-    node = _encoder(builder, prefix, _BERT, depth, int(config.hidden_size), heads, int(config.intermediate_size))
+    node = _encoder(
+        builder, prefix, _BERT, depth, int(config.hidden_size), heads, int(config.intermediate_size)
+    )
     last = f"blocks.{depth - 1}"
     head = next((name for name in ("classifier", "qa_outputs") if f"{name}.weight" in builder.keys), None)
     if f"{prefix}pooler.dense.weight" in builder.keys:
@@ -126,9 +128,27 @@ def bert_spec(config: Any, keys: Sequence[str]) -> AlignmentSpec:
     table = f"{prefix}embeddings.word_embeddings.weight"
     if "cls.predictions.transform.dense.weight" in builder.keys:
         root = "cls.predictions"
-        _tied_head(builder, config, node, f"{root}.transform.dense", f"{root}.transform.LayerNorm", f"{root}.decoder", table, f"{root}.bias")
+        _tied_head(
+            builder,
+            config,
+            node,
+            f"{root}.transform.dense",
+            f"{root}.transform.LayerNorm",
+            f"{root}.decoder",
+            table,
+            f"{root}.bias",
+        )
     elif "lm_head.dense.weight" in builder.keys:
-        _tied_head(builder, config, node, "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", table, "lm_head.bias")
+        _tied_head(
+            builder,
+            config,
+            node,
+            "lm_head.dense",
+            "lm_head.layer_norm",
+            "lm_head.decoder",
+            table,
+            "lm_head.bias",
+        )
     return builder.build()
 
 
@@ -153,7 +173,9 @@ def _fixed_bias(builder: SpecBuilder, key: str) -> None:
 
     if key in builder.keys:
         builder.tensor(key, None)
-        builder.ops.append(Op("norm", "logits.bias", ("transform.norm",), None, key, space=None, view="fixed"))
+        builder.ops.append(
+            Op("norm", "logits.bias", ("transform.norm",), None, key, space=None, view="fixed")
+        )
 
 
 def distilbert_spec(config: Any, keys: Sequence[str]) -> AlignmentSpec:
@@ -169,7 +191,9 @@ def distilbert_spec(config: Any, keys: Sequence[str]) -> AlignmentSpec:
     prefix = _prefix(keys, ("distilbert",))
     builder = SpecBuilder("distilbert", keys)
     width = int(config.dim)
-    node = _encoder(builder, prefix, _DISTIL, int(config.n_layers), width, int(config.n_heads), int(config.hidden_dim))
+    node = _encoder(
+        builder, prefix, _DISTIL, int(config.n_layers), width, int(config.n_heads), int(config.hidden_dim)
+    )
     if "pre_classifier.weight" in builder.keys:
         space = builder.space("pre_classifier", Full(width))
         node = builder.linear("pre_classifier", node, "pre_classifier", space)

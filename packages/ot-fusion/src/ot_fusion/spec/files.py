@@ -32,7 +32,9 @@ def save_spec(spec: AlignmentSpec, path: PathLike) -> None:
             for name, space in spec.spaces.items()
         },
         "tensors": {key: [_axis_out(axis) for axis in tensor.axes] for key, tensor in spec.tensors.items()},
-        "ops": [{k: v for k, v in dataclasses.asdict(op).items() if v not in (None, (), "")} for op in spec.ops],
+        "ops": [
+            {k: v for k, v in dataclasses.asdict(op).items() if v not in (None, (), "")} for op in spec.ops
+        ],
         "tied": spec.tied,
         "copied": spec.copied,
         "notes": spec.notes,
@@ -46,7 +48,11 @@ def _axis_out(axis: Axis | Concat | None) -> Any:
         return None
     if isinstance(axis, Concat):
         return [_axis_out(part) for part in axis.parts]
-    return {k: v for k, v in dataclasses.asdict(axis).items() if (k, v) not in (("view", ""), ("inner", 1), ("side", "out"))}
+    return {
+        k: v
+        for k, v in dataclasses.asdict(axis).items()
+        if (k, v) not in (("view", ""), ("inner", 1), ("side", "out"))
+    }
 
 
 def _axis_in(value: Any) -> Axis | Concat | None:
@@ -69,12 +75,17 @@ def load_spec(path: PathLike) -> AlignmentSpec:
         for name, entry in found["spaces"].items():
             kind = _GROUPS[entry.pop("group")]
             spaces[name] = Space(name, kind(**entry))
-        tensors = {k: TensorSpec(k, tuple(_axis_in(axis) for axis in axes)) for k, axes in found["tensors"].items()}
+        tensors = {
+            k: TensorSpec(k, tuple(_axis_in(axis) for axis in axes)) for k, axes in found["tensors"].items()
+        }
         ops = tuple(
-            Op(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}) for entry in found["ops"]
+            Op(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+            for entry in found["ops"]
         )
         tied = tuple(tuple(group) for group in found["tied"])
-        return AlignmentSpec(spaces, tensors, ops, tied, tuple(found["copied"]), found["name"], dict(found["notes"]))
+        return AlignmentSpec(
+            spaces, tensors, ops, tied, tuple(found["copied"]), found["name"], dict(found["notes"])
+        )
     except SpecError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

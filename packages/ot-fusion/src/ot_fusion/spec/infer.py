@@ -127,7 +127,12 @@ class Trace:
         own = state.get(self.params.get(name, ""))
         for other in self.of if own is not None else ():
             found = state.get(self.params.get(other, ""))
-            if found is not None and own is not None and found.data_ptr() == own.data_ptr() and found.shape == own.shape:
+            if (
+                found is not None
+                and own is not None
+                and found.data_ptr() == own.data_ptr()
+                and found.shape == own.shape
+            ):
                 return other
         return None
 
@@ -158,7 +163,11 @@ class Trace:
             rule = self._reduce
         inputs = [arg for arg in _arguments(node) if getattr(arg, "name", None) in self.of]
         if rule is None or not inputs:
-            moving = [arg for arg in inputs if any(not self.axes.is_frozen(axis) for axis in self._axes(arg) if axis)]
+            moving = [
+                arg
+                for arg in inputs
+                if any(not self.axes.is_frozen(axis) for axis in self._axes(arg) if axis)
+            ]
             if moving:
                 raise self.refusal(node, f"reads {', '.join(arg.name for arg in moving)}")
             self.of[node.name] = self._fresh(node)
@@ -194,7 +203,10 @@ class Trace:
                     self.axes.unify(out[-place], axis)
                 else:
                     out[-place] = axis
-        return [axis if axis or n == 1 else self.axes.new(n, frozen=True) for axis, n in zip(out, shape, strict=True)]
+        return [
+            axis if axis or n == 1 else self.axes.new(n, frozen=True)
+            for axis, n in zip(out, shape, strict=True)
+        ]
 
     def _op_linear(self, node: Any) -> list[SymbolAxis]:
         x, weight = self._axes(node.args[0]), self._axes(node.args[1])
@@ -258,7 +270,9 @@ class Trace:
     def _op_layer_norm(self, node: Any) -> list[SymbolAxis]:
         x, shape = self._axes(node.args[0]), node.args[1]
         for arg in node.args[2:4]:
-            for axis, own in zip(reversed(x), reversed(self._axes(arg) if arg is not None else []), strict=False):
+            for axis, own in zip(
+                reversed(x), reversed(self._axes(arg) if arg is not None else []), strict=False
+            ):
                 self.axes.unify(own, axis)
         del shape
         return list(x)
@@ -326,7 +340,9 @@ class Trace:
     def _op_expand(self, node: Any) -> list[SymbolAxis]:
         x, shape = self._axes(node.args[0]), self.shape(node)
         padded: list[SymbolAxis] = [()] * (len(shape) - len(x)) + list(x)
-        return [a if a or n == 1 else self.axes.new(n, frozen=True) for a, n in zip(padded, shape, strict=True)]
+        return [
+            a if a or n == 1 else self.axes.new(n, frozen=True) for a, n in zip(padded, shape, strict=True)
+        ]
 
     def _op_cat(self, node: Any) -> list[SymbolAxis]:
         parts = [self._axes(arg) for arg in node.args[0]]

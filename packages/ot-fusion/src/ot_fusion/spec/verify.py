@@ -42,12 +42,19 @@ def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
     return tensors
 
 
-def relabelled_model(model: nn.Module, spec: AlignmentSpec, elements: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
+def relabelled_model(
+    model: nn.Module, spec: AlignmentSpec, elements: Mapping[str, Mapping[str, Tensor]]
+) -> nn.Module:
     """A copy of a model with its neurons in another order."""
     changed = copy.deepcopy(model)
     state = relabel(model.state_dict(), spec, elements)
     tied = {key: group[0] for group in spec.tied for key in group}
-    changed.load_state_dict({key: state[tied.get(key, key)] if tied.get(key, key) in state else value for key, value in state.items()})
+    changed.load_state_dict(
+        {
+            key: state[tied.get(key, key)] if tied.get(key, key) in state else value
+            for key, value in state.items()
+        }
+    )
     return changed
 
 
@@ -104,13 +111,16 @@ def verify_spec(
             {name: change({name: space.group.random(draws)}) for name, space in spec.spaces.items()}
         )
         found["all"] = max(
-            change({name: space.group.random(draws) for name, space in spec.spaces.items()}) for _ in range(trials)
+            change({name: space.group.random(draws) for name, space in spec.spaces.items()})
+            for _ in range(trials)
         )
     wrong = {name: value for name, value in found.items() if not value <= tolerance}
     if wrong:
         worst = max(wrong, key=lambda name: wrong[name])
         names = [name for name in wrong if name != "all"] or ["all"]
-        keys = [key for key, tensor in spec.tensors.items() if any(name in str(tensor.axes) for name in names[:1])]
+        keys = [
+            key for key, tensor in spec.tensors.items() if any(name in str(tensor.axes) for name in names[:1])
+        ]
         raise SpecError(
             f"relabelling {', '.join(names)} changes the outputs by {wrong[worst]:.3g} of their size; the spec declares "
             f"these tensors on {names[0]}: {', '.join(keys) or 'none'}"
