@@ -129,8 +129,8 @@ class _Tensors:
         spec0: AlignmentSpec,
         spec1: AlignmentSpec,
     ) -> None:
-        self.source = {key: value.double() for key, value in source.items() if key in spec0.tensors}
-        self.anchor = {key: value.double() for key, value in anchor.items() if key in spec1.tensors}
+        # Tensors are read when they are needed: the states may lie on disk.
+        self.source, self.anchor = source, anchor
         self.spec0, self.spec1 = spec0, spec1
         self.on: dict[str, list[tuple[str, str]]] = {}
         for (key1, tensor1), (key0, _) in zip(spec1.tensors.items(), spec0.tensors.items(), strict=True):
@@ -161,8 +161,8 @@ class _Tensors:
                     if part1.space != space or part1.view != view:
                         continue
                     n0, n1 = axis_size(self.spec0, part0), axis_size(self.spec1, part1)
-                    rows0 = self._moved(key0, number, space, plans).movedim(number, 0)[start0 : start0 + n0]
-                    rows1 = self.anchor[key1].movedim(number, 0)[start1 : start1 + n1]
+                    rows0 = self._moved(key0, number, plans).movedim(number, 0)[start0 : start0 + n0]
+                    rows1 = self.anchor[key1].double().movedim(number, 0)[start1 : start1 + n1]
                     found = _slices(rows0, rows1, part1.inner)
                     total = found if total is None else total + found
         return total
@@ -185,9 +185,9 @@ class _Tensors:
             for part in axis_parts(axis)
         )
 
-    def _moved(self, key: str, keep: int, space: str, plans: Plans) -> Tensor:
+    def _moved(self, key: str, keep: int, plans: Plans) -> Tensor:
         """A source tensor with every axis but one moved; axes on the same space elsewhere are moved too."""
-        tensor = self.source[key]
+        tensor = self.source[key].double()
         for number, axis in enumerate(self.spec0.tensors[key].axes):
             if axis is None or number == keep:
                 continue
@@ -244,11 +244,10 @@ def match_weights(
     notes = {} if notes is None else notes
     todo = [name for name in spec1.spaces if spaces is None or name in spaces]
     mine = list(todo)
-    weights = config if config.normalize != "none" else config
     while todo:
-        done = [name for name in todo if _match_one(name, tensors, plans, weights, notes, only_matched=True)]
+        done = [name for name in todo if _match_one(name, tensors, plans, config, notes, only_matched=True)]
         if not done:  # nothing hangs on fixed axes alone: start somewhere
-            _match_one(todo[0], tensors, plans, weights, notes, only_matched=False)
+            _match_one(todo[0], tensors, plans, config, notes, only_matched=False)
             done = todo[:1]
         todo = [name for name in todo if name not in done]
     hard = config.solver in ("emd", "lsa")
@@ -258,7 +257,7 @@ def match_weights(
         for name in (mine[i] for i in draws.permutation(len(mine))):
             before = {key: plan.matrix for key, plan in plans.items() if key[0] == name}
             held = dict(plans)
-            _match_one(name, tensors, plans, weights, notes, only_matched=False)
+            _match_one(name, tensors, plans, config, notes, only_matched=False)
             same = all(torch.equal(plans[key].matrix, matrix) for key, matrix in before.items())
             if not same and hard and not _better(name, tensors, held, plans):
                 plans.update({key: held[key] for key in before})

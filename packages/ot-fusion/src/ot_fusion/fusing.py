@@ -26,7 +26,7 @@ from ot_fusion.reporting import plan_rows
 from ot_fusion.spec.registry import spec_for
 from ot_fusion.spec.types import AlignmentSpec
 
-__all__ = ["Aligned", "Fused", "align", "fuse", "mix_states", "resolve_weights"]
+__all__ = ["Aligned", "Fused", "align", "align_states", "fuse", "mix_states", "resolve_weights", "settled", "spec_of", "state_of"]
 
 Models = Sequence[Any] | Mapping[str, Any]
 
@@ -158,11 +158,13 @@ def resolve_weights(
     return {name: float(given[name]) for name in names}
 
 
-def _state(model: Any) -> dict[str, Tensor]:
+def state_of(model: Any) -> dict[str, Tensor]:
+    """A model's tensors, or the state dict that was given."""
     return dict(model.state_dict()) if isinstance(model, nn.Module) else dict(model)
 
 
-def _spec(model: Any, spec: Any, name: str) -> AlignmentSpec:
+def spec_of(model: Any, spec: Any, name: str) -> AlignmentSpec:
+    """The given specification, the one of that name, or that of the architecture."""
     if isinstance(spec, Mapping):
         spec = spec.get(name)
     if isinstance(spec, AlignmentSpec):
@@ -229,7 +231,7 @@ def _decoder(spec: AlignmentSpec) -> bool:
     return spec.notes.get("decoder") == "yes"
 
 
-def _settled(config: FusionConfig | None, spec: AlignmentSpec) -> FusionConfig:
+def settled(config: FusionConfig | None, spec: AlignmentSpec) -> FusionConfig:
     """Legal maps by default for decoders and for the consistent strategy."""
     config = config or FusionConfig()
     if config.legal is not None:
@@ -239,7 +241,7 @@ def _settled(config: FusionConfig | None, spec: AlignmentSpec) -> FusionConfig:
     return config.replace(legal="enforce" if strict and heads else "off")
 
 
-def _align_states(
+def align_states(
     source: Any,
     anchor: Any,
     spec0: AlignmentSpec,
@@ -249,7 +251,8 @@ def _align_states(
     progress: bool | None,
     reference: str | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Plan], dict[str, dict[str, Any]]]:
-    state0, state1 = _state(source), _state(anchor)
+    """Activations where they are needed, then maps and aligned tensors, by the strategy of the settings."""
+    state0, state1 = state_of(source), state_of(anchor)
     check_states(spec0, state0, "the source")
     check_states(spec1, state1, "the anchor")
     stats: Statistics | None = None
@@ -327,8 +330,8 @@ def fuse(
     """
     named = _named(models)
     chosen = _anchor_name(named, anchor)
-    spec1 = _spec(named[chosen], spec, chosen)
-    config = _settled(config, spec1)
+    spec1 = spec_of(named[chosen], spec, chosen)
+    config = settled(config, spec1)
     share = resolve_weights(list(named), chosen, config.alpha, weights)
     aligned: dict[str, dict[str, Tensor]] = {}
     maps: dict[str, Plan] = {}
@@ -336,16 +339,16 @@ def fuse(
     for name, model in named.items():
         if name == chosen:
             continue
-        spec0 = _spec(model, spec, name)
+        spec0 = spec_of(model, spec, name)
         spec0, target = with_layer_map(spec0, spec1, layer_map)
-        found, plans, notes = _align_states(
+        found, plans, notes = align_states(
             model, named[chosen], spec0, target, data, config, progress, reference
         )
         aligned[name] = found
         prefix = f"{name}/" if len(named) > 2 else ""
         maps |= {prefix + key: plan for key, plan in plans.items()}
         costs |= {prefix + key: note for key, note in notes.items()}
-    state = mix_states(_state(named[chosen]), aligned, share, chosen, spec1, config)
+    state = mix_states(state_of(named[chosen]), aligned, share, chosen, spec1, config)
     if config.official_side("unfused"):
         _official_unfused(state, named, chosen, spec1, config)
     return Fused(_rebuilt(named[chosen], state), maps, state, share, chosen, config, costs)
@@ -355,7 +358,7 @@ def _official_unfused(
     state: dict[str, Tensor], named: Mapping[str, Any], chosen: str, spec: AlignmentSpec, config: FusionConfig
 ) -> None:
     """The authors' code takes unfused parts of blocks from the source, and the first norm from the second."""
-    source = _state(next(model for name, model in named.items() if name != chosen))
+    source = state_of(next(model for name, model in named.items() if name != chosen))
     for op in spec.ops:
         for key in (op.weight, op.bias):
             if key is None or config.fuses(key) or not in_block(op) or key not in source:
@@ -404,15 +407,15 @@ def align(
         if not isinstance(value, nn.Module | Mapping):
             raise InputError(f"{name} is {type(value).__name__}, wanted a module or a state dict")
     named = {"source": model, "anchor": to}
-    spec1 = _spec(to, spec, "anchor")
+    spec1 = spec_of(to, spec, "anchor")
     default = (
         FusionConfig.git_rebasin() if data is None else FusionConfig(strategy="consistent", solver="lsa")
     )
     config = config or default
-    config = _settled(config.replace(**settings) if settings else config, spec1)
-    spec0, target = with_layer_map(_spec(model, spec, "source"), spec1, layer_map)
-    aligned, maps, costs = _align_states(model, to, spec0, target, data, config, progress)
-    anchor = _state(named["anchor"])
+    config = settled(config.replace(**settings) if settings else config, spec1)
+    spec0, target = with_layer_map(spec_of(model, spec, "source"), spec1, layer_map)
+    aligned, maps, costs = align_states(model, to, spec0, target, data, config, progress)
+    anchor = state_of(named["anchor"])
     missing = [key for key, value in aligned.items() if value.shape != anchor[key].shape]
     if missing:
         raise ShapeError(f"aligned tensors keep another shape: {', '.join(missing)}")

@@ -10,7 +10,7 @@ from ot_fusion.errors import DataError, ShapeError, SpecError
 from ot_fusion.plan import Plan
 from ot_fusion.spec.types import AlignmentSpec, Axis, Concat, TensorSpec
 
-__all__ = ["axis_parts", "axis_size", "check_states", "map_state", "map_tensor", "relabel"]
+__all__ = ["axis_parts", "axis_size", "check_states", "map_key", "map_state", "map_tensor", "relabel"]
 
 Mover = Callable[[Tensor, int, Axis], Tensor]
 
@@ -94,6 +94,22 @@ def map_tensor(tensor: Tensor, tensor_spec: TensorSpec, move: Mover, sizes: Call
     return tensor
 
 
+def map_key(tensor: Tensor, key: str, spec: AlignmentSpec, plans: Mapping[tuple[str, str], Plan]) -> Tensor:
+    """One of a source's tensors in the anchor's coordinates; arguments as :func:`map_state`."""
+
+    def move(piece: Tensor, number: int, axis: Axis) -> Tensor:
+        plan = plans.get((axis.space, axis.view))
+        if plan is None:
+            return piece
+        index = plan.permutation()
+        if index is not None and axis.inner == 1:
+            return piece.index_select(number, index.to(piece.device))
+        matrix = plan.out_map() if axis.side == "out" else plan.in_map()
+        return map_axis(piece, matrix, number, inner=axis.inner)
+
+    return map_tensor(tensor, spec.tensors[key], move, lambda axis: axis_size(spec, axis))
+
+
 def map_state(
     state: Mapping[str, Tensor], spec: AlignmentSpec, plans: Mapping[tuple[str, str], Plan]
 ) -> dict[str, Tensor]:
@@ -105,21 +121,7 @@ def map_state(
         plans: by (space, view); a missing one leaves the axis alone.
     """
 
-    def move(tensor: Tensor, number: int, axis: Axis) -> Tensor:
-        plan = plans.get((axis.space, axis.view))
-        if plan is None:
-            return tensor
-        index = plan.permutation()
-        if index is not None and axis.inner == 1:
-            return tensor.index_select(number, index.to(tensor.device))
-        matrix = plan.out_map() if axis.side == "out" else plan.in_map()
-        return map_axis(tensor, matrix, number, inner=axis.inner)
-
-    return {
-        key: map_tensor(tensor, spec.tensors[key], move, lambda axis: axis_size(spec, axis))
-        for key, tensor in state.items()
-        if key in spec.tensors
-    }
+    return {key: map_key(tensor, key, spec, plans) for key, tensor in state.items() if key in spec.tensors}
 
 
 def relabel(
