@@ -260,6 +260,13 @@ def test_run_demo_passes_options_and_returns_the_document(tmp_path, capsys):
     assert "not shown: C No." in text
 
 
+def test_run_demo_prints_one_json_document(tmp_path, capsys):
+    document = demo.run_demo(made(lambda out, **_: demo.Demo(notes=["first"])), tmp_path / "out", json=True)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["notes"] == document["notes"] == ["first"]
+    assert printed.err == ""
+
+
 def test_run_demo_that_raises_leaves_the_earlier_result(tmp_path):
     demo.run_demo(made(lambda out, **_: demo.Demo(notes=["first"])), tmp_path / "out")
 

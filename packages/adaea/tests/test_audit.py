@@ -245,6 +245,9 @@ def test_evaluate_and_compare(tmp_path, report, surrogates):
     found = evaluate(str(tmp_path / "a.safetensors"), {"mine": Net(0), **surrogates})
     assert found.rows[0]["strict"] == report.asr("AdaEA", "my_model").value
     assert found.rows[1]["pixels"] == "uint8"
+    shown = found.shown_rows()[0]
+    assert len(shown) < 13 < len(found.rows[0])
+    assert shown["strict %"].startswith(f"{100 * found.rows[0]['strict']:.1f} [")
     with pytest.raises(DataError, match="no clean images"):
         evaluate(AdversarialSet(made.adversarial, made.labels), Net(0))
     with pytest.raises(DataError, match="row 9, but the data has 3"):

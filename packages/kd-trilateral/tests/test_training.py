@@ -90,7 +90,7 @@ def test_run_directory_is_guarded(tmp_path, data):
         fit(student(), (x + 1, y), teacher=zt, out=tmp_path / "r", resume=True, **settings)
     again = fit(student(), (x, y), teacher=zt, out=tmp_path / "r", overwrite=True, lr=0.01, **settings)
     assert load_run(tmp_path / "r")[0].lr == 0.01
-    names = "config.json student.safetensors ratio.safetensors optimizer.pt trace.npz metrics.jsonl audit.npz"
+    names = "config.json model.safetensors ratio.safetensors optimizer.pt trace.npz metrics.jsonl audit.npz"
     assert {p.name for p in (tmp_path / "r").iterdir()} >= set(names.split())
     torch.load(tmp_path / "r" / "optimizer.pt", weights_only=True)
     _, trace, audit, metrics = load_run(tmp_path / "r")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -191,7 +192,13 @@ def write_result(
 
 
 def run_demo(
-    method: Method, out: str | os.PathLike[str], *, full: bool = False, seed: int = 0, **options: Any
+    method: Method,
+    out: str | os.PathLike[str],
+    *,
+    full: bool = False,
+    seed: int = 0,
+    json: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Run a method's demo, leave its result and page in ``out``, and print its tables and claims.
 
@@ -201,6 +208,7 @@ def run_demo(
             run left there is replaced.
         full: repeat the recorded experiment instead of the quick one.
         seed: first seed.
+        json: print the document of ``result.json`` instead of tables.
         **options: further keyword arguments of the package's demo.
 
     Returns:
@@ -211,6 +219,7 @@ def run_demo(
     """
     from fusion_core.checkpoint import atomic_directory
     from fusion_core.report import Page
+    from fusion_core.results import dump_json
 
     check_own(out, SCHEMA)
     start = time.perf_counter()
@@ -221,7 +230,11 @@ def run_demo(
         page = Page(method.title)
         add_result(page, document, place, method, heading=False)
         page.save(place / "report.html")
-    show(document)
+    if json:
+        sys.stdout.write(dump_json(document))
+    else:
+        show(document)
+        sys.stderr.write(f"{Path(out) / 'report.html'}\n")
     return document
 
 

@@ -199,6 +199,10 @@ class Report:
             for row in self.comparison.rows()
         ]
 
+    def shown_rows(self) -> Rows:
+        """``rows`` as people read them, on a page and on a terminal; the files hold all columns."""
+        return self.rows
+
     def to_dataframe(self) -> Any:
         """The table as a ``pandas.DataFrame``.
 
@@ -219,7 +223,7 @@ class Report:
         if self.comparison is not None:
             page.table(self.comparison)
         if self.rows:
-            page.table(self.rows)
+            page.table(self.shown_rows())
         for figure in self.figures:
             page.figure(figure)
         return page
@@ -237,7 +241,7 @@ class Report:
         if self.comparison is not None:
             self.comparison.print(console)
         if self.rows:
-            print_rows(self.rows, console)
+            print_rows(self.shown_rows(), console)
         print_claims(self.claims, console)
 
     def save(self, directory: str | os.PathLike[str]) -> None:

@@ -220,7 +220,7 @@ class AuditReport(Report):
         for figure in figures:
             page.figure(figure)
         page.heading("Every rate").table(
-            [_printed(row) for row in self.rows], "uint8: after rounding to bytes."
+            [printed_row(row) for row in self.rows], "uint8: after rounding to bytes."
         )
         page.raw(piece("details", "Settings", dump_json(self.settings), False))
         return page.heading("Scope of use").text(SCOPE)
@@ -328,7 +328,8 @@ def _even(run: AttackRun) -> bool:
     return bool(abs(run.weights - 1 / run.weights.shape[2]).max() < 1e-6)
 
 
-def _printed(row: Mapping[str, Any]) -> dict[str, Any]:
+def printed_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the table of scores as people read it: rates in percent with their intervals."""
     head = {"attack": row["attack"], "budget": _budget(row), "model": row["model"], "kind": row["kind"]}
     head["pixels"] = row["pixels"]
     head["adversarial accuracy %"] = f"{100 * row['adversarial_accuracy']:.1f}"

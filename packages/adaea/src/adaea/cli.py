@@ -368,6 +368,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")] = Path("adaea-demo"),
     full: Annotated[bool, typer.Option("--full", help="Repeat the recorded experiment (minutes).")] = False,
     seed: cli.Seed = 0,
+    json: cli.Json = False,
 ) -> None:
     """AdaEA beside Ens against ten tiny models, on crops of photographs; nothing is downloaded.
 
@@ -376,8 +377,7 @@ def demo(
     from adaea.demo import method
     from fusion_core.demo import run_demo
 
-    run_demo(method, out, full=full, seed=seed)
-    typer.echo(str((out / "report.html").resolve()))
+    run_demo(method, out, full=full, seed=seed, json=json)
 
 
 @app.command()

@@ -109,6 +109,16 @@ def score_row(
     return {**row, "linf": change.linf, "l2": change.l2, "psnr": change.psnr, "ssim": change.ssim}
 
 
+class ScoreReport(Report):
+    """Rates of saved sets against models; rows as :func:`score_row` makes them."""
+
+    def shown_rows(self) -> list[dict[str, Any]]:
+        """One line per model and kind of pixels, rates in percent with their intervals."""
+        from adaea.auditreport import printed_row
+
+        return [{k: v for k, v in printed_row(row).items() if k != "kind"} for row in self.rows]
+
+
 def evaluate(
     adversarial: AdversarialSet | str,
     models: Models,
@@ -162,7 +172,7 @@ def evaluate(
             change = perturbation(found.clean, version.adversarial)
             scores = score(found.labels, before, after, found.targets)
             rows.append(score_row(name, eps, model_name, "target", pixels, scores, change))
-    return Report(title=f"{name} against {', '.join(named)}", rows=rows)
+    return ScoreReport(title=f"{name} against {', '.join(named)}", rows=rows)
 
 
 def with_clean(found: AdversarialSet, clean: Tensor) -> AdversarialSet:

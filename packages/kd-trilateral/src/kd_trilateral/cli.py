@@ -105,6 +105,7 @@ def demo(
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; 3, with --full 5.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Repeat the whole recorded experiment.")] = False,
     seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Fixed, heuristic and learned ratios on bundled data, with a page.
 
@@ -128,8 +129,17 @@ def demo(
     if not 0.0 <= val_noise < 1.0:
         raise InputError(f"--val-noise is {val_noise}, wanted a share in [0, 1)")
     place = out or Path("kd-trilateral-demo")
-    run_demo(method, place, full=full, seed=seed, task=task, noise=shares, val_noise=val_noise, seeds=seeds)
-    typer.echo(str(place / "report.html"), err=True)
+    run_demo(
+        method,
+        place,
+        full=full,
+        seed=seed,
+        json=json,
+        task=task,
+        noise=shares,
+        val_noise=val_noise,
+        seeds=seeds,
+    )
 
 
 @app.command()

@@ -19,7 +19,7 @@ from kd_trilateral.forward import rng_snapshot
 from kd_trilateral.module import TrilateralKD
 from kd_trilateral.trace import AlphaTrace, TraceRows
 
-STUDENT, RATIO, STATE, TRACE = "student.safetensors", "ratio.safetensors", "optimizer.pt", "trace.npz"
+STUDENT, RATIO, STATE, TRACE = "model.safetensors", "ratio.safetensors", "optimizer.pt", "trace.npz"
 METRICS, CONFIG, AUDIT = "metrics.jsonl", "config.json", "audit.npz"
 FILES = (STATE, STUDENT, RATIO, TRACE, METRICS, CONFIG, AUDIT)
 REPORT = ("report.html", "report.json", "table.csv", "suspects.csv", "alpha.png", "lengths.png")
@@ -71,7 +71,7 @@ class RunDirectory:
     """Reads and writes the files of one run.
 
     ``config.json``; ``optimizer.pt``, the whole state in one file that appears at once and loads with
-    ``weights_only=True``; and for other programs ``student.safetensors``, ``ratio.safetensors`` (ratio
+    ``weights_only=True``; and for other programs ``model.safetensors``, ``ratio.safetensors`` (ratio
     network, T-bar, normaliser), ``trace.npz``, ``metrics.jsonl`` and at the end ``audit.npz``.
 
     Args:
