@@ -267,7 +267,7 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         tables += [shot, tuned]
         claims += _vit_claims(shot, tuned)
     settings = {name: config.to_dict() for name, config in METHODS.items()}
-    return Demo(tables, claims, _figures(data, nets[32], out), seeds, {"methods": settings, "widths": WIDTHS}, list(NOTES))
+    return Demo(tables, claims, _figures(data, nets[32], out), list(NOTES), {"methods": settings, "widths": WIDTHS}, seeds)
 
 
 
