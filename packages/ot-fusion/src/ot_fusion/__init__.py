@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from ot_fusion.apply import align_conv, align_embedding, align_linear, align_vector
     from ot_fusion.config import FusionConfig
     from ot_fusion.cost import ground_cost
+    from ot_fusion.diagnosing import diagnose
     from ot_fusion.errors import IllegalMapError, SolverError, SpecError
     from ot_fusion.fusing import Aligned, Fused, align, fuse
     from ot_fusion.layers import fuse_encoder_block, fuse_linear
+    from ot_fusion.metrics import check_equivalence, interpolate
     from ot_fusion.moments import Moments
     from ot_fusion.plan import Plan
     from ot_fusion.policies import merge_maps
@@ -36,10 +38,13 @@ __all__ = [
     "align_embedding",
     "align_linear",
     "align_vector",
+    "check_equivalence",
+    "diagnose",
     "fuse",
     "fuse_encoder_block",
     "fuse_linear",
     "ground_cost",
+    "interpolate",
     "merge_maps",
     "solve",
 ]
@@ -47,6 +52,9 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "interpolate": "metrics",
+        "diagnose": "diagnosing",
+        "check_equivalence": "metrics",
         "fuse": "fusing",
         "align": "fusing",
         "Moments": "moments",

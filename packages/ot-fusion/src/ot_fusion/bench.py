@@ -160,7 +160,9 @@ def _memory_of(kind: str, samples: int) -> Callable[[], object]:
             spec = infer_spec(models[0], torch.zeros(2, 64))
         draws = torch.Generator().manual_seed(0)
         stream = (torch.randn(100, 64, generator=draws) for _ in range(samples // 100))
-        return fuse(models, data=stream, config=FusionConfig(samples=None, last_block_tokens="same"), spec=spec)
+        return fuse(
+            models, data=stream, config=FusionConfig(samples=None, last_block_tokens="same"), spec=spec
+        )
 
     return work
 
@@ -247,4 +249,3 @@ def run_bench(device: str = "cpu", *, quick: bool = False, memory: bool = True, 
     if memory:
         _memory(bench, quick)
     return bench
-

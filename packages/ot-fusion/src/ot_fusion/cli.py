@@ -11,17 +11,29 @@ from fusion_core import cli
 from ot_fusion import __version__
 from ot_fusion.errors import InputError
 
-app = cli.new_app("ot-fusion", "Fuse networks that were trained apart, by optimal transport of their neurons.", __version__)
+app = cli.new_app(
+    "ot-fusion", "Fuse networks that were trained apart, by optimal transport of their neurons.", __version__
+)
 
 Models = Annotated[list[str], typer.Argument(help="Model folders, or module:function giving a module.")]
-Data = Annotated[str | None, typer.Option("--data", help=".npy, .npz, .safetensors, .txt, or module:function.")]
-Features = Annotated[Literal["acts", "wts"] | None, typer.Option("--features", help="acts (needs --data) or wts.")]
+Data = Annotated[
+    str | None, typer.Option("--data", help=".npy, .npz, .safetensors, .txt, or module:function.")
+]
+Features = Annotated[
+    Literal["acts", "wts"] | None, typer.Option("--features", help="acts (needs --data) or wts.")
+]
 Strategy = Annotated[Literal["flow", "consistent"] | None, typer.Option("--strategy", help="flow (the paper's) or consistent (one plan per space).")]  # fmt: skip
 Solver = Annotated[str | None, typer.Option("--solver", help="emd, lsa, sinkhorn, sinkhorn_log, unbalanced.")]
-Reg = Annotated[float | None, typer.Option("--reg", help="Weight of the entropy; 0.08 for acts, 0.06 for wts.")]
+Reg = Annotated[
+    float | None, typer.Option("--reg", help="Weight of the entropy; 0.08 for acts, 0.06 for wts.")
+]
 Legal = Annotated[Literal["enforce", "warn", "off"] | None, typer.Option("--legal", help="What to do about maps that change the function.")]  # fmt: skip
-Alpha = Annotated[float | None, typer.Option("--alpha", help="Weight of the ANCHOR, in [0, 1]; 1/N by default.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other setting, such as --set tokens=window:6.")]
+Alpha = Annotated[
+    float | None, typer.Option("--alpha", help="Weight of the ANCHOR, in [0, 1]; 1/N by default.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Any other setting, such as --set tokens=window:6.")
+]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="Settings from a .toml or .json file.")]
 Length = Annotated[int, typer.Option("--max-length", min=1, help="Most tokens of a text of --data.")]
 SpecFile = Annotated[Path | None, typer.Option("--spec", help="A specification file instead of the architecture's own.")]  # fmt: skip
@@ -58,7 +70,9 @@ def _names(models: list[str]) -> list[str]:
 def _anchor(models: list[str], names: list[str], anchor: str | None) -> str:
     if anchor is None:
         return names[-1]
-    found = [name for name, word in zip(names, models, strict=True) if anchor in (name, word, word.rstrip("/"))]
+    found = [
+        name for name, word in zip(names, models, strict=True) if anchor in (name, word, word.rstrip("/"))
+    ]
     if not found:
         raise InputError(f"--anchor is {anchor!r}, wanted one of {', '.join(models)}")
     return found[0]
@@ -68,21 +82,35 @@ def _anchor(models: list[str], names: list[str], anchor: str | None) -> str:
 def fuse(
     models: Models,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the fused model.")],
-    anchor: Annotated[str | None, typer.Option("--anchor", help="Which model gives coordinates and shape; the last.")] = None,  # fmt: skip
+    anchor: Annotated[
+        str | None, typer.Option("--anchor", help="Which model gives coordinates and shape; the last.")
+    ] = None,  # fmt: skip
     data: Data = None,
     features: Features = None,
     strategy: Strategy = None,
     solver: Solver = None,
     reg: Reg = None,
-    residual: Annotated[str | None, typer.Option("--residual", help="mean, weighted_matrix, weighted_scalar, no_resid, only_resid.")] = None,  # fmt: skip
-    qk: Annotated[Literal["separate", "shared", "joint"] | None, typer.Option("--qk", help="Maps of queries and keys.")] = None,  # fmt: skip
+    residual: Annotated[
+        str | None,
+        typer.Option("--residual", help="mean, weighted_matrix, weighted_scalar, no_resid, only_resid."),
+    ] = None,  # fmt: skip
+    qk: Annotated[
+        Literal["separate", "shared", "joint"] | None, typer.Option("--qk", help="Maps of queries and keys.")
+    ] = None,  # fmt: skip
     legal: Legal = None,
     alpha: Alpha = None,
     recipe: Recipe = None,
     settings: Settings = None,
     spec: SpecFile = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Read and write tensor by tensor, for folders larger than memory (features wts).")] = False,  # fmt: skip
-    shard_gb: Annotated[float, typer.Option("--shard-gb", min=0.001, help="Most gigabytes of a shard, with --stream.")] = 5.0,  # fmt: skip
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Read and write tensor by tensor, for folders larger than memory (features wts)."
+        ),
+    ] = False,  # fmt: skip
+    shard_gb: Annotated[
+        float, typer.Option("--shard-gb", min=0.001, help="Most gigabytes of a shard, with --stream.")
+    ] = 5.0,  # fmt: skip
     max_length: Length = 128,
     seed: cli.Seed = 0,
     device: cli.Device = "auto",
@@ -125,7 +153,14 @@ def fuse(
 
 
 def _stream(
-    parents: dict[str, str], out: Path, chosen: str, config: Any, spec: Any, shard_bytes: int, overwrite: bool, progress: bool | None
+    parents: dict[str, str],
+    out: Path,
+    chosen: str,
+    config: Any,
+    spec: Any,
+    shard_bytes: int,
+    overwrite: bool,
+    progress: bool | None,
 ) -> None:
     from ot_fusion.fusing import resolve_weights, settled
     from ot_fusion.storage import LazyState, folder_spec, fuse_folders
@@ -171,9 +206,13 @@ def align(
     base = FusionConfig.git_rebasin() if inputs is None else FusionConfig(strategy="consistent", solver="lsa")
     if recipe is not None or settings or solver or legal:
         base = _config(recipe, settings, strategy="consistent", features=base.features, solver=solver or base.solver, legal=legal, seed=seed)  # fmt: skip
-    found = align_model(source, anchor, data=inputs, config=base, spec=_spec(spec), progress=False if quiet else None)
+    found = align_model(
+        source, anchor, data=inputs, config=base, spec=_spec(spec), progress=False if quiet else None
+    )
     names = _names([model, to])
-    whole = Fused(found.model, found.maps, found.state, {names[0]: 1.0, names[1]: 0.0}, names[1], base, found.costs)
+    whole = Fused(
+        found.model, found.maps, found.state, {names[0]: 1.0, names[1]: 0.0}, names[1], base, found.costs
+    )
     folders = {n: str(Path(w).resolve()) for n, w in zip(names, (model, to), strict=True) if Path(w).is_dir()}
     whole.save_pretrained(out, parents=folders, overwrite=overwrite)
     cli.emit(found.report, json)
@@ -209,9 +248,15 @@ def verify_spec(
     model: Annotated[str, typer.Argument(help="A model.")],
     data: Data = None,
     spec: SpecFile = None,
-    trace: Annotated[bool, typer.Option("--trace", help="Derive the specification by tracing (needs --data).")] = False,
-    save: Annotated[Path | None, typer.Option("--save", help="Write the specification to this JSON file.")] = None,
-    tolerance: Annotated[float, typer.Option("--tolerance", help="Largest relative change of an output.")] = 1e-6,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Derive the specification by tracing (needs --data).")
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="Write the specification to this JSON file.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Largest relative change of an output.")
+    ] = 1e-6,
     max_length: Length = 128,
     json: cli.Json = False,
 ) -> None:
@@ -274,8 +319,12 @@ def interpolate(
     second: Annotated[str, typer.Argument(help="The model at t = 1.")],
     steps: Annotated[int, typer.Option("--steps", min=2, help="Points on the line.")] = 11,
     data: Data = None,
-    evaluate: Annotated[str | None, typer.Option("--evaluate", help="module:function that takes a model, gives a number.")] = None,  # fmt: skip
-    aligned: Annotated[bool, typer.Option("--aligned/--plain", help="Align the first to the second before.")] = True,
+    evaluate: Annotated[
+        str | None, typer.Option("--evaluate", help="module:function that takes a model, gives a number.")
+    ] = None,  # fmt: skip
+    aligned: Annotated[
+        bool, typer.Option("--aligned/--plain", help="Align the first to the second before.")
+    ] = True,
     max_length: Length = 128,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .png of the curve, or a .json.")] = None,
     json: cli.Json = False,
@@ -309,12 +358,16 @@ def interpolate(
         return
     points = [{"t": float(t), **{name: float(curve.values[i]) for name, curve in curves.items()}} for i, t in enumerate(next(iter(curves.values())).t)]  # fmt: skip
     cli.emit(points, json)
-    typer.echo("barrier: " + ", ".join(f"{name} {curve.barrier:.4g}" for name, curve in curves.items()), err=True)
+    typer.echo(
+        "barrier: " + ", ".join(f"{name} {curve.barrier:.4g}" for name, curve in curves.items()), err=True
+    )
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")] = Path("ot-fusion-demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")] = Path(
+        "ot-fusion-demo"
+    ),
     full: Annotated[bool, typer.Option("--full", help="Add the tiny vision transformers (minutes).")] = False,
     seed: cli.Seed = 0,
     json: cli.Json = False,

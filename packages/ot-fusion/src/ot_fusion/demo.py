@@ -76,7 +76,11 @@ def _duplicated(net: nn.Sequential, times: int, draws: torch.Generator) -> nn.Se
     width = net[0].weight.shape[0]
     order = [torch.randperm(width * times, generator=draws) for _ in range(2)]
     wide = nn.Sequential(
-        nn.Linear(64, width * times), nn.ReLU(), nn.Linear(width * times, width * times), nn.ReLU(), nn.Linear(width * times, 10)
+        nn.Linear(64, width * times),
+        nn.ReLU(),
+        nn.Linear(width * times, width * times),
+        nn.ReLU(),
+        nn.Linear(width * times, 10),
     )
     first, second = (torch.arange(width).repeat_interleave(times)[o] for o in order)
     state = net.state_dict()
@@ -107,13 +111,17 @@ def _widths(data: Digits, seed: int, small: nn.Sequential) -> tuple[Comparison, 
         gaps[rule] = check_equivalence(small, model, data.test).max_abs
         back.add(f"{rule} maps", "logit_difference", seed, gaps[rule])
     big = train_mlp(data, 256, seed + 10)
-    metrics: dict[str, Any] = {f"accuracy_alpha_{alpha}": {"better": "higher", "percent": True} for alpha in (0.0, 0.5, 0.7)}
+    metrics: dict[str, Any] = {
+        f"accuracy_alpha_{alpha}": {"better": "higher", "percent": True} for alpha in (0.0, 0.5, 0.7)
+    }
     into = Comparison(metrics, "paper maps", [seed])
     for rule in ("exact", "paper", "official"):
         for alpha in (0.0, 0.5, 0.7):
             config = PLAIN.replace(alpha=alpha, normalization=rule)
             model = fuse([big, small], data=data.train, config=config).model
-            into.add(f"{rule} maps", f"accuracy_alpha_{alpha}", seed, accuracy(model, data.test, data.test_labels))
+            into.add(
+                f"{rule} maps", f"accuracy_alpha_{alpha}", seed, accuracy(model, data.test, data.test_labels)
+            )
     return back, into, gaps
 
 
@@ -135,7 +143,9 @@ def _vits(data: Digits, seed: int) -> tuple[Comparison, Comparison]:
     }
     seeds = [seed + number for number in range(3)]
     shot = Comparison({"accuracy": {"better": "higher", "percent": True}}, VANILLA, seeds)
-    tuned = Comparison({"accuracy_after_12_epochs": {"better": "higher", "percent": True}}, f"from the {VANILLA}", seeds[:2])
+    tuned = Comparison(
+        {"accuracy_after_12_epochs": {"better": "higher", "percent": True}}, f"from the {VANILLA}", seeds[:2]
+    )
     for number, (i, j) in enumerate(PAIRS):
         pair = [nets[i], nets[j]]
 
@@ -143,7 +153,10 @@ def _vits(data: Digits, seed: int) -> tuple[Comparison, Comparison]:
             return accuracy(model, data.test, data.test_labels)
 
         starts: dict[str, Any] = {VANILLA: average(*pair)}
-        starts |= {name: fuse(pair, data=data.train, config=config, spec=spec).model for name, config in configs.items()}
+        starts |= {
+            name: fuse(pair, data=data.train, config=config, spec=spec).model
+            for name, config in configs.items()
+        }
         shot.add("the anchor alone", "accuracy", seeds[number], score(pair[1]))
         aligned = align(pair[0], pair[1], data=data.train, spec=spec)
         shot.add("the source, aligned, not mixed", "accuracy", seeds[number], score(aligned.model))
@@ -161,7 +174,9 @@ def _vits(data: Digits, seed: int) -> tuple[Comparison, Comparison]:
 
 
 def _mean(table: Comparison, method: str, metric: str) -> float:
-    return next(float(row["mean"]) for row in table.rows() if row["method"] == method and row["metric"] == metric)
+    return next(
+        float(row["mean"]) for row in table.rows() if row["method"] == method and row["metric"] == metric
+    )
 
 
 def _claims(table: Comparison, gaps: Mapping[str, float]) -> list[Claim]:
@@ -210,7 +225,9 @@ def _vit_claims(shot: Comparison, tuned: Comparison) -> list[Claim]:
     def after(name: str) -> float:
         return 100 * _mean(tuned, name, "accuracy_after_12_epochs")
 
-    best = max(once("acts, Sinkhorn 0.08, mean"), once("acts, Sinkhorn 0.2, mean"), once("wts, Sinkhorn 0.06, mean"))
+    best = max(
+        once("acts, Sinkhorn 0.08, mean"), once("acts, Sinkhorn 0.2, mean"), once("wts, Sinkhorn 0.06, mean")
+    )
     hard = max(once("acts, exact, mean"), once("wts, exact, mean"))
     start = max(after("from acts, Sinkhorn 0.2"), after("from wts, Sinkhorn 0.06"))
     return [
@@ -235,7 +252,11 @@ def _figures(data: Digits, nets: list[nn.Sequential], out: Path) -> list[Figure]
     }
     fused = fuse([nets[0], nets[1]], data=data.train, config=PLAIN)
     soft = fuse([nets[0], nets[1]], data=data.train, config=METHODS["transport, activations, Sinkhorn 0.05"])
-    maps = {"first layer, exact": fused.maps["0"], "second layer, exact": fused.maps["2"], "second layer, Sinkhorn": soft.maps["2"]}
+    maps = {
+        "first layer, exact": fused.maps["0"],
+        "second layer, exact": fused.maps["2"],
+        "second layer, Sinkhorn": soft.maps["2"],
+    }
     return [
         barrier_figure(curves, out / "barrier.png", "test accuracy %"),
         map_figure(maps, out / "maps.png"),
@@ -254,11 +275,16 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
     require_extra("matplotlib", "demo", "ot-fusion")
     data = load_digits()
     seeds = [seed, seed + 1, seed + 2]
-    metrics: dict[str, Any] = {f"accuracy_width_{width}": {"better": "higher", "percent": True} for width in WIDTHS}
+    metrics: dict[str, Any] = {
+        f"accuracy_width_{width}": {"better": "higher", "percent": True} for width in WIDTHS
+    }
     table = Comparison(metrics, VANILLA, seeds)
     nets = _mlps(data, seed, table)
     back, into, gaps = _widths(data, seed, nets[32][0])
-    back.title, into.title = "A network with duplicated neurons, fused back (alpha 0)", "256 neurons into 32, by weight of the anchor"
+    back.title, into.title = (
+        "A network with duplicated neurons, fused back (alpha 0)",
+        "256 neurons into 32, by weight of the anchor",
+    )
     table.title = "Perceptrons on digits, one-shot, alpha 0.5"
     tables, claims = [table, back, into], _claims(table, gaps)
     if full:
@@ -267,9 +293,14 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         tables += [shot, tuned]
         claims += _vit_claims(shot, tuned)
     settings = {name: config.to_dict() for name, config in METHODS.items()}
-    return Demo(tables, claims, _figures(data, nets[32], out), list(NOTES), {"methods": settings, "widths": WIDTHS}, seeds)
-
-
+    return Demo(
+        tables,
+        claims,
+        _figures(data, nets[32], out),
+        list(NOTES),
+        {"methods": settings, "widths": WIDTHS},
+        seeds,
+    )
 
 
 method = Method(

@@ -46,7 +46,6 @@ def _taken(spec: AlignmentSpec, kept: Mapping[int, int]) -> AlignmentSpec:
             number is not None and op.output.endswith((".out", ".norm2"))
         ):
             last = op.output
-    used = {name for op in ops for name in (op.space,) if name}
     spaces = {}
     for name, space in spec.spaces.items():
         number = _number(name)
@@ -59,9 +58,10 @@ def _taken(spec: AlignmentSpec, kept: Mapping[int, int]) -> AlignmentSpec:
         if key in keys:
             axes = tuple(_renamed_axis(axis, kept) for axis in tensor.axes)
             tensors[key] = replace(tensor, axes=axes)
+    nodes = [n for n in spec.notes.get("cls_nodes", "").split() if _number(n) is None or _number(n) in kept]
+    notes = spec.notes | {"cls_nodes": " ".join(_renamed(name, kept) for name in nodes)}
     dropped = tuple(key for key in spec.tensors if key not in keys)
-    del used
-    return replace(spec, spaces=spaces, tensors=tensors, ops=tuple(ops), copied=(*spec.copied, *dropped))
+    return replace(spec, spaces=spaces, tensors=tensors, ops=tuple(ops), copied=(*spec.copied, *dropped), notes=notes)
 
 
 def _renamed_axis(axis: object, table: Mapping[int, int]) -> object:
@@ -109,4 +109,6 @@ def with_layer_map(
         raise InputError(f"layer_map is {dict(pairs)}, wanted source blocks that rise with the anchor's")
     first = _taken(spec0, {s: number for number, (_, s) in enumerate(pairs)})
     second = _taken(spec1, {a: number for number, (a, _) in enumerate(pairs)})
-    return first, second
+    both = set(first.notes.get("cls_nodes", "").split()) & set(second.notes.get("cls_nodes", "").split())
+    notes = {"cls_nodes": " ".join(sorted(both))}
+    return replace(first, notes=first.notes | notes), replace(second, notes=second.notes | notes)

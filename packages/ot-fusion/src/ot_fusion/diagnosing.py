@@ -118,5 +118,10 @@ def diagnose(
             "align or fuse them by transport."
         )
     return Diagnosis(
-        title="Diagnosis", rows=rows, verdict=verdict, identity_share=share, distance=distance, sentence=sentence
+        title="Diagnosis",
+        rows=rows,
+        verdict=verdict,
+        identity_share=share,
+        distance=distance,
+        sentence=sentence,
     )

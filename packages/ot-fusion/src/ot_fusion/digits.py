@@ -61,7 +61,9 @@ def fit(
     """Train a classifier in place; Adam at a fixed rate, or AdamW on one cycle."""
     draws = generator(seed, "fit")
     steps = epochs * -(-len(images) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr) if one_cycle else torch.optim.Adam(model.parameters(), lr)
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), lr) if one_cycle else torch.optim.Adam(model.parameters(), lr)
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps) if one_cycle else None
     model.train()
     for _ in range(epochs):
@@ -117,7 +119,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm1(x)
-        q, k, v = (part(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (
+            part(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v)
+        )
         mixed = nn.functional.scaled_dot_product_attention(q, k, v)
         x = x + self.o(mixed.transpose(1, 2).flatten(2))
         return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
@@ -130,10 +134,21 @@ def _shifted(x: Tensor, draws: torch.Generator) -> Tensor:
     return padded[:, 1 + down : 9 + down, 1 + right : 9 + right].flatten(1)
 
 
-def train_vit(data: Digits, seed: int, *, epochs: int = 60, lr: float = 3e-3, model: nn.Module | None = None) -> nn.Module:
+def train_vit(
+    data: Digits, seed: int, *, epochs: int = 60, lr: float = 3e-3, model: nn.Module | None = None
+) -> nn.Module:
     """A tiny vision transformer, from scratch or from a given model."""
     if model is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = TinyViT()
-    return fit(model, data.train, data.train_labels, epochs=epochs, lr=lr, seed=seed, one_cycle=True, augment=_shifted)
+    return fit(
+        model,
+        data.train,
+        data.train_labels,
+        epochs=epochs,
+        lr=lr,
+        seed=seed,
+        one_cycle=True,
+        augment=_shifted,
+    )

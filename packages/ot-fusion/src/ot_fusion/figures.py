@@ -90,4 +90,6 @@ def cost_figure(rows: list[dict[str, Any]], path: Path) -> Figure:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return Figure(path, "Transport cost of every map", "Low: the two models' layers hold much the same features.")
+    return Figure(
+        path, "Transport cost of every map", "Low: the two models' layers hold much the same features."
+    )

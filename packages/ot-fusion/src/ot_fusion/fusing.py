@@ -26,7 +26,18 @@ from ot_fusion.reporting import plan_rows
 from ot_fusion.spec.registry import spec_for
 from ot_fusion.spec.types import AlignmentSpec
 
-__all__ = ["Aligned", "Fused", "align", "align_states", "fuse", "mix_states", "resolve_weights", "settled", "spec_of", "state_of"]
+__all__ = [
+    "Aligned",
+    "Fused",
+    "align",
+    "align_states",
+    "fuse",
+    "mix_states",
+    "resolve_weights",
+    "settled",
+    "spec_of",
+    "state_of",
+]
 
 Models = Sequence[Any] | Mapping[str, Any]
 
@@ -271,9 +282,20 @@ def align_states(
         else:
             stats = collect(source, anchor, spec0, spec1, data, config, keep=keep, progress=progress)
     if config.strategy == "consistent":
-        return consistent_pair(state0, state1, spec0, spec1, stats, config)
-    found = flow_pair(state0, state1, spec0, spec1, stats, config)
-    return found.aligned, found.maps, found.costs
+        aligned, maps, costs = consistent_pair(state0, state1, spec0, spec1, stats, config)
+    else:
+        found = flow_pair(state0, state1, spec0, spec1, stats, config)
+        aligned, maps, costs = found.aligned, found.maps, found.costs
+    pairs = dict(zip(spec0.tensors, spec1.tensors, strict=True))
+    aligned = {pairs.get(key, key): value for key, value in aligned.items()}
+    wrong = [key for key, value in aligned.items() if key in state1 and config.fuses(key) and value.shape != state1[key].shape]
+    if wrong:
+        sizes = "; ".join(f"{key}: {tuple(aligned[key].shape)} and {tuple(state1[key].shape)}" for key in wrong[:5])
+        raise ShapeError(
+            f"fixed axes (classes, vocabulary, pixels, positions) differ between source and anchor: {sizes}; give both "
+            "models the same, or leave these out with fuse_parts"
+        )
+    return aligned, maps, costs
 
 
 def _rebuilt(anchor: Any, state: Mapping[str, Tensor]) -> nn.Module | None:

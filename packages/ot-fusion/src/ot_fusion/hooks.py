@@ -179,12 +179,12 @@ class _Reader:
         elif config.last_block_tokens == "same":
             self.on_token = set()
 
-    def keep(self, node: str, output: Tensor, batch: Any) -> Tensor | None:
-        """Which tokens of a ``(batch, tokens, neurons)`` output count."""
+    def keep(self, node: str, output: Tensor, batch: Any, *, alike: bool = False) -> Tensor | None:
+        """Which tokens of a ``(batch, tokens, neurons)`` output count; ``alike``: the same for all activations."""
         if output.ndim != 3 or node in self.without_token:
             return None
         attended = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        rule = "cls" if node in self.on_token else self.config.tokens
+        rule = "cls" if node in self.on_token and not alike else self.config.tokens
         if rule == "all" and attended is None:
             return None
         mask = token_mask(rule, output.shape[1]).to(output.device)
@@ -192,7 +192,9 @@ class _Reader:
             return mask & attended.to(output.device).bool()
         return mask
 
-    def samples(self, node: str, found: Mapping[str, Tensor], batch: Any) -> Tensor:
+    def samples(
+        self, node: str, found: Mapping[str, Tensor], batch: Any, *, alike: bool = False
+    ) -> Tensor:
         """Rows of neurons of an activation."""
         op = self.ops[node]
         output = found[str(op.hook)]
@@ -200,7 +202,7 @@ class _Reader:
             output = output[..., op.part[0] : op.part[1]]
         if output.ndim == 3 and len(output) == 1:  # positions are looked up once for the whole batch
             output = output.expand(_rows(batch), -1, -1)
-        return as_samples(output, node_size(self.spec, op), keep=self.keep(node, output, batch))
+        return as_samples(output, node_size(self.spec, op), keep=self.keep(node, output, batch, alike=alike))
 
 
 def _leaves(spec: AlignmentSpec, node: str) -> list[str]:
@@ -365,7 +367,7 @@ class _Sizes:
     def _leaf(self, leaf: str, batch: Any) -> Tensor:
         if leaf in self.tables:
             return self.tables[leaf]
-        z = self.reader.samples(leaf, self.found, batch).double().cpu()
+        z = self.reader.samples(leaf, self.found, batch, alike=True).double().cpu()
         shift, scale = self.scales.get(leaf, (0.0, 1.0))
         return (z - shift) / scale
 

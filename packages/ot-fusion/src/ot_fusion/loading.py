@@ -18,7 +18,9 @@ from ot_fusion.errors import DataError, InputError
 __all__ = ["load_data", "load_evaluation", "load_model", "split_labels"]
 
 
-def load_model(word: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+def load_model(
+    word: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> nn.Module:
     """A model by its word.
 
     Args:
@@ -47,12 +49,16 @@ def _folder(place: Path) -> nn.Module:
     try:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{place} has no readable config.json; give the folder of a Hugging Face model") from error
+        raise InputError(
+            f"{place} has no readable config.json; give the folder of a Hugging Face model"
+        ) from error
     transformers = require_extra("transformers", "hf", "ot-fusion")
     names = config.get("architectures") or []
     kind = getattr(transformers, names[0], None) if names else None
     if kind is None:
-        raise InputError(f"{place} has the architecture {names}, which transformers {transformers.__version__} has not")
+        raise InputError(
+            f"{place} has the architecture {names}, which transformers {transformers.__version__} has not"
+        )
     try:
         return kind.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:

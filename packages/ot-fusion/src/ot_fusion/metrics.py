@@ -53,8 +53,12 @@ def check_equivalence(first: nn.Module, second: nn.Module, inputs: Any) -> Equiv
     with untouched(first, second, rng=True), torch.no_grad():
         one, two = outputs_of(first, inputs), outputs_of(second, inputs)
     if [part.shape for part in one] != [part.shape for part in two]:
-        raise ShapeError(f"outputs have shapes {[tuple(p.shape) for p in one]} and {[tuple(p.shape) for p in two]}")
-    gap = max((float((a.double() - b.double()).abs().max()) for a, b in zip(one, two, strict=True)), default=0.0)
+        raise ShapeError(
+            f"outputs have shapes {[tuple(p.shape) for p in one]} and {[tuple(p.shape) for p in two]}"
+        )
+    gap = max(
+        (float((a.double() - b.double()).abs().max()) for a, b in zip(one, two, strict=True)), default=0.0
+    )
     size = max((float(a.abs().max()) for a in one), default=0.0)
     return Equivalence(gap, gap / size if size > 0 else gap)
 
@@ -143,7 +147,9 @@ def interpolate(first: nn.Module, second: nn.Module, steps: int = 11) -> Curve:
     """
     if steps < 2:
         raise InputError(f"steps is {steps}, wanted at least 2")
-    shapes = [{key: tuple(value.shape) for key, value in model.state_dict().items()} for model in (first, second)]
+    shapes = [
+        {key: tuple(value.shape) for key, value in model.state_dict().items()} for model in (first, second)
+    ]
     if shapes[0] != shapes[1]:
         wrong = sorted(key for key in {*shapes[0], *shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
         raise ShapeError(f"the models differ in {', '.join(wrong[:5])}; align one to the other first")

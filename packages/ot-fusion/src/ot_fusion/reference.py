@@ -37,15 +37,24 @@ class ReferenceStatistics(Statistics):
     distances: Distances = "exact"
 
     def plan(
-        self, names: list[str], config: FusionConfig, masses: tuple[Tensor | None, Tensor | None] = (None, None)
+        self,
+        names: list[str],
+        config: FusionConfig,
+        masses: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Plan:
         """The plan of stored activations by POT."""
         import ot
 
         if config.metric != "euclidean" or config.solver not in ("emd", "sinkhorn") or masses != (None, None):
-            raise InputError("the reference path has euclidean costs, uniform masses and the solvers emd and sinkhorn")
+            raise InputError(
+                "the reference path has euclidean costs, uniform masses and the solvers emd and sinkhorn"
+            )
         sides = [torch.cat([self.raw[name][side] for name in names], 1) for side in (0, 1)]
-        cost = exact_distances(*sides) if self.distances == "exact" else torch.cdist(sides[0].float(), sides[1].float())
+        cost = (
+            exact_distances(*sides)
+            if self.distances == "exact"
+            else torch.cdist(sides[0].float(), sides[1].float())
+        )
         cost = normalize_cost(cost.square() if config.squared else cost, config.normalize)
         host = cost.numpy()
         a, b = (np.full(n, 1 / n, dtype=host.dtype) for n in host.shape)
@@ -54,7 +63,9 @@ class ReferenceStatistics(Statistics):
             if config.solver == "emd":
                 found = ot.emd(a, b, host, numItermax=1_000_000)
             else:
-                found = ot.sinkhorn(a, b, host, config.regularization(), numItermax=config.max_iter, stopThr=config.tol)
+                found = ot.sinkhorn(
+                    a, b, host, config.regularization(), numItermax=config.max_iter, stopThr=config.tol
+                )
         return Plan(torch.from_numpy(np.asarray(found)), config.map_rule, {"solver": "reference"})
 
 

@@ -89,7 +89,11 @@ def load_maps(path: PathLike) -> dict[str, Plan]:
 
 
 def _document(
-    config: FusionConfig, weights: Mapping[str, float], anchor: str, parents: Mapping[str, Any], costs: Mapping[str, Any]
+    config: FusionConfig,
+    weights: Mapping[str, float],
+    anchor: str,
+    parents: Mapping[str, Any],
+    costs: Mapping[str, Any],
 ) -> dict[str, Any]:
     from ot_fusion import __version__
 
@@ -157,7 +161,9 @@ def folder_spec(path: PathLike, keys: list[str]) -> AlignmentSpec:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} has no readable config.json; give the folder of a Hugging Face model") from error
+        raise InputError(
+            f"{path} has no readable config.json; give the folder of a Hugging Face model"
+        ) from error
     found.setdefault("tie_word_embeddings", "lm_head.weight" not in keys)
     return spec_for(SimpleNamespace(**found), keys)
 
@@ -228,7 +234,9 @@ def fuse_folders(
     if place.exists() and any(place.iterdir()) and not overwrite:
         raise InputError(f"out is {out}, which is not empty; pass overwrite or another name")
     if config.features == "acts" and maps is None:
-        raise InputError("folders are fused from their weights: use features='wts', or give the maps of an earlier run")
+        raise InputError(
+            "folders are fused from their weights: use features='wts', or give the maps of an earlier run"
+        )
     states = {name: LazyState(path) for name, path in parents.items()}
     specs = {name: spec or folder_spec(parents[name], list(state)) for name, state in states.items()}
     for name, state in states.items():
@@ -268,7 +276,9 @@ def fuse_folders(
 class _Mapped(Mapping[str, Tensor]):
     """A source's tensors in the anchor's coordinates, moved when they are asked for."""
 
-    def __init__(self, state: Mapping[str, Tensor], spec: AlignmentSpec, plans: Mapping[tuple[str, str], Plan]) -> None:
+    def __init__(
+        self, state: Mapping[str, Tensor], spec: AlignmentSpec, plans: Mapping[tuple[str, str], Plan]
+    ) -> None:
         self.state, self.spec, self.plans = state, spec, plans
 
     def __getitem__(self, key: str) -> Tensor:
@@ -328,7 +338,11 @@ def _cached_maps(
 
 
 def _weights_only(
-    source: Mapping[str, Tensor], anchor: Mapping[str, Tensor], spec0: AlignmentSpec, spec1: AlignmentSpec, config: FusionConfig
+    source: Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor],
+    spec0: AlignmentSpec,
+    spec1: AlignmentSpec,
+    config: FusionConfig,
 ) -> dict[str, Plan]:
     from ot_fusion.consistent import match_weights
 
@@ -370,10 +384,14 @@ def refuse(
     share = resolve_weights(names, anchor, config.alpha, weights)
     lost = [name for name in names if name not in found["parents"]]
     if lost:
-        raise InputError(f"{folder} does not say where {', '.join(lost)} lie; save with parents={{name: path}}")
+        raise InputError(
+            f"{folder} does not say where {', '.join(lost)} lie; save with parents={{name: path}}"
+        )
     for name, parent in found["parents"].items():
         if _parent(parent["path"])["digests"] != parent["digests"]:
-            raise InputError(f"the parent {name} at {parent['path']} is gone or was changed since the maps were made")
+            raise InputError(
+                f"the parent {name} at {parent['path']} is gone or was changed since the maps were made"
+            )
     parents = {name: found["parents"][name]["path"] for name in names}
     plans = load_maps(Path(folder) / MAPS)
     with torch.no_grad():
