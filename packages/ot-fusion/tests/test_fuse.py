@@ -227,7 +227,10 @@ def test_crashes_of_the_published_code_do_not_happen(models):
 
 
 def test_unequal_widths(models):
-    wide, thin = models.make("llama", hidden_size=24, intermediate_size=40, num_attention_heads=6), models.make("llama", seed=1)
+    wide, thin = (
+        models.make("llama", hidden_size=24, intermediate_size=40, num_attention_heads=6),
+        models.make("llama", seed=1),
+    )
     data = models.inputs("llama", 20)
     for rule in ("paper", "exact"):
         for strategy in ("flow", "consistent"):

@@ -181,7 +181,9 @@ POLICIES = ["mean", "weighted_scalar", "weighted_matrix", "no_resid", "only_resi
 @law
 @given(seeds, sizes)
 def test_policies(seed, n):
-    t1, t2 = (solve(cost_of(seed + k, n, n), solver="sinkhorn", reg=0.5, max_iter=10_000).out_map() for k in (1, 2))
+    t1, t2 = (
+        solve(cost_of(seed + k, n, n), solver="sinkhorn", reg=0.5, max_iter=10_000).out_map() for k in (1, 2)
+    )
     acts = draw(seed, 10, n), draw(seed + 5, 10, n)
     torch.testing.assert_close(merge_maps("mean", t1, t2), merge_maps("mean", t2, t1))
     for policy in POLICIES:

@@ -64,7 +64,11 @@ def _inputs(data: str | None, folder: str, length: int) -> Any:
 def _names(models: list[str]) -> list[str]:
     """Short names of models by their paths."""
     short = [Path(word).name if Path(word).is_dir() else word for word in models]
-    return short if len(set(short)) == len(short) else list(models)
+    if len(set(short)) == len(short):
+        return short
+    return (
+        list(models) if len(set(models)) == len(models) else [f"{n}:{word}" for n, word in enumerate(models)]
+    )
 
 
 def _anchor(models: list[str], names: list[str], anchor: str | None) -> str:

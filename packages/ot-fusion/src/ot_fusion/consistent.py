@@ -24,7 +24,7 @@ from ot_fusion.plan import Plan
 from ot_fusion.relabel import axis_parts, axis_size, map_state
 from ot_fusion.spec.types import AlignmentSpec, Axis
 
-__all__ = ["consistent_pair", "match_activations", "match_weights"]
+__all__ = ["check_spaces", "consistent_pair", "match_activations", "match_weights"]
 
 Plans = dict[tuple[str, str], Plan]
 _SWEEPS = 100
@@ -55,11 +55,7 @@ def consistent_pair(
         SpecError: specifications of different spaces.
         ShapeError: fixed axes of different sizes.
     """
-    if list(spec0.spaces) != list(spec1.spaces):
-        raise SpecError(
-            f"the specs {spec0.name!r} and {spec1.name!r} have different spaces; align models of unequal depth with "
-            "layer_map"
-        )
+    check_spaces(spec0, spec1)
     plans: Plans = {}
     costs: dict[str, dict[str, Any]] = {}
     if config.features == "acts":
@@ -71,6 +67,23 @@ def consistent_pair(
         plans |= match_weights(source, anchor, spec0, spec1, config, left, plans, costs)
     named = {space if not view else f"{space}.{view}": plan for (space, view), plan in plans.items()}
     return map_state(source, spec0, plans), named, costs
+
+
+def check_spaces(spec0: AlignmentSpec, spec1: AlignmentSpec) -> None:
+    """Refuse specifications that do not declare the same spaces and kinds of tensors.
+
+    Raises:
+        SpecError: names both.
+    """
+
+    def shape(spec: AlignmentSpec) -> list[Any]:
+        return [list(spec.spaces), *(tensor.axes for tensor in spec.tensors.values())]
+
+    if shape(spec0) != shape(spec1):
+        raise SpecError(
+            f"the specs {spec0.name!r} and {spec1.name!r} have different spaces or tensors; align models of unequal "
+            "depth with layer_map, and only models of one architecture"
+        )
 
 
 def _solver(config: FusionConfig) -> Any:

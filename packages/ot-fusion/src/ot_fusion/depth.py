@@ -61,7 +61,9 @@ def _taken(spec: AlignmentSpec, kept: Mapping[int, int]) -> AlignmentSpec:
     nodes = [n for n in spec.notes.get("cls_nodes", "").split() if _number(n) is None or _number(n) in kept]
     notes = spec.notes | {"cls_nodes": " ".join(_renamed(name, kept) for name in nodes)}
     dropped = tuple(key for key in spec.tensors if key not in keys)
-    return replace(spec, spaces=spaces, tensors=tensors, ops=tuple(ops), copied=(*spec.copied, *dropped), notes=notes)
+    return replace(
+        spec, spaces=spaces, tensors=tensors, ops=tuple(ops), copied=(*spec.copied, *dropped), notes=notes
+    )
 
 
 def _renamed_axis(axis: object, table: Mapping[int, int]) -> object:

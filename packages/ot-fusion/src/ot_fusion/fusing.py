@@ -288,9 +288,15 @@ def align_states(
         aligned, maps, costs = found.aligned, found.maps, found.costs
     pairs = dict(zip(spec0.tensors, spec1.tensors, strict=True))
     aligned = {pairs.get(key, key): value for key, value in aligned.items()}
-    wrong = [key for key, value in aligned.items() if key in state1 and config.fuses(key) and value.shape != state1[key].shape]
+    wrong = [
+        key
+        for key, value in aligned.items()
+        if key in state1 and config.fuses(key) and value.shape != state1[key].shape
+    ]
     if wrong:
-        sizes = "; ".join(f"{key}: {tuple(aligned[key].shape)} and {tuple(state1[key].shape)}" for key in wrong[:5])
+        sizes = "; ".join(
+            f"{key}: {tuple(aligned[key].shape)} and {tuple(state1[key].shape)}" for key in wrong[:5]
+        )
         raise ShapeError(
             f"fixed axes (classes, vocabulary, pixels, positions) differ between source and anchor: {sizes}; give both "
             "models the same, or leave these out with fuse_parts"

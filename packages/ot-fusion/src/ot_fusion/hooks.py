@@ -192,9 +192,7 @@ class _Reader:
             return mask & attended.to(output.device).bool()
         return mask
 
-    def samples(
-        self, node: str, found: Mapping[str, Tensor], batch: Any, *, alike: bool = False
-    ) -> Tensor:
+    def samples(self, node: str, found: Mapping[str, Tensor], batch: Any, *, alike: bool = False) -> Tensor:
         """Rows of neurons of an activation."""
         op = self.ops[node]
         output = found[str(op.hook)]

@@ -59,10 +59,16 @@ def _folder(place: Path) -> nn.Module:
         raise InputError(
             f"{place} has the architecture {names}, which transformers {transformers.__version__} has not"
         )
+    log = transformers.utils.logging
+    bars = log.is_progress_bar_enabled()
     try:
+        log.disable_progress_bar()  # a command's stderr has one line on bad input
         return kind.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{place} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        if bars:
+            log.enable_progress_bar()
 
 
 def load_data(word: str, *, tokenizer: str | None = None, length: int = 128) -> Any:

@@ -20,7 +20,7 @@ from fusion_core.progress import track
 from fusion_core.results import dump_json
 from fusion_core.shards import ShardReader, ShardWriter
 from ot_fusion.config import FusionConfig
-from ot_fusion.consistent import consistent_pair
+from ot_fusion.consistent import check_spaces, match_weights
 from ot_fusion.errors import InputError
 from ot_fusion.flow import flow_pair
 from ot_fusion.plan import Plan
@@ -344,10 +344,7 @@ def _weights_only(
     spec1: AlignmentSpec,
     config: FusionConfig,
 ) -> dict[str, Plan]:
-    from ot_fusion.consistent import match_weights
-
-    if list(spec0.spaces) != list(spec1.spaces):
-        return consistent_pair(source, anchor, spec0, spec1, None, config)[1]  # says what is wrong
+    check_spaces(spec0, spec1)
     found = match_weights(source, anchor, spec0, spec1, config)
     return {f"{space}.{view}" if view else space: plan for (space, view), plan in found.items()}
 
