@@ -1,4 +1,7 @@
-"""fuse, align and their rules: both sides of every difference to the authors' code, several models, widths, depth, bad input."""
+"""fuse, align and their rules.
+
+Both sides of every difference to the authors' code, several models, widths, depth, bad input.
+"""
 
 import numpy as np
 import pytest
@@ -275,7 +278,7 @@ def test_legal_maps_of_heads(models):
         fuse([a, b], data=data, config=FusionConfig(legal="warn"))
     free = fuse([a, b], data=data, config=FusionConfig(legal="off"))
     group = Heads(2, 2, 4, qk="rotary")
-    with pytest.raises(IllegalMapError, match="blocks.0.k .*legal='off'"):
+    with pytest.raises(IllegalMapError, match=r"blocks.0.k .*legal='off'"):
         check_legal("blocks.0.k", free.maps["blocks.0.k"], group, group, "k")
     check_legal("blocks.0.k", enforced.maps["blocks.0.k"], group, group, "k")
 
@@ -289,7 +292,7 @@ def test_overrides_by_name(models):
     assert config.at("blocks.1.fc1").reg == 0.5
     with pytest.raises(InputError, match="solver is 'emb'"):
         FusionConfig(overrides={"*": {"solver": "emb"}})
-    with pytest.raises(InputError, match="overrides.*color"):
+    with pytest.raises(InputError, match=r"overrides.*color"):
         FusionConfig(overrides={"*": {"color": 1}})
 
 
@@ -370,30 +373,66 @@ X = torch.randn(20, 4)
         (lambda: fuse([NET, OTHER], data=3), DataError, "data is int"),
         (lambda: fuse([NET, OTHER], data=["text"]), DataError, "a batch is str"),
         (lambda: fuse([NET, OTHER], data=X[:1]), DataError, "at least 2 samples"),
-        (lambda: fuse([NET, OTHER], data=X.log()), DataError, "activations of 0 in the source are NaN or infinite in batch 0"),
-        (lambda: fuse([NET.state_dict(), OTHER.state_dict()], config=FusionConfig(features="wts")), InputError, "give its spec"),
-        (lambda: fuse([NET, nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))], data=X), ShapeError, "fixed axes .* 2.weight"),
+        (
+            lambda: fuse([NET, OTHER], data=X.log()),
+            DataError,
+            "activations of 0 in the source are NaN or infinite in batch 0",
+        ),
+        (
+            lambda: fuse([NET.state_dict(), OTHER.state_dict()], config=FusionConfig(features="wts")),
+            InputError,
+            "give its spec",
+        ),
+        (
+            lambda: fuse([NET, nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))], data=X),
+            ShapeError,
+            "fixed axes .* 2.weight",
+        ),
         (lambda: FusionConfig(alpha=1.5), InputError, r"alpha is 1\.5"),
         (lambda: FusionConfig(clip=(5.0, 0.0)), InputError, "lower end"),
         (lambda: FusionConfig(reg=0.0), InputError, "reg is 0.0"),
         (lambda: FusionConfig(samples=0), InputError, "samples is 0"),
         (lambda: FusionConfig(tokens="window"), InputError, "window:6"),
         (lambda: solve(torch.full((2, 2), float("nan"))), SolverError, "NaN"),
-        (lambda: solve(torch.ones(2, 2), torch.tensor([0.5, 0.0])), SolverError, "mu has masses that are not positive"),
+        (
+            lambda: solve(torch.ones(2, 2), torch.tensor([0.5, 0.0])),
+            SolverError,
+            "mu has masses that are not positive",
+        ),
         (lambda: solve(torch.ones(2, 2), torch.ones(2), torch.ones(2) / 2), SolverError, "mu sums to 2"),
         (lambda: solve(torch.ones(2, 2), torch.ones(3)), ShapeError, "mu has shape"),
         (lambda: solve(torch.ones(2, 2), solver="sinkhorn", reg=0.0), SolverError, "reg is 0.0"),
         (lambda: solve(torch.ones(2, 2), solver="simplex"), InputError, "solver is 'simplex'"),
         (lambda: solve(torch.rand(3, 2), solver="lsa"), SolverError, "use emd"),
         (lambda: solve(torch.rand(4)), ShapeError, "cost has shape"),
-        (lambda: solve(torch.rand(8, 8, dtype=torch.float64), solver="sinkhorn", reg=0.001, max_iter=2), SolverError, "did not converge"),
+        (
+            lambda: solve(torch.rand(8, 8, dtype=torch.float64), solver="sinkhorn", reg=0.001, max_iter=2),
+            SolverError,
+            "did not converge",
+        ),
         (lambda: ground_cost(torch.rand(2, 3), torch.rand(2, 4)), ShapeError, "same samples"),
-        (lambda: ground_cost(torch.rand(2, 3), torch.rand(2, 3), "manhattan"), InputError, "metric is 'manhattan'"),
-        (lambda: ground_cost(torch.rand(2, 3), torch.rand(2, 3), normalize="l2"), InputError, "normalize is 'l2'"),
+        (
+            lambda: ground_cost(torch.rand(2, 3), torch.rand(2, 3), "manhattan"),
+            InputError,
+            "metric is 'manhattan'",
+        ),
+        (
+            lambda: ground_cost(torch.rand(2, 3), torch.rand(2, 3), normalize="l2"),
+            InputError,
+            "normalize is 'l2'",
+        ),
         (lambda: ground_cost(torch.rand(2, 3), torch.rand(2, 3), clip=(2, 1)), InputError, "clip"),
-        (lambda: ground_cost(torch.rand(2, 3).log() * float("nan"), torch.rand(2, 3)), SolverError, "not finite"),
+        (
+            lambda: ground_cost(torch.rand(2, 3).log() * float("nan"), torch.rand(2, 3)),
+            SolverError,
+            "not finite",
+        ),
         (lambda: merge_maps("sum", torch.eye(2), torch.eye(2)), InputError, "residual is 'sum'"),
-        (lambda: merge_maps("weighted_matrix", torch.eye(2), torch.eye(2)), InputError, "weighs by activations"),
+        (
+            lambda: merge_maps("weighted_matrix", torch.eye(2), torch.eye(2)),
+            InputError,
+            "weighs by activations",
+        ),
         (lambda: merge_maps("mean", torch.eye(2), torch.eye(3)), ShapeError, "maps of a sum"),
         (lambda: Plan(torch.ones(2)), ShapeError, "a plan has shape"),
         (lambda: Plan(torch.ones(2, 2), "other").out_map(), InputError, "normalization is 'other'"),
@@ -401,7 +440,7 @@ X = torch.randn(20, 4)
         (lambda: Moments().update(torch.ones(2, 2), torch.ones(3, 2)), ShapeError, "same inputs"),
         (lambda: align(NET, to=3), InputError, "to is int"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call, kind, words):
     with pytest.raises(kind, match=words):
         call()
@@ -426,7 +465,7 @@ def test_quantised_and_foreign_tensors_are_refused(models):
     from ot_fusion.spec import spec_for
 
     spec = spec_for(net)
-    with pytest.raises(DataError, match="0.weight has dtype torch.int8; dequantise"):
+    with pytest.raises(DataError, match=r"0.weight has dtype torch.int8; dequantise"):
         fuse([state, net.state_dict()], spec=spec, config=FusionConfig(features="wts"))
     extra = net.state_dict() | {"adapter.lora_A": torch.zeros(2, 2)}
     with pytest.raises(SpecError, match=r"does not cover adapter\.lora_A"):

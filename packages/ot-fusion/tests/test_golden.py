@@ -355,8 +355,6 @@ def test_otfusion(golden, dtype):
         entries = [settings["nets"][case[side]] for side in ("source", "anchor")]
         nets = [Net(entry, dtype) for entry in entries]
         specs = {name: net_spec(entry) for name, entry in zip(("0", "1"), entries, strict=True)}
-        if case.get("transport_last"):
-            specs = {name: transported(spec, entries[0]) for name, spec in specs.items()}
         found = {
             k: v
             for k, v in case.items()
@@ -391,8 +389,3 @@ def test_otfusion(golden, dtype):
                 dtype,
                 f"{key} {name}",
             )
-
-
-def transported(spec, entry):
-    name, shape, _ = entry["layers"][-1]
-    return spec

@@ -82,7 +82,6 @@ SCRIPT = """
 import sys
 from ot_fusion import FusionConfig
 from ot_fusion import storage
-slow = storage.mix_states if hasattr(storage, "mix_states") else None
 import ot_fusion.fusing as fusing
 plain, count = fusing.mix_states, [0]
 def stop(*args, **kw):
@@ -92,7 +91,8 @@ def stop(*args, **kw):
         import time; time.sleep(60)
     return plain(*args, **kw)
 fusing.mix_states = stop
-storage.fuse_folders({"a": sys.argv[1], "b": sys.argv[2]}, sys.argv[3], anchor="b", weights={"a": 0.5, "b": 0.5},
+storage.fuse_folders({"a": sys.argv[1], "b": sys.argv[2]}, sys.argv[3], anchor="b",
+    weights={"a": 0.5, "b": 0.5},
     config=FusionConfig(features="wts", strategy="consistent", legal="enforce"), shard_bytes=8000)
 print(count[0])
 """
@@ -120,7 +120,7 @@ def test_parents_that_changed_are_refused(folders, tmp_path, models):
     fused = fuse({n: loaded(p) for n, p in places.items()}, config=FusionConfig(features="wts"))
     fused.save_pretrained(tmp_path / "out", parents=places)
     models.make("llama-mha", seed=5).float().save_pretrained(places["a"])
-    with pytest.raises(InputError, match="the parent a .* was changed"):
+    with pytest.raises(InputError, match=r"the parent a .* was changed"):
         refuse(tmp_path / "out", tmp_path / "other", alpha=0.5)
     fused.save_pretrained(tmp_path / "bare")
     with pytest.raises(InputError, match="does not say where a, b lie"):
@@ -135,7 +135,7 @@ def test_bad_folders(folders, tmp_path):
         load_maps(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="no plans"):
         load_maps(next(Path(folders["a"]).glob("*.safetensors")))
-    with pytest.raises(InputError, match="readable config.json"):
+    with pytest.raises(InputError, match=r"readable config.json"):
         folder_spec(tmp_path, [])
     with pytest.raises(InputError, match="features='wts'"):
         fuse_folders(folders, tmp_path / "o", anchor="b", weights=WEIGHTS, config=FusionConfig())

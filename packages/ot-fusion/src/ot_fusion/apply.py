@@ -47,7 +47,7 @@ def map_axis(tensor: Tensor, matrix: Tensor | None, axis: int, *, inner: int = 1
         return tensor
     if not tensor.is_floating_point():
         raise DataError(f"a tensor of dtype {tensor.dtype} cannot be mixed; dequantise the model first")
-    n0, n1 = matrix.shape
+    n0 = matrix.shape[0]
     if tensor.shape[axis] != n0 * inner:
         raise ShapeError(
             f"axis {axis} of a tensor of shape {tuple(tensor.shape)} has {tensor.shape[axis]} entries, "
@@ -100,7 +100,10 @@ def align_conv(
     """A convolution in the anchor's coordinates; the input map acts at every kernel position.
 
     Args:
-        weight: ``(out0, in0, *kernel)``; the rest as in :func:`align_linear`.
+        weight: ``(out0, in0, *kernel)``.
+        bias: ``(out0,)`` or None.
+        t_in: map of the input channels.
+        t_out: map of the output channels.
 
     Example:
         >>> align_conv(torch.ones(4, 3, 3, 3), t_in=torch.full((3, 2), 0.5))[0].shape

@@ -1,7 +1,7 @@
 """The benchmark: the whole flow, its stages, memory over samples, costs and solvers, paired with plain paths.
 
-W1 is the specification's workload: a ViT of width 384, MLP 1536, 12 heads, 2 blocks; 48 images, class token and 36 patches,
-Sinkhorn 0.08, float32.
+W1 is the specification's workload: a ViT of width 384, MLP 1536, 12 heads, 2 blocks; 48 images, class token
+and 36 patches, Sinkhorn 0.08, float32.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def _stages(bench: Bench, quick: bool, device: torch.device) -> None:
     for n in (96,) if quick else (768, 1536):
         x, y = _features(n, samples, device)
         host = x.cpu(), y.cpu()
-        # One batch of activations is one matrix product, as the streamed moments take it; float64 accumulation as there.
+        # One batch of activations is one matrix product, as the streamed moments take it; float64
+        # accumulation as there.
         bench.add(
             paired(
                 f"cost, n = {n}",
@@ -152,7 +153,12 @@ def _memory_of(kind: str, samples: int) -> Callable[[], object]:
         models: list[nn.Module]
         spec = None
         if kind == "perceptron":
-            models = [nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)) for _ in range(2)]  # fmt: skip
+            models = [
+                nn.Sequential(
+                    nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+                )
+                for _ in range(2)
+            ]
         else:
             from ot_fusion.spec import infer_spec
 
@@ -230,7 +236,10 @@ def run_bench(device: str = "cpu", *, quick: bool = False, memory: bool = True, 
     try:
         work = _w1(quick)
         repeats = 2 if quick else 5
-        rows: list[tuple[str, str, str | None]] = [("exact", "one input at a time, stored, scipy cdist, POT", None if quick else ">= 5"), ("torch", "the same with torch's default cdist", None if quick else ">= 1.4")]  # fmt: skip
+        rows: list[tuple[str, str, str | None]] = [
+            ("exact", "one input at a time, stored, scipy cdist, POT", None if quick else ">= 5"),
+            ("torch", "the same with torch's default cdist", None if quick else ">= 1.4"),
+        ]
         for reference, words, target in rows:
             bench.add(
                 paired(

@@ -22,12 +22,18 @@ Data = Annotated[
 Features = Annotated[
     Literal["acts", "wts"] | None, typer.Option("--features", help="acts (needs --data) or wts.")
 ]
-Strategy = Annotated[Literal["flow", "consistent"] | None, typer.Option("--strategy", help="flow (the paper's) or consistent (one plan per space).")]  # fmt: skip
+Strategy = Annotated[
+    Literal["flow", "consistent"] | None,
+    typer.Option("--strategy", help="flow (the paper's) or consistent (one plan per space)."),
+]
 Solver = Annotated[str | None, typer.Option("--solver", help="emd, lsa, sinkhorn, sinkhorn_log, unbalanced.")]
 Reg = Annotated[
     float | None, typer.Option("--reg", help="Weight of the entropy; 0.08 for acts, 0.06 for wts.")
 ]
-Legal = Annotated[Literal["enforce", "warn", "off"] | None, typer.Option("--legal", help="What to do about maps that change the function.")]  # fmt: skip
+Legal = Annotated[
+    Literal["enforce", "warn", "off"] | None,
+    typer.Option("--legal", help="What to do about maps that change the function."),
+]
 Alpha = Annotated[
     float | None, typer.Option("--alpha", help="Weight of the ANCHOR, in [0, 1]; 1/N by default.")
 ]
@@ -36,7 +42,9 @@ Settings = Annotated[
 ]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="Settings from a .toml or .json file.")]
 Length = Annotated[int, typer.Option("--max-length", min=1, help="Most tokens of a text of --data.")]
-SpecFile = Annotated[Path | None, typer.Option("--spec", help="A specification file instead of the architecture's own.")]  # fmt: skip
+SpecFile = Annotated[
+    Path | None, typer.Option("--spec", help="A specification file instead of the architecture's own.")
+]
 
 
 def _config(recipe: Path | None, settings: list[str] | None, **options: Any) -> Any:
@@ -88,7 +96,7 @@ def fuse(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the fused model.")],
     anchor: Annotated[
         str | None, typer.Option("--anchor", help="Which model gives coordinates and shape; the last.")
-    ] = None,  # fmt: skip
+    ] = None,
     data: Data = None,
     features: Features = None,
     strategy: Strategy = None,
@@ -97,10 +105,10 @@ def fuse(
     residual: Annotated[
         str | None,
         typer.Option("--residual", help="mean, weighted_matrix, weighted_scalar, no_resid, only_resid."),
-    ] = None,  # fmt: skip
+    ] = None,
     qk: Annotated[
         Literal["separate", "shared", "joint"] | None, typer.Option("--qk", help="Maps of queries and keys.")
-    ] = None,  # fmt: skip
+    ] = None,
     legal: Legal = None,
     alpha: Alpha = None,
     recipe: Recipe = None,
@@ -111,10 +119,10 @@ def fuse(
         typer.Option(
             "--stream", help="Read and write tensor by tensor, for folders larger than memory (features wts)."
         ),
-    ] = False,  # fmt: skip
+    ] = False,
     shard_gb: Annotated[
         float, typer.Option("--shard-gb", min=0.001, help="Most gigabytes of a shard, with --stream.")
-    ] = 5.0,  # fmt: skip
+    ] = 5.0,
     max_length: Length = 128,
     seed: cli.Seed = 0,
     device: cli.Device = "auto",
@@ -132,7 +140,19 @@ def fuse(
     names = _names(models)
     chosen = _anchor(models, names, anchor)
     default = "wts" if data is None and recipe is None else None
-    config = _config(recipe, settings, features=features or default, strategy=strategy, solver=solver, reg=reg, residual=residual, qk=qk, legal=legal, alpha=alpha, seed=seed)  # fmt: skip
+    config = _config(
+        recipe,
+        settings,
+        features=features or default,
+        strategy=strategy,
+        solver=solver,
+        reg=reg,
+        residual=residual,
+        qk=qk,
+        legal=legal,
+        alpha=alpha,
+        seed=seed,
+    )
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise InputError(f"--out {out} is not empty; pass --overwrite or another name")
     parents = dict(zip(names, models, strict=True))
@@ -149,7 +169,14 @@ def fuse(
     kind = None if dtype == "auto" else resolve_dtype(dtype, place)
     loaded = {name: load_model(word, device=place, dtype=kind) for name, word in parents.items()}
     given = _spec(spec)
-    fused = fuse_models(loaded, anchor=chosen, data=_inputs(data, parents[chosen], max_length), config=config, spec=given, progress=progress)  # fmt: skip
+    fused = fuse_models(
+        loaded,
+        anchor=chosen,
+        data=_inputs(data, parents[chosen], max_length),
+        config=config,
+        spec=given,
+        progress=progress,
+    )
     folders = {name: str(Path(word).resolve()) for name, word in parents.items() if Path(word).is_dir()}
     fused.save_pretrained(out, parents=folders, overwrite=overwrite)
     cli.emit(fused.report, json)
@@ -171,7 +198,17 @@ def _stream(
 
     weights = resolve_weights(list(parents), chosen, config.alpha)
     ground = spec or folder_spec(parents[chosen], list(LazyState(parents[chosen])))
-    fuse_folders({name: str(Path(word).resolve()) for name, word in parents.items()}, out, anchor=chosen, weights=weights, config=settled(config, ground), spec=spec, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress)  # fmt: skip
+    fuse_folders(
+        {name: str(Path(word).resolve()) for name, word in parents.items()},
+        out,
+        anchor=chosen,
+        weights=weights,
+        config=settled(config, ground),
+        spec=spec,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 @app.command()
@@ -209,7 +246,15 @@ def align(
     inputs = _inputs(data, to, max_length)
     base = FusionConfig.git_rebasin() if inputs is None else FusionConfig(strategy="consistent", solver="lsa")
     if recipe is not None or settings or solver or legal:
-        base = _config(recipe, settings, strategy="consistent", features=base.features, solver=solver or base.solver, legal=legal, seed=seed)  # fmt: skip
+        base = _config(
+            recipe,
+            settings,
+            strategy="consistent",
+            features=base.features,
+            solver=solver or base.solver,
+            legal=legal,
+            seed=seed,
+        )
     found = align_model(
         source, anchor, data=inputs, config=base, spec=_spec(spec), progress=False if quiet else None
     )
@@ -241,7 +286,13 @@ def diagnose(
     from ot_fusion.diagnosing import diagnose as look
     from ot_fusion.loading import load_model
 
-    found = look(load_model(first), load_model(second), data=_inputs(data, second, max_length), spec=_spec(spec), progress=False if quiet else None)  # fmt: skip
+    found = look(
+        load_model(first),
+        load_model(second),
+        data=_inputs(data, second, max_length),
+        spec=_spec(spec),
+        progress=False if quiet else None,
+    )
     if out is not None:
         found.save(out)
     cli.emit(found, json)
@@ -295,7 +346,14 @@ def verify_spec(
         raise typer.Exit(3) from None
     if save is not None:
         save_spec(found, save)
-    rows = [{"space": name, "group": str(found.spaces[name].group) if name in found.spaces else "all at once", "change": value} for name, value in changes.items()]  # fmt: skip
+    rows = [
+        {
+            "space": name,
+            "group": str(found.spaces[name].group) if name in found.spaces else "all at once",
+            "change": value,
+        }
+        for name, value in changes.items()
+    ]
     cli.emit(rows, json)
 
 
@@ -325,7 +383,7 @@ def interpolate(
     data: Data = None,
     evaluate: Annotated[
         str | None, typer.Option("--evaluate", help="module:function that takes a model, gives a number.")
-    ] = None,  # fmt: skip
+    ] = None,
     aligned: Annotated[
         bool, typer.Option("--aligned/--plain", help="Align the first to the second before.")
     ] = True,
@@ -360,7 +418,10 @@ def interpolate(
     if json:
         cli.emit({name: curve.to_dict() for name, curve in curves.items()}, json)
         return
-    points = [{"t": float(t), **{name: float(curve.values[i]) for name, curve in curves.items()}} for i, t in enumerate(next(iter(curves.values())).t)]  # fmt: skip
+    points = [
+        {"t": float(t), **{name: float(curve.values[i]) for name, curve in curves.items()}}
+        for i, t in enumerate(next(iter(curves.values())).t)
+    ]
     cli.emit(points, json)
     typer.echo(
         "barrier: " + ", ".join(f"{name} {curve.barrier:.4g}" for name, curve in curves.items()), err=True

@@ -39,31 +39,34 @@ class FusionConfig(Config):
     """Settings of :func:`ot_fusion.fuse` and :func:`ot_fusion.align`.
 
     Attributes:
-        strategy: ``flow`` (the paper's: one map per activation, merged at sums) or ``consistent`` (one plan per space,
-            hard ones keep the function exactly).
+        strategy: ``flow`` (the paper's: one map per activation, merged at sums) or ``consistent`` (one plan
+            per space, hard ones keep the function exactly).
         features: ``acts`` (activations of data) or ``wts`` (incoming weights).
         samples: at most this many input rows are read for activations.
-        tokens: which tokens count: ``all``, ``cls``, ``window:k`` (class token and the central k x k patches).
+        tokens: which tokens count: ``all``, ``cls``, ``window:k`` (class token and the central k x k
+            patches).
         transform: per channel: ``std``, ``center``, ``norm`` (unit L2 over samples), ``none``.
         metric, squared, normalize, clip: the ground cost; ``clip`` is in multiples of ``reg``.
         solver, reg, reg_m, max_iter, tol: the transport; ``reg`` None is 0.08 for acts and 0.06 for wts.
         normalization: how maps come of plans, see :class:`Plan`; None is ``paper``.
         residual: how maps merge at sums.
-        qk: maps of queries and keys: ``separate``, ``shared`` (one map), ``joint`` (one map of twice the size).
-        alpha: weight of the ANCHOR, in [0, 1]; None is 1 / number of models. ``weights`` of ``fuse`` replaces it.
+        qk: maps of queries and keys: ``separate``, ``shared`` (one map), ``joint`` (one map of twice the
+            size).
+        alpha: weight of the ANCHOR, in [0, 1]; None is 1 / number of models. ``weights`` of ``fuse`` replaces
+            it.
         row_norm: in wts mode each feature row is divided by its norm.
         wts_bias: in wts mode the bias is one more feature.
         importance: masses: ``none`` (uniform), ``l1`` or ``l2`` (norms of the weight rows).
         legal: ``enforce`` legal maps only, ``warn`` of illegal ones, ``off``; None enforces for decoders.
-        last_block_tokens: ``cls``: the last block's output and MLP are compared on the class token alone, where the head
-            reads only that; ``same``: the tokens of the other blocks.
+        last_block_tokens: ``cls``: the last block's output and MLP are compared on the class token alone,
+            where the head reads only that; ``same``: the tokens of the other blocks.
         class_token: ``stream`` (the default) or ``own_map``, the authors' choice.
         transport_last: the last layer gets a map of its own (the predecessor's option).
         fuse_parts: glob patterns of parameters that are fused; all others come from the anchor.
         seed: of random orders.
         batch_size: rows per forward.
-        faithful: ``ours``, or ``official``: the authors' code with its defects, for every setting below and for
-            ``normalization``, ``class_token`` and ``legal`` where they are None.
+        faithful: ``ours``, or ``official``: the authors' code with its defects, for every setting below and
+            for ``normalization``, ``class_token`` and ``legal`` where they are None.
         alpha_rule: ``official``: blocks are averaged half and half whatever ``alpha``.
         residual_weights: ``official``: weighted policies measure the transformed activations.
         joint_order: ``official``: joint maps stack activations as keys, queries.
@@ -156,9 +159,9 @@ class FusionConfig(Config):
         return self.normalization or ("official" if self.faithful == "official" else "paper")
 
     @property
-    def class_token_rule(self) -> Literal["stream", "own_map"]:
-        """``class_token`` with its default."""
-        return self.class_token or ("own_map" if self.faithful == "official" else "stream")
+    def token_on_stream(self) -> bool:
+        """Whether the class token takes the stream's map; ``class_token`` with its default."""
+        return (self.class_token or ("own_map" if self.faithful == "official" else "stream")) == "stream"
 
     def regularization(self) -> float:
         """``reg``, or the paper's value for the features."""

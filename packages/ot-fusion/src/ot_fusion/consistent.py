@@ -1,6 +1,7 @@
 """One plan per space: hard and legal plans give the same function in the anchor's coordinates.
 
-Source: weight matching of Git Re-Basin (arXiv 2209.04836), with spaces, costs and plans generalised; activations as in the paper.
+Source: weight matching of Git Re-Basin (arXiv 2209.04836), with spaces, costs and plans generalised;
+activations as in the paper.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def check_spaces(spec0: AlignmentSpec, spec1: AlignmentSpec) -> None:
 
     if shape(spec0) != shape(spec1):
         raise SpecError(
-            f"the specs {spec0.name!r} and {spec1.name!r} have different spaces or tensors; align models of unequal "
+            f"the specs {spec0.name!r} and {spec1.name!r} have different spaces or tensors; align models of "
+            "unequal "
             "depth with layer_map, and only models of one architecture"
         )
 
@@ -236,8 +238,9 @@ def match_weights(
 ) -> Plans:
     """Plans of spaces by coordinate ascent on the distance between all tensors.
 
-    The first sweep goes forward and compares only tensors whose other axes are fixed or matched, which recovers a pure
-    relabelling for certain; later sweeps take all tensors in random order until nothing changes.
+    The first sweep goes forward and compares only tensors whose other axes are fixed or matched, which
+    recovers a pure relabelling for certain; later sweeps take all tensors in random order until nothing
+    changes.
 
     Args:
         source: the source's tensors.

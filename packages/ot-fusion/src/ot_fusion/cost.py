@@ -1,6 +1,7 @@
 """Ground costs: how different two neurons are.
 
-Source: "Transformer Fusion with Optimal Transport" (ICLR 2024), section 4, and its predecessor (arXiv 1910.05653).
+Source: "Transformer Fusion with Optimal Transport" (ICLR 2024), section 4, and its predecessor (arXiv
+1910.05653).
 """
 
 from typing import Literal
@@ -51,7 +52,8 @@ def normalize_cost(cost: Tensor, normalize: Normalize) -> Tensor:
 
     Args:
         cost: ``(..., n0, n1)``.
-        normalize: divide by the largest entry, the mean or the (lower) median; ``log1p`` of the entries; ``none``.
+        normalize: divide by the largest entry, the mean or the (lower) median; ``log1p`` of the entries;
+            ``none``.
     """
     if normalize == "none":
         return cost
@@ -112,8 +114,8 @@ def ground_cost(
         metric: ``euclidean`` distance, ``cosine`` (1 - cosine, not below 0; a row of zeros is like none) or
             ``angular`` (angle / pi).
         squared: the squared distance; for ``euclidean`` only.
-        normalize: what the matrix is divided by: its ``max``, ``mean``, lower ``median``, or ``none``; ``log1p``
-            takes the logarithm of 1 + cost. A cost of zeros stays zero.
+        normalize: what the matrix is divided by: its ``max``, ``mean``, lower ``median``, or ``none``;
+            ``log1p`` takes the logarithm of 1 + cost. A cost of zeros stays zero.
         clip: lowest and highest cost after the normalisation.
 
     Returns:

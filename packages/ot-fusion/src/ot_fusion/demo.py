@@ -1,4 +1,7 @@
-"""The demo: digits classifiers trained apart, fused with and without transport; the verdict is what was measured."""
+"""The demo: digits classifiers trained apart, fused with and without transport.
+
+The verdict is what was measured.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
@@ -18,7 +21,8 @@ from ot_fusion.config import FusionConfig
 from ot_fusion.digits import Digits, accuracy, load_digits, train_mlp, train_vit
 
 PAPER = (
-    "Moritz Imfeld, Jacopo Graldi, Marco Giordano, Thomas Hofmann, Sotiris Anagnostidis, Sidak Pal Singh: Transformer "
+    "Moritz Imfeld, Jacopo Graldi, Marco Giordano, Thomas Hofmann, Sotiris Anagnostidis, Sidak Pal Singh: "
+    "Transformer "
     "Fusion with Optimal Transport, ICLR 2024"
 )
 WIDTHS = (32, 128)
@@ -32,9 +36,11 @@ METHODS: dict[str, FusionConfig] = {
 }
 VANILLA = "plain average"
 NOTES = (
-    "A small-scale task, not CIFAR or ImageNet: scikit-learn's digits, networks trained here from three seeds. Nothing is "
+    "A small-scale task, not CIFAR or ImageNet: scikit-learn's digits, networks trained here from three "
+    "seeds. Nothing is "
     "downloaded.",
-    "'Fused models beat both parents after finetuning' (the paper's second claim) is not tested by the quick mode; with "
+    "'Fused models beat both parents after finetuning' (the paper's second claim) is not tested by the "
+    "quick mode; with "
     "--full the table of finetuned vision transformers shows what came out here.",
 )
 
@@ -164,7 +170,12 @@ def _vits(data: Digits, seed: int) -> tuple[Comparison, Comparison]:
             shot.add(name, "accuracy", seeds[number], score(model))
         if number == 2:
             continue
-        chosen = {f"from the {VANILLA}": starts[VANILLA], "from acts, Sinkhorn 0.2": starts["acts, Sinkhorn 0.2, mean"], "from wts, Sinkhorn 0.06": starts["wts, Sinkhorn 0.06, mean"], "the anchor, trained on": copy.deepcopy(pair[1])}  # fmt: skip
+        chosen = {
+            f"from the {VANILLA}": starts[VANILLA],
+            "from acts, Sinkhorn 0.2": starts["acts, Sinkhorn 0.2, mean"],
+            "from wts, Sinkhorn 0.06": starts["wts, Sinkhorn 0.06, mean"],
+            "the anchor, trained on": copy.deepcopy(pair[1]),
+        }
         for name, model in chosen.items():
             after = train_vit(data, seed + 20, epochs=12, lr=2e-3, model=model)
             tuned.add(name, "accuracy_after_12_epochs", seeds[number], score(after))
@@ -191,14 +202,17 @@ def _claims(table: Comparison, gaps: Mapping[str, float]) -> list[Claim]:
             "Averaging networks trained apart destroys them; transported fusion keeps most of the accuracy",
             "abstract",
             lost > 3 * max(kept, 1.0),
-            f"Width 32: anchor {at('the anchor alone', 32):.1f} %, plain average {at(VANILLA, 32):.1f} %, transport "
-            f"{at(exact, 32):.1f} %; width 128: {at('the anchor alone', 128):.1f}, {at(VANILLA, 128):.1f}, {at(exact, 128):.1f} %.",
+            f"Width 32: anchor {at('the anchor alone', 32):.1f} %, plain average {at(VANILLA, 32):.1f} %, "
+            "transport "
+            f"{at(exact, 32):.1f} %; width 128: {at('the anchor alone', 128):.1f}, {at(VANILLA, 128):.1f}, "
+            f"{at(exact, 128):.1f} %.",
         ),
         Claim(
             "Soft maps (Sinkhorn) fuse better than hard ones",
             "section 5",
             at(soft, 32) > at(exact, 32),
-            f"Width 32: soft {at(soft, 32):.1f} %, hard {at(exact, 32):.1f} %. The paper says so of vision transformers; for "
+            f"Width 32: soft {at(soft, 32):.1f} %, hard {at(exact, 32):.1f} %. The paper says so of vision "
+            "transformers; for "
             "these perceptrons "
             + ("it holds too." if at(soft, 32) > at(exact, 32) else "the opposite holds."),
         ),
@@ -212,7 +226,8 @@ def _claims(table: Comparison, gaps: Mapping[str, float]) -> list[Claim]:
             "A network whose neurons were duplicated is fused back without loss (exact maps, ours)",
             "",
             gaps["exact"] < 1e-4,
-            f"Largest logit difference: exact maps {gaps['exact']:.2g}, the paper's {gaps['paper']:.2g}, the authors' code "
+            f"Largest logit difference: exact maps {gaps['exact']:.2g}, the paper's {gaps['paper']:.2g}, the "
+            "authors' code "
             f"{gaps['official']:.2g}.",
         ),
     ]
@@ -231,10 +246,25 @@ def _vit_claims(shot: Comparison, tuned: Comparison) -> list[Claim]:
     hard = max(once("acts, exact, mean"), once("wts, exact, mean"))
     start = max(after("from acts, Sinkhorn 0.2"), after("from wts, Sinkhorn 0.06"))
     return [
-        Claim("Vision transformers: soft transport beats hard transport beats averaging", "section 5", best > hard > once(VANILLA), f"One-shot: soft {best:.1f} %, hard {hard:.1f} %, average {once(VANILLA):.1f} %; the anchor has {once('the anchor alone'):.1f} %."),
-        Claim("Vision transformers: a fused start recovers more than an averaged one in the same budget", "section 5", start > after(f"from the {VANILLA}"), f"After 12 epochs: {start:.1f} % against {after(f'from the {VANILLA}'):.1f} %."),
-        Claim("Vision transformers: a fused start passes the parents after finetuning", "section 5", start > after("the anchor, trained on"), f"After 12 epochs: {start:.1f} %; the anchor trained as long {after('the anchor, trained on'):.1f} %."),
-    ]  # fmt: skip
+        Claim(
+            "Vision transformers: soft transport beats hard transport beats averaging",
+            "section 5",
+            best > hard > once(VANILLA),
+            f"One-shot: soft {best:.1f} %, hard {hard:.1f} %, average {once(VANILLA):.1f} %; the anchor has {once('the anchor alone'):.1f} %.",
+        ),
+        Claim(
+            "Vision transformers: a fused start recovers more than an averaged one in the same budget",
+            "section 5",
+            start > after(f"from the {VANILLA}"),
+            f"After 12 epochs: {start:.1f} % against {after(f'from the {VANILLA}'):.1f} %.",
+        ),
+        Claim(
+            "Vision transformers: a fused start passes the parents after finetuning",
+            "section 5",
+            start > after("the anchor, trained on"),
+            f"After 12 epochs: {start:.1f} %; the anchor trained as long {after('the anchor, trained on'):.1f} %.",
+        ),
+    ]
 
 
 def _figures(data: Digits, nets: list[nn.Sequential], out: Path) -> list[Figure]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 from ot_fusion.errors import InputError, ShapeError
 from ot_fusion.spec.types import AlignmentSpec, Op
@@ -98,16 +99,18 @@ def with_layer_map(
         if depth0 != depth1:
             raise ShapeError(
                 f"the source has {depth0} blocks and the anchor {depth1}; give layer_map, such as "
-                f"{{{', '.join(f'{i}: {i}' for i in range(min(depth0, depth1, 2)))}}} (anchor block: source block)"
+                f"{{{', '.join(f'{i}: {i}' for i in range(min(depth0, depth1, 2)))}}} (anchor block: source "
+                "block)"
             )
         return spec0, spec1
     pairs = sorted((int(a), int(s)) for a, s in layer_map.items())
     wrong = [(a, s) for a, s in pairs if not (0 <= a < depth1 and 0 <= s < depth0)]
     if wrong or not pairs:
         raise InputError(
-            f"layer_map names the pairs {wrong or 'of no block'}, but the anchor has {depth1} blocks and the source {depth0}"
+            f"layer_map names the pairs {wrong or 'of no block'}, but the anchor has {depth1} blocks and the "
+            f"source {depth0}"
         )
-    if any(s1 <= s0 for (_, s0), (_, s1) in zip(pairs, pairs[1:], strict=False)):
+    if any(s1 <= s0 for (_, s0), (_, s1) in pairwise(pairs)):
         raise InputError(f"layer_map is {dict(pairs)}, wanted source blocks that rise with the anchor's")
     first = _taken(spec0, {s: number for number, (_, s) in enumerate(pairs)})
     second = _taken(spec1, {a: number for number, (a, _) in enumerate(pairs)})

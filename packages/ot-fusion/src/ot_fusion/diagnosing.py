@@ -27,8 +27,8 @@ class Diagnosis(Report):
     """What hard maps between two models look like.
 
     Attributes:
-        verdict: ``average``: the models are aligned already; ``transport``: their neurons come in different orders;
-            ``mixed``: some layers are aligned.
+        verdict: ``average``: the models are aligned already; ``transport``: their neurons come in different
+            orders; ``mixed``: some layers are aligned.
         identity_share: share of neurons whose partner has the same index, over all maps.
         distance: of the weights, relative to the anchor's; infinite where shapes differ.
         sentence: what to do.
@@ -77,7 +77,8 @@ def diagnose(
         progress: show a bar.
 
     Returns:
-        A report with one row per map, and a verdict: more than 95 % of neurons matched with themselves means that plain
+        A report with one row per map, and a verdict: more than 95 % of neurons matched with themselves means
+            that plain
         averaging, task arithmetic or TIES are the tools to use.
 
     Raises:
@@ -102,19 +103,22 @@ def diagnose(
     if share > _SHARE:
         verdict: Verdict = "average"
         sentence = (
-            f"{share:.1%} of the neurons are matched with themselves: the models share an ancestor or are aligned "
+            f"{share:.1%} of the neurons are matched with themselves: the models share an ancestor or are "
+            "aligned "
             "already. Do not transport: plain averaging, task arithmetic or TIES merge them better."
         )
     elif share > 0.5:
         verdict = "mixed"
         sentence = (
-            f"{share:.1%} of the neurons are matched with themselves: some layers are aligned, others are not. "
+            f"{share:.1%} of the neurons are matched with themselves: some layers are aligned, others are "
+            "not. "
             "Look at the table; average where the share is high (fuse_parts), transport the rest."
         )
     else:
         verdict = "transport"
         sentence = (
-            f"Only {share:.1%} of the neurons are matched with themselves: averaging would destroy both models; "
+            f"Only {share:.1%} of the neurons are matched with themselves: averaging would destroy both "
+            "models; "
             "align or fuse them by transport."
         )
     return Diagnosis(

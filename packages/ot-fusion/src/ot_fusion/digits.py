@@ -34,7 +34,7 @@ def load_digits() -> Digits:
     """
     datasets: Any = require_extra("sklearn.datasets", "demo", "ot-fusion")
     found = datasets.load_digits()
-    order = np.random.RandomState(0).permutation(len(found.data))  # noqa: NPY002 - the recorded split
+    order = np.random.RandomState(0).permutation(len(found.data))
     images = torch.tensor(found.data[order] / 16, dtype=torch.float32)
     labels = torch.tensor(found.target[order])
     return Digits(images[:1297], labels[:1297], images[1297:], labels[1297:])
@@ -90,7 +90,10 @@ def train_mlp(data: Digits, width: int, seed: int, *, epochs: int = 40) -> nn.Se
 
 
 class TinyViT(nn.Module):
-    """A pre-norm vision transformer for 8 x 8 pixels: patches of 2 x 2, width 32, 4 heads, MLP 64, 3 blocks."""
+    """A pre-norm vision transformer for 8 x 8 pixels.
+
+    Patches of 2 x 2, width 32, 4 heads, MLP 64, 3 blocks.
+    """
 
     def __init__(self, width: int = 32, heads: int = 4, inner: int = 64, blocks: int = 3) -> None:
         super().__init__()

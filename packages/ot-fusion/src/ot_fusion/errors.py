@@ -6,7 +6,10 @@ __all__ = ["DataError", "IllegalMapError", "InputError", "ShapeError", "SolverEr
 
 
 class SpecError(InputError):
-    """A specification does not describe its model: a tensor without spaces, an axis in two, an unknown operation."""
+    """A specification does not describe its model.
+
+    A tensor without spaces, an axis in two, an unknown operation.
+    """
 
 
 class IllegalMapError(InputError):

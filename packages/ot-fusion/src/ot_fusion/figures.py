@@ -50,7 +50,12 @@ def map_figure(maps: Mapping[str, Plan], path: Path, *, most: int = 3) -> Figure
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return Figure(path, f"Heat maps of the maps {', '.join(name for name, _ in chosen)}, before and after sorting", "Each column shows where one anchor neuron comes from. A clear diagonal after sorting: one partner each.")  # fmt: skip
+    return Figure(
+        path,
+        f"Heat maps of the maps {', '.join(name for name, _ in chosen)}, before and after sorting",
+        "Each column shows where one anchor neuron comes from. A clear diagonal after sorting: one partner "
+        "each.",
+    )
 
 
 def barrier_figure(curves: Mapping[str, Curve], path: Path, label: str) -> Figure:
@@ -71,7 +76,12 @@ def barrier_figure(curves: Mapping[str, Curve], path: Path, label: str) -> Figur
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return Figure(path, f"{label} along the straight line between two models: {', '.join(curves)}", "t = 0 is the source, t = 1 the anchor. A dip between the ends is the barrier that alignment removes.")  # fmt: skip
+    return Figure(
+        path,
+        f"{label} along the straight line between two models: {', '.join(curves)}",
+        "t = 0 is the source, t = 1 the anchor. A dip between the ends is the barrier that alignment "
+        "removes.",
+    )
 
 
 def cost_figure(rows: list[dict[str, Any]], path: Path) -> Figure:

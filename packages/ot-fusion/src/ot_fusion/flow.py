@@ -1,6 +1,7 @@
 """The paper's strategy: maps flow through the network, each layer is aligned with the map of its inputs.
 
-Source: section 4 of the paper (transportation-map flow graph); the authors' deviations where the config asks for them.
+Source: section 4 of the paper (transportation-map flow graph); the authors' deviations where the config asks
+for them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["FlowResult", "flow_pair", "in_block"]
 
 
 def in_block(op: Op) -> bool:
-    """Whether an operation belongs to a transformer block (the authors' code averages those half and half)."""
+    """Whether an operation is in a transformer block; the authors' code averages those half and half."""
     return op.output.startswith("blocks.")
 
 
@@ -57,7 +58,8 @@ def flow_pair(
     """
     if [(op.kind, op.output) for op in spec0.ops] != [(op.kind, op.output) for op in spec1.ops]:
         raise SpecError(
-            f"the specs {spec0.name!r} and {spec1.name!r} have different operations; align models of unequal depth "
+            f"the specs {spec0.name!r} and {spec1.name!r} have different operations; align models of unequal "
+            "depth "
             "with layer_map"
         )
     if not spec1.ops:
@@ -99,7 +101,7 @@ class _Flow(Planner):
             raise SpecError(f"the table of {op1.output} has no weight")
         t0, t1 = self.w0.state[op0.weight], self.w1.state[op1.weight]
         feeds_join = any(op.kind == "join" and op1.output in op.inputs[1:] for op in self.spec1.ops)
-        if feeds_join and self.config.class_token_rule == "stream":
+        if feeds_join and self.config.token_on_stream:
             self.maps[op1.output] = None  # the token takes the stream's map at the join
             return
         plan = self._table_plan(op1, t0, t1)
@@ -180,9 +182,9 @@ class _Flow(Planner):
     def _gate(self, _op0: Op, op1: Op) -> None:
         self.maps[op1.output] = self._input(op1)
 
-    def _join(self, op0: Op, op1: Op) -> None:
+    def _join(self, _op0: Op, op1: Op) -> None:
         plan = self._input(op1)
-        if self.config.class_token_rule == "stream":
+        if self.config.token_on_stream:
             matrix = None if plan is None else plan.out_map()
             for token in op1.inputs[1:]:
                 first, second = self.pairs[token]
@@ -219,7 +221,8 @@ class _Flow(Planner):
             and first.kind != "add"
             and first.output.endswith("shortcut")
         ):
-            # The predecessor averages the two maps where a 3 x 3 convolution follows, else it takes the shortcut's.
+            # The predecessor averages the two maps where a 3 x 3 convolution follows, else it takes the
+            # shortcut's.
             plan = self._official_shortcut(op1, resid, branch)
             self.maps[op1.output] = plan
             return

@@ -95,7 +95,9 @@ class Fused:
     def save_pretrained(
         self, out: Any, *, parents: Mapping[str, Any] | None = None, overwrite: bool = False
     ) -> None:
-        """Write a model folder with ``maps.safetensors`` and ``ot_fusion.json``; it appears whole or not at all.
+        """Write a model folder with ``maps.safetensors`` and ``ot_fusion.json``.
+
+        It appears whole or not at all.
 
         Args:
             out: the folder.
@@ -298,7 +300,8 @@ def align_states(
             f"{key}: {tuple(aligned[key].shape)} and {tuple(state1[key].shape)}" for key in wrong[:5]
         )
         raise ShapeError(
-            f"fixed axes (classes, vocabulary, pixels, positions) differ between source and anchor: {sizes}; give both "
+            f"fixed axes (classes, vocabulary, pixels, positions) differ between source and anchor: {sizes}; "
+            "give both "
             "models the same, or leave these out with fuse_parts"
         )
     return aligned, maps, costs
@@ -329,23 +332,27 @@ def fuse(
     Every other model is aligned with the anchor, neuron by neuron; the result is the weighted mean.
 
     Args:
-        models: two or more modules (or state dicts with ``spec``, for features ``wts``), in a list or by name.
+        models: two or more modules (or state dicts with ``spec``, for features ``wts``), in a list or by
+            name.
         anchor: index, name or object of the model that gives coordinates and shape; the last by default.
-        data: inputs that all models take, for features ``acts``: a tensor, a mapping of tensors, or batches; no labels
-            are used.
-        weights: of each model, by name or in order, summing to 1; by default ``config.alpha`` is the anchor's.
+        data: inputs that all models take, for features ``acts``: a tensor, a mapping of tensors, or batches;
+            no labels are used.
+        weights: of each model, by name or in order, summing to 1; by default ``config.alpha`` is the
+            anchor's.
         config: settings; :class:`FusionConfig` lists them.
         spec: an :class:`AlignmentSpec` for all, or by name; by default that of the architecture.
-        layer_map: for unequal depth: block of the anchor -> block of the source; unmatched anchor blocks stay.
-        reference: ``exact`` or ``torch``: the slow path of the benchmarks (stored activations, SciPy's or torch's
-            distances, POT).
+        layer_map: for unequal depth: block of the anchor -> block of the source; unmatched anchor blocks
+            stay.
+        reference: ``exact`` or ``torch``: the slow path of the benchmarks (stored activations, SciPy's or
+            torch's distances, POT).
         progress: show a bar.
 
     Returns:
         The fused model, the maps and the report. The given models come back untouched.
 
     Raises:
-        InputError: fewer than two models, an anchor that is none of them, weights that do not sum to 1, no data.
+        InputError: fewer than two models, an anchor that is none of them, weights that do not sum to 1, no
+            data.
         SpecError: an architecture without specification, or tensors that it does not cover.
         ShapeError: fixed axes of different sizes.
         DataError: activations that are not finite, or quantised weights.
@@ -414,7 +421,8 @@ def align(
         to: the anchor.
         data: as in :func:`fuse`.
         spec: as in :func:`fuse`; by name they are ``source`` and ``anchor``.
-        config: settings; by default one hard, legal plan per space from the weights, which keeps the function.
+        config: settings; by default one hard, legal plan per space from the weights, which keeps the
+            function.
         layer_map: as in :func:`fuse`.
         progress: show a bar.
         **settings: fields of :class:`FusionConfig` to change.

@@ -1,7 +1,7 @@
 """Which relabellings of a space keep a model's function: the table of symmetry groups.
 
-A map is exact when applying it to every axis of its space leaves the function unchanged. The spec of a model says which tensors
-those are; this file says which relabellings are allowed.
+A map is exact when applying it to every axis of its space leaves the function unchanged. The spec of a model
+says which tensors those are; this file says which relabellings are allowed.
 """
 
 from abc import ABC, abstractmethod
@@ -21,8 +21,8 @@ class Group(ABC):
 
     An element is a dict from view to an index vector: with ``index = element[view]``, the relabelled axis is
     ``axis[index]``, so coordinate ``j`` of the new order is coordinate ``index[j]`` of the old one. Where
-    more than relabelling is exact (a common rotation of a rotary pair), the entry is an orthogonal matrix ``R`` and the axis
-    becomes ``axis @ R``.
+    more than relabelling is exact (a common rotation of a rotary pair), the entry is an orthogonal matrix
+    ``R`` and the axis becomes ``axis @ R``.
     """
 
     @abstractmethod
@@ -80,7 +80,7 @@ class Frozen(Group):
         """Each view of the space and its size."""
         return {"": self.size}
 
-    def random(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def random(self, generator: torch.Generator) -> dict[str, Tensor]:  # noqa: ARG002
         """The identity."""
         return self.identity()
 
@@ -91,7 +91,9 @@ class Frozen(Group):
 
 @dataclass(frozen=True, slots=True)
 class Blocks(Group):
-    """``count`` blocks of ``size``: blocks change places, and coordinates within each (grouped convolutions, GroupNorm).
+    """``count`` blocks of ``size``.
+
+    Blocks change places, and coordinates within each (grouped convolutions, GroupNorm).
 
     Example:
         >>> Blocks(2, 2).contains({"": torch.tensor([3, 2, 0, 1])})
@@ -121,10 +123,12 @@ class Blocks(Group):
 
 @dataclass(frozen=True, slots=True)
 class Heads(Group):
-    """The channels of an attention layer: key-value groups, the query heads of each, and channels inside a head.
+    """The channels of an attention layer.
 
-    Views: ``q`` and ``k`` (rows of the query and key projections), ``v`` (rows of the value projection), ``o``
-    (columns of the output projection) and, where queries and keys are normalised per head, ``qk_norm``.
+    Key-value groups, the query heads of each, and channels inside a head.
+
+    Views: ``q`` and ``k`` (rows of the query and key projections), ``v`` (rows of the value projection),
+    ``o`` (columns of the output projection) and, where queries and keys are normalised per head, ``qk_norm``.
 
     Attributes:
         kv: key-value heads; as many as query heads without grouping.
@@ -135,8 +139,8 @@ class Heads(Group):
             together; ``frozen``: none at all.
         rotary: how many leading channels turn (partial rotary embeddings); the others are free. None: all.
         layout: pairs are ``half`` (i, i + rotary/2) or ``interleaved`` (2i, 2i+1).
-        norm: queries and keys are normalised per ``head`` by one weight of size ``dim`` (so one order for all heads and no rotation),
-            over ``all`` channels (no rotation), or not (``none``).
+        norm: queries and keys are normalised per ``head`` by one weight of size ``dim`` (so one order for all
+            heads and no rotation), over ``all`` channels (no rotation), or not (``none``).
         heads: ``frozen`` where heads have constants of their own (ALiBi).
     """
 
@@ -190,7 +194,7 @@ class Heads(Group):
         )
 
     def random(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """A random order of groups, heads and channels, and random rotations of rotary pairs where they are exact."""
+        """A random order of groups, heads and channels; rotary pairs are turned where that is exact."""
         free = self.heads == "free"
         groups = torch.randperm(self.kv, generator=generator) if free else torch.arange(self.kv)
         queries = torch.stack(
@@ -217,7 +221,7 @@ class Heads(Group):
         return element
 
     def rotation(self, angles: Tensor) -> Tensor:
-        """Rotations of the pairs of each key-value head, ``(kv, dim, dim)``, from angles ``(kv, turning / 2)``."""
+        """Rotations of each key-value head, ``(kv, dim, dim)``, from angles ``(kv, turning / 2)``."""
         half = self.turning // 2
         pairs = torch.arange(half)
         first, second = (pairs, pairs + half) if self.layout == "half" else (2 * pairs, 2 * pairs + 1)
@@ -227,7 +231,7 @@ class Heads(Group):
         return turn
 
     def contains(self, element: dict[str, Tensor]) -> bool:
-        """Whether heads stay whole, their channels agree between views, and rotary channels keep their places."""
+        """Whether heads stay whole, views agree, and rotary channels keep their places."""
         k, q = element["k"].view(self.kv, self.dim), element["q"].view(self.kv, self.ratio, self.dim)
         v, o = element["v"].view(self.kv, self.width), element["o"].view(self.kv, self.ratio, self.width)
         groups, inner, values = k[:, 0] // self.dim, k % self.dim, v % self.width

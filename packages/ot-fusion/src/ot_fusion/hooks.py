@@ -31,7 +31,8 @@ class Statistics:
     Attributes:
         moments: by activation name.
         sizes: by sum: mean absolute activation of skip and branch per anchor channel.
-        raw: by activation name, transformed features ``(neurons, samples)`` of both, where they had to be kept.
+        raw: by activation name, transformed features ``(neurons, samples)`` of both, where they had to be
+            kept.
         samples: input rows read.
     """
 
@@ -180,7 +181,10 @@ class _Reader:
             self.on_token = set()
 
     def keep(self, node: str, output: Tensor, batch: Any, *, alike: bool = False) -> Tensor | None:
-        """Which tokens of a ``(batch, tokens, neurons)`` output count; ``alike``: the same for all activations."""
+        """Which tokens of a ``(batch, tokens, neurons)`` output count.
+
+        ``alike``: the same for all activations.
+        """
         if output.ndim != 3 or node in self.without_token:
             return None
         attended = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -311,7 +315,8 @@ def _joint_pairs(spec: AlignmentSpec) -> dict[str, tuple[str, str]]:
 def _check_pair(node: str, number: int, pair: list[Tensor]) -> None:
     if len(pair[0]) != len(pair[1]):
         raise ShapeError(
-            f"{node} has {len(pair[0])} samples in the source and {len(pair[1])} in the anchor on the same inputs"
+            f"{node} has {len(pair[0])} samples in the source and {len(pair[1])} in the anchor on the same "
+            "inputs"
         )
     for side, value in zip(("source", "anchor"), pair, strict=True):
         if not bool(torch.isfinite(value).all()):

@@ -1,6 +1,7 @@
 """One linear layer and one transformer block, given activations: the paper's algorithm on plain tensors.
 
-Source: section 4 and appendix of the paper; the block follows the authors' ViT and BERT code where the config asks for it.
+Source: section 4 and appendix of the paper; the block follows the authors' ViT and BERT code where the config
+asks for it.
 """
 
 from collections.abc import Mapping
@@ -107,7 +108,8 @@ def fuse_linear(
 
     Example:
         >>> w = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> fused, _, t = fuse_linear(w[[1, 0]], None, w, None, config=FusionConfig(features="wts", solver="emd"))
+        >>> fused, _, t = fuse_linear(w[[1, 0]], None, w, None, config=FusionConfig(features="wts",
+        solver="emd"))
         >>> torch.equal(fused, w), t.argmax(0)
         (True, tensor([1, 0]))
     """
@@ -153,9 +155,9 @@ def fuse_encoder_block(
     """Fuse one encoder block in the order of the authors' ViT (pre-norm) or BERT (post-norm).
 
     Args:
-        params0: the source's parameters by the names of transformers 4: ``layernorm_before``, ``layernorm_after``,
-            ``attention.attention.{query,key,value}``, ``attention.output.dense``, ``intermediate.dense``,
-            ``output.dense``, each ``.weight`` and ``.bias``.
+        params0: the source's parameters by the names of transformers 4: ``layernorm_before``,
+            ``layernorm_after``, ``attention.attention.{query,key,value}``, ``attention.output.dense``,
+            ``intermediate.dense``, ``output.dense``, each ``.weight`` and ``.bias``.
         params1: the anchor's.
         acts0: the source's activations ``(samples, features)`` by the names of the six linear layers.
         acts1: the anchor's, and ``attention`` (output of the attention branch), for weighted policies.
@@ -264,8 +266,8 @@ def query_key_plan(
 
     Args:
         features: per name the source's and anchor's ``(neurons, samples)``, not yet divided by row norms.
-        config: ``qk`` says which; the joint map of activations stacks them as queries, keys, the authors' code as
-            keys, queries.
+        config: ``qk`` says which; the joint map of activations stacks them as queries, keys, the authors'
+            code as keys, queries.
         names: of queries and keys, in this order.
 
     Returns:

@@ -48,8 +48,9 @@ def _unit(matrix: Tensor) -> Tensor:
 def plan_heads(costs: Mapping[str, Tensor], group0: Heads, group1: Heads, solve: Solve) -> dict[str, Plan]:
     """Plans of all views of an attention layer that respect its symmetries.
 
-    Heads are matched first, by the cost of the best plan inside each pair; under grouped queries key-value groups are
-    matched, and query heads inside each pair of groups. Soft head plans are mixtures of legal maps.
+    Heads are matched first, by the cost of the best plan inside each pair; under grouped queries key-value
+    groups are matched, and query heads inside each pair of groups. Soft head plans are mixtures of legal
+    maps.
 
     Args:
         costs: ``q``, ``k`` and ``v`` costs between channels, ``(n0, n1)`` each, on one scale.
@@ -69,7 +70,8 @@ def plan_heads(costs: Mapping[str, Tensor], group0: Heads, group1: Heads, solve:
         or (group0.turning and group0.dim != group1.dim)
     ):
         raise ShapeError(
-            f"heads of {group0.dim} channels ({group0.turning} rotary, norm {group0.norm}) cannot be matched with "
+            f"heads of {group0.dim} channels ({group0.turning} rotary, norm {group0.norm}) cannot be matched "
+            "with "
             f"heads of {group1.dim} ({group1.turning} rotary, norm {group1.norm})"
         )
     kv0, kv1, r0, r1 = group0.kv, group1.kv, group0.ratio, group1.ratio
@@ -218,6 +220,7 @@ def check_legal(name: str, plan: Plan, group0: Group, group1: Group, view: str =
     """
     if not is_legal(plan, group0, group1, view):
         raise IllegalMapError(
-            f"the map of {name} (view {view!r}) is not in its group {group0}; use legal='enforce' to have legal maps "
+            f"the map of {name} (view {view!r}) is not in its group {group0}; use legal='enforce' to have "
+            "legal maps "
             "computed, or legal='off' to allow it"
         )

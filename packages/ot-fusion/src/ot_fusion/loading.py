@@ -75,9 +75,9 @@ def load_data(word: str, *, tokenizer: str | None = None, length: int = 128) -> 
     """Inputs by their word.
 
     Args:
-        word: ``.npy`` (one array), ``.npz`` or ``.safetensors`` (keyword arguments by name; one array called ``inputs`` or ``x`` is
-            given by position), ``.txt`` (one text a line, by the tokenizer of a folder), or ``module:function`` whose
-            result is data.
+        word: ``.npy`` (one array), ``.npz`` or ``.safetensors`` (keyword arguments by name; one array called
+            ``inputs`` or ``x`` is given by position), ``.txt`` (one text a line, by the tokenizer of a
+            folder), or ``module:function`` whose result is data.
         tokenizer: folder of a tokenizer, for texts.
         length: most tokens of a text.
 

@@ -1,4 +1,7 @@
-"""Proofs and pictures of alignment: equal functions, barriers between models, similarity of representations."""
+"""Proofs and pictures of alignment.
+
+Equal functions, barriers between models, similarity of representations.
+"""
 
 from __future__ import annotations
 

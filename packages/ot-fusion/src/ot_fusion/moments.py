@@ -1,4 +1,6 @@
-"""Second moments of paired activations, streamed: all that a cost between neurons needs, whatever the number of samples.
+"""Second moments of paired activations, streamed.
+
+All that a cost between neurons needs, whatever the number of samples.
 
 Source: ours; pairwise updates of mean and comoment (Chan, Golub, LeVeque 1979).
 """
@@ -21,8 +23,8 @@ _TINY = 1e-9
 class Moments:
     """Counts, means and second moments of a source's and an anchor's activations of the same samples.
 
-    Memory is ``n0 * n1`` numbers, however many samples are read; they are kept in float64 (on a GPU each batch is
-    multiplied in float32 and merged in float64).
+    Memory is ``n0 * n1`` numbers, however many samples are read; they are kept in float64 (on a GPU each
+    batch is multiplied in float32 and merged in float64).
 
     Example:
         >>> z = torch.randn(50, 3, dtype=torch.float64)
@@ -76,7 +78,8 @@ class Moments:
             return
         if self._parts[4].shape != parts[4].shape:
             raise ShapeError(
-                f"activations have {tuple(parts[4].shape)} neurons, the earlier ones {tuple(self._parts[4].shape)}"
+                f"activations have {tuple(parts[4].shape)} neurons, the earlier ones "
+                f"{tuple(self._parts[4].shape)}"
             )
         total = self.count + count
         d0, d1 = parts[0] - self._parts[0], parts[1] - self._parts[1]
@@ -94,7 +97,7 @@ class Moments:
         return self._parts
 
     def inner(self, transform: Transform = "std") -> tuple[Tensor, Tensor, Tensor]:
-        """Squared norms of source and anchor features and their inner products, after a per-channel transform.
+        """Squared norms of both sides' features and their inner products, after a transform.
 
         Args:
             transform: ``std`` (mean removed, divided by the unbiased deviation + 1e-9), ``center``, ``norm``
@@ -124,7 +127,7 @@ class Moments:
         return raw0 / l0.square(), raw1 / l1.square(), raw / l0[:, None] / l1[None, :]
 
     def squared_cost(self, transform: Transform = "std") -> Float[Tensor, "n0 n1"]:
-        """Squared Euclidean distances between the transformed activations, exact to rounding of the largest."""
+        """Squared distances between the transformed activations, exact to rounding of the largest."""
         s0, s1, cross = self.inner(transform)
         return (s0[:, None] + s1[None, :]).sub_(cross, alpha=2).clamp_(min=0)
 

@@ -1,6 +1,7 @@
 """A transport plan between the neurons of two models, and the maps that it gives.
 
-Source: "Transformer Fusion with Optimal Transport" (ICLR 2024), section 4; the pair of maps for unequal widths is ours.
+Source: "Transformer Fusion with Optimal Transport" (ICLR 2024), section 4; the pair of maps for unequal
+widths is ours.
 """
 
 from dataclasses import dataclass, field, replace
@@ -30,10 +31,10 @@ class Plan:
 
     Attributes:
         matrix: ``(n0, n1)``, not negative; rows are source neurons, columns anchor neurons.
-        normalization: how maps come of it. ``paper``: columns sum to 1, on both sides. ``exact``: columns sum to 1
-            on output axes, rows on input axes, which keeps the function of a network whose neurons were
-            duplicated. ``official``: n0 times the plan, on both sides, as in the authors' code. ``otfusion`` and
-            ``otfusion_proper``: the predecessor's code.
+        normalization: how maps come of it. ``paper``: columns sum to 1, on both sides. ``exact``: columns sum
+            to 1 on output axes, rows on input axes, which keeps the function of a network whose neurons were
+            duplicated. ``official``: n0 times the plan, on both sides, as in the authors' code. ``otfusion``
+            and ``otfusion_proper``: the predecessor's code.
         info: what the solver said (cost, iterations, marginal error, converged).
 
     Raises:
@@ -109,11 +110,15 @@ class Plan:
             case "otfusion_proper":
                 return self.matrix / (self.matrix.sum(0) + _OTFUSION_EPS)
         raise InputError(
-            f"normalization is {self.normalization!r}, wanted paper, exact, official, otfusion or otfusion_proper"
+            f"normalization is {self.normalization!r}, wanted paper, exact, official, otfusion or "
+            "otfusion_proper"
         )
 
     def in_map(self) -> Float[Tensor, "n0 n1"]:
-        """The map of input axes: for ``exact`` each source neuron's weight is split, else as :meth:`out_map`."""
+        """The map of input axes.
+
+        For ``exact`` each source neuron's weight is split, else as :meth:`out_map`.
+        """
         if self.normalization == "exact":
             return self.matrix / _safe(self.matrix.sum(1, keepdim=True))
         return self.out_map()
@@ -127,7 +132,10 @@ class Plan:
         return float(self.matrix.diagonal().sum() / _safe(self.matrix.sum()))
 
     def entropy(self) -> float:
-        """Entropy in nats above that of a hard plan, scaled to [0, 1]: 0 is a permutation, 1 the product plan."""
+        """Entropy in nats above that of a hard plan, scaled to [0, 1].
+
+        0 is a permutation, 1 the product plan.
+        """
         p = self.matrix / _safe(self.matrix.sum())
         n0, n1 = p.shape
         low, high = torch.tensor(max(n0, n1)).log(), torch.tensor(n0 * n1).log()

@@ -128,7 +128,8 @@ class Planner:
         rows = [t.flatten(0, -2).T.double() for t in (t0, t1)]
         if rows[0].shape[1] != rows[1].shape[1]:
             raise InputError(
-                f"the tables of {op.output} have {rows[0].shape[1]} and {rows[1].shape[1]} rows, wanted equal "
+                f"the tables of {op.output} have {rows[0].shape[1]} and {rows[1].shape[1]} rows, wanted "
+                "equal "
                 "vocabularies and positions"
             )
         if config.features == "wts" and config.row_norm:
@@ -156,7 +157,8 @@ class Planner:
             self.maps[member.output] = plan
         if groups is not None and self.config.legal == "warn" and not is_legal(plan, *groups, op.view):
             warnings.warn(
-                f"the map of {node} mixes attention heads, which changes the function; legal='enforce' keeps to {groups[0]}",
+                f"the map of {node} mixes attention heads, which changes the function; legal='enforce' keeps "
+                f"to {groups[0]}",
                 FusionWarning,
                 stacklevel=5,
             )

@@ -63,13 +63,13 @@ def merge_maps(
     """The map of ``skip + branch``.
 
     Args:
-        policy: ``mean`` of both maps; ``weighted_scalar`` and ``weighted_matrix``: by the mean absolute activation
-            of the anchor's skip and branch, over all channels or per channel (columns); ``no_resid``: the
-            branch's map; ``only_resid``: the skip's; ``resid_as_identity``: the identity.
+        policy: ``mean`` of both maps; ``weighted_scalar`` and ``weighted_matrix``: by the mean absolute
+            activation of the anchor's skip and branch, over all channels or per channel (columns);
+            ``no_resid``: the branch's map; ``only_resid``: the skip's; ``resid_as_identity``: the identity.
         resid: map of the skip; None is the identity.
         branch: map of the branch; None is the identity.
-        resid_acts: anchor activations of the skip, ``(samples, n1)``, for the weighted policies; where skip and
-            branch are both 0 they weigh the same.
+        resid_acts: anchor activations of the skip, ``(samples, n1)``, for the weighted policies; where skip
+            and branch are both 0 they weigh the same.
         branch_acts: anchor activations of the branch.
 
     Returns:

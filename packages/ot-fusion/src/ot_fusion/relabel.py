@@ -67,7 +67,8 @@ def check_states(spec: AlignmentSpec, state: Mapping[str, Tensor], who: str = "t
             if tensor.shape[number] != wanted:
                 names = " and ".join(part.space for part in axis_parts(axis))
                 raise ShapeError(
-                    f"{key} has shape {tuple(tensor.shape)}; axis {number} lies on {names}, which has {wanted} entries"
+                    f"{key} has shape {tuple(tensor.shape)}; axis {number} lies on {names}, which has "
+                    f"{wanted} entries"
                 )
 
 
@@ -120,7 +121,6 @@ def map_state(
         spec: its specification.
         plans: by (space, view); a missing one leaves the axis alone.
     """
-
     return {key: map_key(tensor, key, spec, plans) for key, tensor in state.items() if key in spec.tensors}
 
 

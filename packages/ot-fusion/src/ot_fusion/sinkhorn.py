@@ -1,6 +1,9 @@
-"""Entropic transport in torch, for batches of problems of one size: multiplicative, stabilised and in the log domain.
+"""Entropic transport in torch, for batches of problems of one size.
 
-Source: Sinkhorn's iterations (arXiv 1306.0895) with the stopping rule of POT; stabilised by absorption (arXiv 1610.06519).
+Multiplicative, stabilised and in the log domain.
+
+Source: Sinkhorn's iterations (arXiv 1306.0895) with the stopping rule of POT; stabilised by absorption (arXiv
+1610.06519).
 """
 
 import torch
@@ -14,9 +17,7 @@ _CHECK = 10
 
 
 def choose_kernel(cost: Tensor, reg: float) -> str:
-    """``sinkhorn`` where the kernel cannot underflow in the cost's dtype, else ``sinkhorn_stabilized`` or, on a
-    GPU, ``sinkhorn_log``.
-    """
+    """The steps that are safe for a cost: multiplicative ones unless the kernel could underflow."""
     if float(cost.max()) / reg < _SAFE.get(cost.dtype, 80.0):
         return "sinkhorn"
     return "sinkhorn_log" if cost.is_cuda else "sinkhorn_stabilized"
@@ -90,8 +91,8 @@ def sinkhorn_stabilized(
 ) -> tuple[Tensor, int, Tensor]:
     """Multiplicative steps whose scalings are absorbed into dual potentials before they grow too large.
 
-    Arguments as :func:`sinkhorn`. The start comes of a few log-domain steps, so that the first kernel does not
-    underflow.
+    Arguments as :func:`sinkhorn`. The start comes of a few log-domain steps, so that the first kernel does
+    not underflow.
     """
     score = cost / -reg
     g = torch.zeros_like(nu)

@@ -1,6 +1,7 @@
 """Transport plans from costs: exact, entropic and unbalanced.
 
-Source: section 4 of the paper; the exact solvers are those of POT and SciPy, the entropic ones :mod:`ot_fusion.sinkhorn`.
+Source: section 4 of the paper; the exact solvers are those of POT and SciPy, the entropic ones
+:mod:`ot_fusion.sinkhorn`.
 """
 
 import warnings
@@ -126,7 +127,8 @@ def _entropic(
     worst = float(error.max())
     if not worst <= _ACCEPT:
         raise SolverError(
-            f"{name} did not converge: after {iterations} iterations the column sums are wrong by {worst:.3g}; "
+            f"{name} did not converge: after {iterations} iterations the column sums are wrong by "
+            f"{worst:.3g}; "
             "raise reg or max_iter"
         )
     if worst > max(100 * tol, 1e-6):
@@ -157,10 +159,10 @@ def solve(
         cost: ``(n0, n1)``, finite.
         mu: source masses, positive; None is uniform.
         nu: anchor masses of the same sum; None is uniform.
-        solver: ``emd`` (exact; by assignment where masses are uniform and one size divides the other), ``lsa``
-            (that assignment, or an error), ``sinkhorn`` (minus ``reg`` times the entropy; goes over to the stabilised or
-            log-domain steps where the kernel would underflow), ``sinkhorn_stabilized``, ``sinkhorn_log``,
-            ``unbalanced`` (marginals held by a KL penalty only).
+        solver: ``emd`` (exact; by assignment where masses are uniform and one size divides the other),
+            ``lsa`` (that assignment, or an error), ``sinkhorn`` (minus ``reg`` times the entropy; goes over
+            to the stabilised or log-domain steps where the kernel would underflow), ``sinkhorn_stabilized``,
+            ``sinkhorn_log``, ``unbalanced`` (marginals held by a KL penalty only).
         reg: weight of the entropy, > 0, relative to the cost's scale.
         reg_m: weight of the marginals of ``unbalanced``.
         max_iter: most iterations of an entropic solver.
@@ -168,8 +170,9 @@ def solve(
         normalization: of the plan's maps, see :class:`Plan`.
 
     Returns:
-        The plan in the cost's dtype and device; ``info`` has cost, solver, iterations and marginal error. A constant cost gives
-        the identity (the north-west corner plan for unequal sizes) from the exact solvers.
+        The plan in the cost's dtype and device; ``info`` has cost, solver, iterations and marginal error. A
+        constant cost gives the identity (the north-west corner plan for unequal sizes) from the exact
+        solvers.
 
     Raises:
         SolverError: costs or masses that are no finite, positive numbers; sums that differ; ``reg`` not
@@ -222,7 +225,13 @@ def solve_batch(
     """Plans of several costs with uniform masses; entropic ones of one size are solved together.
 
     Args:
-        costs: matrices of any sizes; the rest as in :func:`solve`.
+        costs: matrices of any sizes.
+        solver: as in :func:`solve`.
+        reg: as there.
+        max_iter: as there.
+        tol: as there.
+        reg_m: as there.
+        normalization: as there.
 
     Example:
         >>> [plan.matrix.shape for plan in solve_batch([torch.rand(3, 2), torch.rand(4, 4)], "sinkhorn")]
@@ -258,7 +267,7 @@ def gromov(
     epsilon: float = 0.05,
     normalization: Normalization = "paper",
 ) -> Plan:
-    """Entropic Gromov-Wasserstein plan between the Euclidean distances within each model (the predecessor's option).
+    """Entropic Gromov-Wasserstein plan between the distances within each model.
 
     Args:
         x: the source's features; the samples need not be the anchor's.

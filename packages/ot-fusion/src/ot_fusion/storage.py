@@ -1,4 +1,7 @@
-"""Fused models on disk: folders that any tool reads, with the maps beside them; fusing folders larger than memory."""
+"""Fused models on disk: folders that any tool reads, with the maps beside them.
+
+Fusing folders larger than memory.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +147,16 @@ def _copy_companions(source: Any, folder: Path) -> None:
     place = Path(source) if source is not None else None
     if place is None or not place.is_dir():
         return
-    for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "preprocessor_config.json", "chat_template*", "generation_config.json"):  # fmt: skip
+    for pattern in (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "vocab.*",
+        "merges.txt",
+        "*.model",
+        "preprocessor_config.json",
+        "chat_template*",
+        "generation_config.json",
+    ):
         for file in place.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
@@ -208,9 +220,9 @@ def fuse_folders(
 ) -> dict[str, Plan]:
     """Fuse checkpoint folders without loading a whole model: tensors are read, mixed and written one by one.
 
-    Maps come from the weights, or from an earlier run. An interrupted run goes on where it stopped: maps and finished shards lie
-    in ``OUT.partial`` until the end. With ``strategy="flow"`` one aligned source is held in memory; ``consistent`` holds single
-    tensors only.
+    Maps come from the weights, or from an earlier run. An interrupted run goes on where it stopped: maps and
+    finished shards lie in ``OUT.partial`` until the end. With ``strategy="flow"`` one aligned source is held
+    in memory; ``consistent`` holds single tensors only.
 
     Args:
         parents: folders (or safetensors files, with ``spec``) by name.
@@ -253,7 +265,9 @@ def fuse_folders(
         if config.strategy == "consistent":
             aligned[name] = _Mapped(state, specs[name], _by_space(mine, specs[name]))
         else:
-            aligned[name] = flow_pair(state, states[anchor], specs[name], specs[anchor], None, replace(config, features="wts"), mine).aligned  # fmt: skip
+            aligned[name] = flow_pair(
+                state, states[anchor], specs[name], specs[anchor], None, replace(config, features="wts"), mine
+            ).aligned
     base = Path(parents[anchor])
     with ShardWriter(work, shard_bytes, like=base if base.is_dir() else None) as writer:
         from ot_fusion.fusing import mix_states
@@ -361,7 +375,8 @@ def refuse(
     """Fuse again from the maps of a fused folder, with other weights, in seconds.
 
     Args:
-        folder: what :meth:`ot_fusion.Fused.save_pretrained` or :func:`fuse_folders` wrote; it names its parents.
+        folder: what :meth:`ot_fusion.Fused.save_pretrained` or :func:`fuse_folders` wrote; it names its
+            parents.
         out: the new folder.
         alpha: weight of the ANCHOR, in [0, 1].
         weights: of each parent, instead of ``alpha``.
@@ -392,4 +407,13 @@ def refuse(
     parents = {name: found["parents"][name]["path"] for name in names}
     plans = load_maps(Path(folder) / MAPS)
     with torch.no_grad():
-        fuse_folders(parents, out, anchor=anchor, weights=share, config=config, maps=plans, overwrite=overwrite, progress=progress)  # fmt: skip
+        fuse_folders(
+            parents,
+            out,
+            anchor=anchor,
+            weights=share,
+            config=config,
+            maps=plans,
+            overwrite=overwrite,
+            progress=progress,
+        )

@@ -40,7 +40,8 @@ def token_mask(rule: str, tokens: int) -> Bool[Tensor, "tokens"]:
     k = int(size)
     if side * side != tokens - 1 or not 0 < k <= side:
         raise InputError(
-            f"tokens is {rule!r}, but there are {tokens} tokens: wanted one class token and a square grid of at "
+            f"tokens is {rule!r}, but there are {tokens} tokens: wanted one class token and a square grid of "
+            "at "
             f"least {k} x {k} patches"
         )
     low = (side - k) // 2
@@ -49,12 +50,15 @@ def token_mask(rule: str, tokens: int) -> Bool[Tensor, "tokens"]:
 
 
 def as_samples(output: Tensor, neurons: int, *, keep: Tensor | None = None) -> Tensor:
-    """Rows of neurons from a module's output: ``(batch, neurons)``, ``(batch, tokens, neurons)``, ``(batch, channels, h, w)``.
+    """Rows of neurons from a module's output.
+
+    ``(batch, neurons)``, ``(batch, tokens, neurons)``, ``(batch, channels, h, w)``.
 
     Args:
         output: what the module returned.
         neurons: the size of the neuron axis.
-        keep: which tokens count, ``(batch, tokens)`` or ``(tokens,)``; None is all. Images without tokens ignore it.
+        keep: which tokens count, ``(batch, tokens)`` or ``(tokens,)``; None is all. Images without tokens
+            ignore it.
 
     Returns:
         ``(samples, neurons)``, positions of one input side by side.

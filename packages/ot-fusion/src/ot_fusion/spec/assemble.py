@@ -108,9 +108,8 @@ def _attention_heads(trace: Any, axes: Axes) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     softmax = [n for n in trace.nodes if n.op == "call_function" and "softmax" in str(n.target)]
     calls: list[tuple[list[SymbolAxis], list[SymbolAxis], list[SymbolAxis]]] = []
-    for node in trace.nodes:
-        if node.op == "call_function" and "scaled_dot_product_attention" in str(node.target):
-            calls.append(tuple(trace.of[arg.name] for arg in node.args[:3]))  # pyright: ignore[reportArgumentType]
+    fused = (n for n in trace.nodes if n.op == "call_function" and "scaled_dot_product" in str(n.target))
+    calls += [(trace.of[n.args[0].name], trace.of[n.args[1].name], trace.of[n.args[2].name]) for n in fused]
     for node in softmax:
         scores = _back_to_matmul(node)
         later = _forward_to_matmul(node)
@@ -336,7 +335,16 @@ class _Ops:
                     "mish",
                 ):
                     op = self.ops[self.order[source]]
-                    activation = replace(op, kind="elementwise", output=node.name, inputs=(self._joined(source),), weight=None, bias=None, buffers=(), hook=None)  # fmt: skip
+                    activation = replace(
+                        op,
+                        kind="elementwise",
+                        output=node.name,
+                        inputs=(self._joined(source),),
+                        weight=None,
+                        bias=None,
+                        buffers=(),
+                        hook=None,
+                    )
                     self._place(activation, node)
             elif name in ("expand", "unsqueeze", "squeeze", "view", "reshape") and self._key(args[0]):
                 self._table(node, args[0])
@@ -389,7 +397,16 @@ class _Ops:
         keys = [self._key(arg) if arg is not None else None for arg in rest]
         origin = self.ops[self.order[source]]
         buffers = tuple(key for key in keys[2:] if key is not None)
-        op = Op("norm", self.trace.path(node) or node.name, (source,), keys[0], keys[1] if len(keys) > 1 else None, buffers=buffers, space=origin.space, view=origin.view)  # fmt: skip
+        op = Op(
+            "norm",
+            self.trace.path(node) or node.name,
+            (source,),
+            keys[0],
+            keys[1] if len(keys) > 1 else None,
+            buffers=buffers,
+            space=origin.space,
+            view=origin.view,
+        )
         if op.output in self.order:
             raise _CalledTwiceError
         self._place(op, node)
@@ -419,7 +436,20 @@ class _Ops:
                 if keyed is not None and name.startswith("mul"):  # a scale written out
                     origin = self.ops[self.order[source]]
                     self.used.add(keyed)
-                    self._place(replace(origin, kind="norm", output=node.name, inputs=(source,), weight=keyed, bias=None, buffers=(), hook=None, part=None), node)  # fmt: skip
+                    self._place(
+                        replace(
+                            origin,
+                            kind="norm",
+                            output=node.name,
+                            inputs=(source,),
+                            weight=keyed,
+                            bias=None,
+                            buffers=(),
+                            hook=None,
+                            part=None,
+                        ),
+                        node,
+                    )
             return
         first, second = (str(part) for part in found)
         waiting = [table for part in (first, second) for table in self.tokens.pop(part, [])]

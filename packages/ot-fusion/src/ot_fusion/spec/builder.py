@@ -74,7 +74,10 @@ class SpecBuilder:
         kernel: int = 0,
         hook: str | None = None,
     ) -> str:
-        """A linear layer or, with ``kernel`` spatial axes, a convolution; ``space`` None is a fixed output."""
+        """A linear layer or, with ``kernel`` spatial axes, a convolution.
+
+        ``space`` None is a fixed output.
+        """
         weight, bias = f"{prefix}.weight", f"{prefix}.bias"
         out = None if space is None else Axis(space, view)
         self.tensor(weight, out, self._axis(source), *([None] * kernel))

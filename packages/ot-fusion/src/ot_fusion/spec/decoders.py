@@ -1,4 +1,7 @@
-"""Specifications of Hugging Face decoders: GPT-2, and the Llama family with grouped queries, rotary positions and norms."""
+"""Specifications of Hugging Face decoders.
+
+GPT-2, and the Llama family with grouped queries, rotary positions and norms.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +27,9 @@ def _head(builder: SpecBuilder, config: Any, node: str, table: str) -> None:
 
 
 def gpt2_spec(config: Any, keys: Sequence[str]) -> AlignmentSpec:
-    """The specification of GPT-2: transposed layers, queries, keys and values packed in one, learned positions.
+    """The specification of GPT-2.
+
+    Transposed layers, queries, keys and values packed in one, learned positions.
 
     Args:
         config: with ``n_embd``, ``n_layer``, ``n_head``, ``n_inner``.
@@ -69,7 +74,9 @@ def gpt2_spec(config: Any, keys: Sequence[str]) -> AlignmentSpec:
 
 
 def llama_spec(config: Any, keys: Sequence[str]) -> AlignmentSpec:
-    """The specification of Llama, Mistral, Qwen2, Qwen3 and Gemma: grouped queries, rotary positions, gated MLP.
+    """The specification of Llama, Mistral, Qwen2, Qwen3 and Gemma.
+
+    Grouped queries, rotary positions, gated MLP.
 
     Args:
         config: with ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``num_key_value_heads``,

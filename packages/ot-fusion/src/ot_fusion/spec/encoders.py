@@ -94,8 +94,8 @@ def _masked_head(builder: SpecBuilder, node: str, dense: str, norm: str, out: st
 def bert_spec(config: Any, keys: Sequence[str]) -> AlignmentSpec:
     """The specification of BERT and RoBERTa with any head of transformers, or none.
 
-    The word table of a masked-language head is tied to the input table only where the transform keeps the stream's
-    coordinates; BERT's transform has coordinates of its own, so tied tables tie the two spaces.
+    The word table of a masked-language head is tied to the input table only where the transform keeps the
+    stream's coordinates; BERT's transform has coordinates of its own, so tied tables tie the two spaces.
 
     Args:
         config: with ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``intermediate_size``.

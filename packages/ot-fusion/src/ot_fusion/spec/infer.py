@@ -1,6 +1,7 @@
 """Deriving a specification from a model by tracing it.
 
-Source: ours; the idea of following axes through a traced graph is that of rebasin and ZipIt, which trace modules instead.
+Source: ours; the idea of following axes through a traced graph is that of rebasin and ZipIt, which trace
+modules instead.
 """
 
 from __future__ import annotations
@@ -21,35 +22,41 @@ from ot_fusion.spec.types import AlignmentSpec
 __all__ = ["Trace", "infer_spec"]
 
 _POINTWISE = {
-    "relu", "relu_", "gelu", "silu", "silu_", "tanh", "sigmoid", "elu", "leaky_relu", "hardswish", "hardtanh", "hardtanh_",
-    "hardsigmoid", "softplus", "mish", "dropout", "dropout_", "feature_dropout", "clone", "contiguous", "_to_copy", "to",
-    "alias", "detach", "detach_", "neg", "exp", "log", "sqrt", "rsqrt", "pow", "abs", "clamp", "clamp_min", "clamp_max", "cos",
-    "sin", "erf", "square", "reciprocal", "bitwise_not", "logical_not", "lift_fresh_copy", "type_as", "relu6", "log1p",
+    "relu", "relu_", "gelu", "silu", "silu_", "tanh", "sigmoid", "elu", "leaky_relu", "hardswish",
+    "hardtanh", "hardtanh_", "hardsigmoid", "softplus", "mish", "dropout", "dropout_",
+    "feature_dropout", "clone", "contiguous", "_to_copy", "to", "alias", "detach", "detach_", "neg",
+    "exp", "log", "sqrt", "rsqrt", "pow", "abs", "clamp", "clamp_min", "clamp_max", "cos", "sin", "erf",
+    "square", "reciprocal", "bitwise_not", "logical_not", "lift_fresh_copy", "type_as", "relu6",
+    "log1p",
 }  # fmt: skip
 _BINARY = {
-    "add", "add_", "sub", "rsub", "mul", "mul_", "div", "where", "masked_fill", "maximum", "minimum", "ge", "gt", "le", "lt", "eq",
-    "ne", "bitwise_and", "logical_and", "bitwise_or",
+    "add", "add_", "sub", "rsub", "mul", "mul_", "div", "where", "masked_fill", "maximum", "minimum",
+    "ge", "gt", "le", "lt", "eq", "ne", "bitwise_and", "logical_and", "bitwise_or",
 }  # fmt: skip
-_POOLS = {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d"}  # fmt: skip
+_POOLS = {
+    "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d",
+}  # fmt: skip
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std"}
 
 
 def infer_spec(model: nn.Module, example_inputs: Any) -> AlignmentSpec:
     """Derive a model's specification: every axis gets a symbol, and every operation says which are the same.
 
-    Linear layers, convolutions, norms, attention, sums, products, views and reductions are followed; what mixes a free axis in
-    another way is refused by name. ``verify_spec`` proves the result.
+    Linear layers, convolutions, norms, attention, sums, products, views and reductions are followed; what
+    mixes a free axis in another way is refused by name. ``verify_spec`` proves the result.
 
     Args:
         model: any module that ``torch.export`` can trace; it comes back untouched.
-        example_inputs: a tensor, a tuple of positional inputs, or a mapping of keyword inputs; two rows at least, so that the
-            batch is told from axes of size 1.
+        example_inputs: a tensor, a tuple of positional inputs, or a mapping of keyword inputs; two rows at
+            least, so that the batch is told from axes of size 1.
 
     Returns:
         The specification, with the operations of the flow strategy where every layer is called once.
 
     Raises:
-        SpecError: an operation that cannot be followed (named, with its module), or a model that cannot be traced.
+        SpecError: an operation that cannot be followed (named, with its module), or a model that cannot be
+            traced.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -67,10 +74,11 @@ def infer_spec(model: nn.Module, example_inputs: Any) -> AlignmentSpec:
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, args, kwargs)
-        except Exception as error:  # noqa: BLE001 - the tracer raises what it likes
+        except Exception as error:  # whatever the tracer raises
             line = " ".join(str(error).split())[:200]
             raise SpecError(
-                f"{type(model).__name__} cannot be traced ({type(error).__name__}: {line}); use a written spec, "
+                f"{type(model).__name__} cannot be traced ({type(error).__name__}: {line}); use a written "
+                "spec, "
                 "ot_fusion.spec.spec_for"
             ) from error
     trace = Trace(program, model)
@@ -177,7 +185,8 @@ class Trace:
     def refusal(self, node: Any, why: str) -> SpecError:
         """What to say of an operation that cannot be followed."""
         return SpecError(
-            f"{node.target} ({node.name}, in module {self.path(node) or 'the model itself'!r}) cannot be followed: it {why}, whose "
+            f"{node.target} ({node.name}, in module {self.path(node) or 'the model itself'!r}) cannot be "
+            f"followed: it {why}, whose "
             "axes could move; write the spec by hand, or use spec_for"
         )
 
@@ -234,7 +243,7 @@ class Trace:
                 if axis:
                     self.axes.unify(axis, narrow[place - lead])
                 else:
-                    axis = narrow[place - lead]  # noqa: PLW2901
+                    axis = narrow[place - lead]
             out.append(axis)
         return [*out, left[-2], right[-1]]
 

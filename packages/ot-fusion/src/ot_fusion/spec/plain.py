@@ -14,8 +14,8 @@ __all__ = ["resnet_spec", "sequential_spec"]
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
 _POINTWISE = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardswish, nn.Mish,
-    nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardswish,
+    nn.Mish,    nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample,
 )  # fmt: skip
 
@@ -33,13 +33,16 @@ def _steps(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
 
 
 def sequential_spec(model: nn.Sequential) -> AlignmentSpec:
-    """The specification of a stack of layers: linear layers, convolutions, norms, activations, pooling, flatten.
+    """The specification of a stack of layers.
+
+    Linear layers, convolutions, norms, activations, pooling, flatten.
 
     Args:
         model: a ``Sequential``; nested ones are walked through.
 
     Raises:
-        SpecError: a module that is none of these (it is named), a grouped convolution, or a norm over several axes.
+        SpecError: a module that is none of these (it is named), a grouped convolution, or a norm over several
+            axes.
 
     Example:
         >>> spec = sequential_spec(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
@@ -67,7 +70,8 @@ def sequential_spec(model: nn.Sequential) -> AlignmentSpec:
             if isinstance(module, nn.Linear) and node is not None and module.in_features != channels:
                 if module.in_features % channels:
                     raise SpecError(
-                        f"{name} reads {module.in_features} inputs, which is no multiple of the {channels} channels before it"
+                        f"{name} reads {module.in_features} inputs, which is no multiple of the {channels} "
+                        "channels before it"
                     )
                 builder.where[node] = (*builder.where[node][:2], module.in_features // channels)
             space = None if name == layers[-1] else builder.space(name, Full(size))
@@ -109,10 +113,12 @@ def _depthwise(builder: SpecBuilder, name: str, module: Any, node: str) -> str:
 def resnet_spec(model: nn.Module) -> AlignmentSpec:
     """The specification of a ResNet with the module names of torchvision: ``conv1 bn1 layer1 .. layer4 fc``.
 
-    One space for each stage (all block outputs and shortcuts of it) and one inside each block for each convolution.
+    One space for each stage (all block outputs and shortcuts of it) and one inside each block for each
+    convolution.
 
     Args:
-        model: basic or bottleneck blocks; shortcuts named ``downsample`` or ``shortcut``; the head ``fc`` or ``linear``.
+        model: basic or bottleneck blocks; shortcuts named ``downsample`` or ``shortcut``; the head ``fc`` or
+            ``linear``.
 
     Raises:
         SpecError: a module that has another structure.

@@ -60,6 +60,7 @@ def spec_for(model: Any, keys: Sequence[str] | None = None) -> AlignmentSpec:
         return resnet_spec(model)
     what = kind or type(model).__name__
     raise SpecError(
-        f"there is no written spec for {what} (there are sequential, resnet, {', '.join(sorted(MODEL_TYPES))}); "
+        f"there is no written spec for {what} (there are sequential, resnet, "
+        f"{', '.join(sorted(MODEL_TYPES))}); "
         "derive one by ot_fusion.spec.infer_spec(model, example_inputs)"
     )

@@ -1,4 +1,6 @@
-"""Symbols for tensor axes: which of them are one and the same, which are products of others, which must not move.
+"""Symbols for tensor axes.
+
+Which of them are one and the same, which are products of others, which must not move.
 
 Source: ours; union-find with splitting, so that a view from ``h * d`` channels to heads names both factors.
 """

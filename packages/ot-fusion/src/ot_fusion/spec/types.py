@@ -1,7 +1,10 @@
-"""The declaration of a model's symmetries: spaces, the tensors that live on them, and the order of operations.
+"""The declaration of a model's symmetries.
 
-Source: the transportation-map flow graph of "Transformer Fusion with Optimal Transport" (ICLR 2024), section 4,
-with the axis spaces of Git Re-Basin (arXiv 2209.04836) generalised to heads, rotary pairs and packed tensors.
+Spaces, the tensors that live on them, and the order of operations.
+
+Source: the transportation-map flow graph of "Transformer Fusion with Optimal Transport" (ICLR 2024), section
+4, with the axis spaces of Git Re-Basin (arXiv 2209.04836) generalised to heads, rotary pairs and packed
+tensors.
 """
 
 from dataclasses import dataclass, field
@@ -33,10 +36,10 @@ class Axis:
 
     Attributes:
         space: the space's name.
-        view: which of the group's views the axis shows ("" for a plain space; "q", "k", "v", "o" and "qk_norm"
-            for attention heads).
-        inner: how many fixed positions follow one another for each coordinate (a convolution's ``h * w`` pixels
-            when it is flattened before a linear layer).
+        view: which of the group's views the axis shows ("" for a plain space; "q", "k", "v", "o" and
+            "qk_norm" for attention heads).
+        inner: how many fixed positions follow one another for each coordinate (a convolution's ``h * w``
+            pixels when it is flattened before a linear layer).
         side: "out" where the axis holds the coordinates themselves (rows of a weight, norms, columns of an
             embedding), "in" where it reads them (columns of a weight). It matters for unequal widths only.
     """
@@ -64,13 +67,16 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """A step of the flow graph, in execution order: reads the maps of its inputs, gives the map of its output.
+    """A step of the flow graph, in execution order.
+
+    Reads the maps of its inputs, gives the map of its output.
 
     Attributes:
         kind: "embed" (table whose columns are the coordinates; no input), "linear" (linear layers and
-            convolutions, also a patch embedding), "norm", "elementwise" (nothing to fuse: copy the map), "add"
-            (inputs: skip, branch), "gate" (inputs: gate, up; they share one plan), "attention" (inputs: q, k, v;
-            the output has v's map in the order of the query heads), "flatten", "join" (tokens put beside the
+            convolutions, also a patch embedding), "norm", "elementwise" (nothing to fuse: copy the map),
+            "add" (inputs: skip, branch), "gate" (inputs: gate, up; they share one plan), "attention" (inputs:
+            q, k, v; the output has v's map in the order of the query heads), "flatten", "join" (tokens put
+            beside the
             stream, such as a class token: inputs: stream, token).
         output: name of the activation that the step makes.
         inputs: names of the activations that it reads.

@@ -49,12 +49,7 @@ def relabelled_model(
     changed = copy.deepcopy(model)
     state = relabel(model.state_dict(), spec, elements)
     tied = {key: group[0] for group in spec.tied for key in group}
-    changed.load_state_dict(
-        {
-            key: state[tied.get(key, key)] if tied.get(key, key) in state else value
-            for key, value in state.items()
-        }
-    )
+    changed.load_state_dict({key: state.get(tied.get(key, key), value) for key, value in state.items()})
     return changed
 
 
@@ -83,8 +78,8 @@ def verify_spec(
         The changes by space.
 
     Raises:
-        SpecError: an output changes; the spaces that change it and their tensors are named. Also where the spec does not cover
-            the model.
+        SpecError: an output changes; the spaces that change it and their tensors are named. Also where the
+            spec does not cover the model.
 
     Example:
         >>> from ot_fusion.spec.plain import sequential_spec
@@ -122,7 +117,8 @@ def verify_spec(
             key for key, tensor in spec.tensors.items() if any(name in str(tensor.axes) for name in names[:1])
         ]
         raise SpecError(
-            f"relabelling {', '.join(names)} changes the outputs by {wrong[worst]:.3g} of their size; the spec declares "
+            f"relabelling {', '.join(names)} changes the outputs by {wrong[worst]:.3g} of their size; the "
+            "spec declares "
             f"these tensors on {names[0]}: {', '.join(keys) or 'none'}"
         )
     return found

@@ -12,7 +12,14 @@ __all__ = ["VIT_4_TO_5", "vit_spec"]
 
 # Where the layers of a block stand, by major version of transformers.
 _NAMES = {
-    5: {"q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj", "o": "attention.o_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"},
+    5: {
+        "q": "attention.q_proj",
+        "k": "attention.k_proj",
+        "v": "attention.v_proj",
+        "o": "attention.o_proj",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+    },
     4: {
         "q": "attention.attention.query",
         "k": "attention.attention.key",
@@ -21,7 +28,7 @@ _NAMES = {
         "fc1": "intermediate.dense",
         "fc2": "output.dense",
     },
-}  # fmt: skip
+}
 
 # Rules for fusion_core.checkpoint.KeyMap: names of transformers 4 -> 5.
 VIT_4_TO_5 = [(r"^(.*)encoder\.layer\.(\d+)\.layernorm_(before|after)\.", r"\1layers.\2.layernorm_\3.")] + [
