@@ -187,17 +187,20 @@ class FusionConfig(Config):
     @classmethod
     def official(cls, **settings: Any) -> FusionConfig:
         """The authors' code with its defects: the official side of every rule."""
-        return cls(**({"faithful": "official", "legal": "off"} | settings))
+        defaults: dict[str, Any] = {"faithful": "official", "legal": "off"}
+        return cls(**(defaults | settings))
 
     @classmethod
     def paper_vit(cls, **settings: Any) -> FusionConfig:
         """The paper's vision transformer: activations of 200 images, central window, Sinkhorn 0.08."""
-        return cls(**({"tokens": "window:6", "legal": "off"} | settings))
+        defaults: dict[str, Any] = {"tokens": "window:6", "legal": "off"}
+        return cls(**(defaults | settings))
 
     @classmethod
     def paper_bert(cls, **settings: Any) -> FusionConfig:
         """The paper's BERT: all tokens, Sinkhorn 0.08."""
-        return cls(**({"legal": "off"} | settings))
+        defaults: dict[str, Any] = {"legal": "off"}
+        return cls(**(defaults | settings))
 
     @classmethod
     def otfusion(cls, **settings: Any) -> FusionConfig:

@@ -70,7 +70,7 @@ def _mlps(data: Digits, seed: int, table: Comparison) -> dict[int, list[nn.Seque
             with torch.no_grad():
                 both = sum((net(data.test).softmax(1) for net in pair), torch.zeros(()))
             add("ensemble (two networks)", float((both.argmax(1) == data.test_labels).float().mean()))
-            add(VANILLA, accuracy(average(*pair), data.test, data.test_labels))
+            add(VANILLA, accuracy(average(pair[0], pair[1]), data.test, data.test_labels))
             for name, config in METHODS.items():
                 model: Any = fuse(pair, data=data.train, config=config).model
                 add(name, accuracy(model, data.test, data.test_labels))
@@ -79,7 +79,8 @@ def _mlps(data: Digits, seed: int, table: Comparison) -> dict[int, list[nn.Seque
 
 def _duplicated(net: nn.Sequential, times: int, draws: torch.Generator) -> nn.Sequential:
     """A network that computes the same with every hidden neuron copied and shuffled."""
-    width = net[0].weight.shape[0]
+    first_layer: Any = net[0]
+    width = int(first_layer.weight.shape[0])
     order = [torch.randperm(width * times, generator=draws) for _ in range(2)]
     wide = nn.Sequential(
         nn.Linear(64, width * times),
@@ -158,7 +159,7 @@ def _vits(data: Digits, seed: int) -> tuple[Comparison, Comparison]:
         def score(model: Any) -> float:
             return accuracy(model, data.test, data.test_labels)
 
-        starts: dict[str, Any] = {VANILLA: average(*pair)}
+        starts: dict[str, Any] = {VANILLA: average(pair[0], pair[1])}
         starts |= {
             name: fuse(pair, data=data.train, config=config, spec=spec).model
             for name, config in configs.items()
@@ -250,7 +251,8 @@ def _vit_claims(shot: Comparison, tuned: Comparison) -> list[Claim]:
             "Vision transformers: soft transport beats hard transport beats averaging",
             "section 5",
             best > hard > once(VANILLA),
-            f"One-shot: soft {best:.1f} %, hard {hard:.1f} %, average {once(VANILLA):.1f} %; the anchor has {once('the anchor alone'):.1f} %.",
+            f"One-shot: soft {best:.1f} %, hard {hard:.1f} %, average {once(VANILLA):.1f} %; the anchor has "
+            f"{once('the anchor alone'):.1f} %.",
         ),
         Claim(
             "Vision transformers: a fused start recovers more than an averaged one in the same budget",
@@ -262,7 +264,8 @@ def _vit_claims(shot: Comparison, tuned: Comparison) -> list[Claim]:
             "Vision transformers: a fused start passes the parents after finetuning",
             "section 5",
             start > after("the anchor, trained on"),
-            f"After 12 epochs: {start:.1f} %; the anchor trained as long {after('the anchor, trained on'):.1f} %.",
+            f"After 12 epochs: {start:.1f} %; the anchor trained as long "
+            f"{after('the anchor, trained on'):.1f} %.",
         ),
     ]
 

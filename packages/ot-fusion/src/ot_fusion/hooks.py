@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,7 +140,7 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 @contextmanager
-def capture(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+def capture(model: nn.Module, names: Iterable[str]) -> Generator[dict[str, Tensor], None, None]:
     """Keep the outputs of some modules of the latest forward pass.
 
     Raises:

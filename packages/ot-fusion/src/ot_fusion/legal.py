@@ -23,11 +23,6 @@ def _tiles(cost: Tensor, rows: int, columns: int) -> Tensor:
     return cost.view(rows, n0 // rows, columns, n1 // columns).transpose(1, 2)
 
 
-def _price(plan: Tensor, cost: Tensor) -> Tensor:
-    """Mean cost per unit of mass."""
-    return (plan * cost).sum() / plan.sum()
-
-
 def _inner(cost: Tensor, fixed: int, solve: Solve) -> Tensor:
     """A plan of mass 1 inside a head whose first ``fixed`` channels keep their places."""
     n0, n1 = cost.shape

@@ -209,7 +209,8 @@ class Planner:
         else:
             rows = [self._features(op) for op in ops]
             sides = [torch.cat([pair[side] for pair in rows], 1).double() for side in (0, 1)]
-            plan = feature_plan(*(row_features(side, _no_bias(config)) for side in sides), config, masses)
+            rows0, rows1 = (row_features(side, _no_bias(config)) for side in sides)
+            plan = feature_plan(rows0, rows1, config, masses)
         return self._noted(ops[0], plan)
 
     def _noted(self, op: Op, plan: Plan) -> Plan:

@@ -108,11 +108,11 @@ def _unbalanced(
 ) -> tuple[Tensor, dict[str, Any]]:
     import ot
 
-    host = [value.detach().cpu().double().numpy() for value in (mu, nu, cost)]
+    a, b, host = (value.detach().cpu().double().numpy() for value in (mu, nu, cost))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = ot.unbalanced.sinkhorn_unbalanced(
-            *host, reg, reg_m, reg_type="kl", numItermax=max_iter, stopThr=tol
+            a, b, host, reg, reg_m, reg_type="kl", numItermax=max_iter, stopThr=tol
         )
     return torch.from_numpy(np.asarray(plan)).to(cost), {"solver": "unbalanced"}
 
@@ -278,11 +278,11 @@ def gromov(
     import ot
 
     inner = [finish.div(finish.max().clamp(min=1e-300)) for finish in (_within(x), _within(y))]
-    masses = [np.full(len(part), 1 / len(part)) for part in inner]
+    a, b = (np.full(len(part), 1 / len(part)) for part in inner)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = ot.gromov.entropic_gromov_wasserstein(
-            inner[0].numpy(), inner[1].numpy(), *masses, "square_loss", epsilon=epsilon
+            inner[0].numpy(), inner[1].numpy(), a, b, "square_loss", epsilon=epsilon
         )
     return Plan(torch.from_numpy(np.asarray(plan)).to(x), normalization, {"solver": "gromov"})
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusion_core.atomic import PathLike, atomic_directory, atomic_write
 from fusion_core.checkpoint import digest_file, load_tensors, save_tensors
+from fusion_core.demo import package_version
 from fusion_core.errors import CheckpointError
 from fusion_core.progress import track
 from fusion_core.results import dump_json
@@ -98,11 +99,9 @@ def _document(
     parents: Mapping[str, Any],
     costs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    from ot_fusion import __version__
-
     return {
         "schema": SCHEMA,
-        "version": __version__,
+        "version": package_version("ot-fusion"),
         "anchor": anchor,
         "weights": dict(weights),
         "parents": {name: _parent(path) for name, path in parents.items()},

@@ -69,7 +69,7 @@ def assemble(trace: Any, model: nn.Module) -> AlignmentSpec:
     }
     known = set(tensors) | {key for group in tied for key in group}
     copied = tuple(key for key in state if key not in known)
-    for key in [key for key, tensor in tensors.items() if not state[key].is_floating_point()]:
+    for key in [key for key in tensors if not state[key].is_floating_point()]:
         del tensors[key]
         copied = (*copied, key)
     ops = _Ops(trace, tensors, alias).run()
@@ -225,7 +225,7 @@ def _axis(
         group = spaces[space].group.views()[""]
         inner = prod(axes.size[leaf] for leaf in leaves) // group
         return Axis(space, "", inner, "in" if side == "in" else "out")
-    entry = next(entry for head, entry in heads.items() if entry.get("space") == space)
+    entry = next(entry for entry in heads.values() if entry.get("space") == space)
     reads = side == "in"
     tail = leaves[-1:] if len(leaves) > 1 else ()
     values = bool(tail) and tail == entry["v"][-1:]

@@ -61,6 +61,10 @@ def _axis_in(value: Any) -> Axis | Concat | None:
     return Concat(tuple(Axis(**part) for part in value)) if isinstance(value, list) else Axis(**value)
 
 
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def load_spec(path: PathLike) -> AlignmentSpec:
     """Read a specification.
 
@@ -78,10 +82,8 @@ def load_spec(path: PathLike) -> AlignmentSpec:
         tensors = {
             k: TensorSpec(k, tuple(_axis_in(axis) for axis in axes)) for k, axes in found["tensors"].items()
         }
-        ops = tuple(
-            Op(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
-            for entry in found["ops"]
-        )
+        entries: list[dict[str, Any]] = [{k: _tuple(v) for k, v in entry.items()} for entry in found["ops"]]
+        ops = tuple(Op(**entry) for entry in entries)
         tied = tuple(tuple(group) for group in found["tied"])
         return AlignmentSpec(
             spaces, tensors, ops, tied, tuple(found["copied"]), found["name"], dict(found["notes"])
