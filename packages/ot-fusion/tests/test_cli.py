@@ -48,11 +48,14 @@ def test_fuse_refuse_and_diagnose(place, tmp_path):
         tmp_path / "fused",
         "--solver",
         "emd",
+        "--report",
+        tmp_path / "page",
         "--json",
         "-q",
     )
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["schema"] == "fusion.report/1"
+    assert {"report.html", "maps.png", "costs.png"} <= {path.name for path in (tmp_path / "page").iterdir()}
     done = run_cli(main, "refuse", tmp_path / "fused", "--alpha", "0.9", "--out", tmp_path / "again", "-q")
     assert done.code == 0, done.stderr
     assert json.loads((tmp_path / "again" / "ot_fusion.json").read_text())["weights"] == pytest.approx(

@@ -10,84 +10,29 @@ import typer
 from fusion_core import cli
 from ot_fusion import __version__
 from ot_fusion.errors import InputError
+from ot_fusion.options import (
+    Alpha,
+    Data,
+    Features,
+    Legal,
+    Length,
+    Models,
+    Recipe,
+    Reg,
+    Settings,
+    Solver,
+    SpecFile,
+    Strategy,
+    make_config,
+    pick_anchor,
+    read_inputs,
+    read_spec,
+    short_names,
+)
 
 app = cli.new_app(
     "ot-fusion", "Fuse networks that were trained apart, by optimal transport of their neurons.", __version__
 )
-
-Models = Annotated[list[str], typer.Argument(help="Model folders, or module:function giving a module.")]
-Data = Annotated[
-    str | None, typer.Option("--data", help=".npy, .npz, .safetensors, .txt, or module:function.")
-]
-Features = Annotated[
-    Literal["acts", "wts"] | None, typer.Option("--features", help="acts (needs --data) or wts.")
-]
-Strategy = Annotated[
-    Literal["flow", "consistent"] | None,
-    typer.Option("--strategy", help="flow (the paper's) or consistent (one plan per space)."),
-]
-Solver = Annotated[str | None, typer.Option("--solver", help="emd, lsa, sinkhorn, sinkhorn_log, unbalanced.")]
-Reg = Annotated[
-    float | None, typer.Option("--reg", help="Weight of the entropy; 0.08 for acts, 0.06 for wts.")
-]
-Legal = Annotated[
-    Literal["enforce", "warn", "off"] | None,
-    typer.Option("--legal", help="What to do about maps that change the function."),
-]
-Alpha = Annotated[
-    float | None, typer.Option("--alpha", help="Weight of the ANCHOR, in [0, 1]; 1/N by default.")
-]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Any other setting, such as --set tokens=window:6.")
-]
-Recipe = Annotated[Path | None, typer.Option("--recipe", help="Settings from a .toml or .json file.")]
-Length = Annotated[int, typer.Option("--max-length", min=1, help="Most tokens of a text of --data.")]
-SpecFile = Annotated[
-    Path | None, typer.Option("--spec", help="A specification file instead of the architecture's own.")
-]
-
-
-def _config(recipe: Path | None, settings: list[str] | None, **options: Any) -> Any:
-    from ot_fusion.config import FusionConfig
-
-    base = FusionConfig.load(recipe) if recipe is not None else FusionConfig()
-    if settings:
-        base = base.override(settings)
-    given = {name: value for name, value in options.items() if value is not None}
-    return base.replace(**given) if given else base
-
-
-def _spec(file: Path | None) -> Any:
-    from ot_fusion.spec.files import load_spec
-
-    return None if file is None else load_spec(file)
-
-
-def _inputs(data: str | None, folder: str, length: int) -> Any:
-    from ot_fusion.loading import load_data, split_labels
-
-    return None if data is None else split_labels(load_data(data, tokenizer=folder, length=length))[0]
-
-
-def _names(models: list[str]) -> list[str]:
-    """Short names of models by their paths."""
-    short = [Path(word).name if Path(word).is_dir() else word for word in models]
-    if len(set(short)) == len(short):
-        return short
-    return (
-        list(models) if len(set(models)) == len(models) else [f"{n}:{word}" for n, word in enumerate(models)]
-    )
-
-
-def _anchor(models: list[str], names: list[str], anchor: str | None) -> str:
-    if anchor is None:
-        return names[-1]
-    found = [
-        name for name, word in zip(names, models, strict=True) if anchor in (name, word, word.rstrip("/"))
-    ]
-    if not found:
-        raise InputError(f"--anchor is {anchor!r}, wanted one of {', '.join(models)}")
-    return found[0]
 
 
 @app.command()
@@ -123,6 +68,9 @@ def fuse(
     shard_gb: Annotated[
         float, typer.Option("--shard-gb", min=0.001, help="Most gigabytes of a shard, with --stream.")
     ] = 5.0,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Directory for a page with pictures of the maps.")
+    ] = None,
     max_length: Length = 128,
     seed: cli.Seed = 0,
     device: cli.Device = "auto",
@@ -137,10 +85,10 @@ def fuse(
     """
     if len(models) < 2:
         raise InputError(f"fuse takes at least two models, got {len(models)}")
-    names = _names(models)
-    chosen = _anchor(models, names, anchor)
+    names = short_names(models)
+    chosen = pick_anchor(models, names, anchor)
     default = "wts" if data is None and recipe is None else None
-    config = _config(
+    config = make_config(
         recipe,
         settings,
         features=features or default,
@@ -158,7 +106,7 @@ def fuse(
     parents = dict(zip(names, models, strict=True))
     progress = False if quiet else None
     if stream:
-        _stream(parents, out, chosen, config, _spec(spec), int(shard_gb * 1e9), overwrite, progress)
+        _stream(parents, out, chosen, config, read_spec(spec), int(shard_gb * 1e9), overwrite, progress)
         typer.echo(str(out), err=True)
         return
     from fusion_core.device import resolve_device, resolve_dtype
@@ -168,17 +116,19 @@ def fuse(
     place = resolve_device(device)
     kind = None if dtype == "auto" else resolve_dtype(dtype, place)
     loaded = {name: load_model(word, device=place, dtype=kind) for name, word in parents.items()}
-    given = _spec(spec)
+    given = read_spec(spec)
     fused = fuse_models(
         loaded,
         anchor=chosen,
-        data=_inputs(data, parents[chosen], max_length),
+        data=read_inputs(data, parents[chosen], max_length),
         config=config,
         spec=given,
         progress=progress,
     )
     folders = {name: str(Path(word).resolve()) for name, word in parents.items() if Path(word).is_dir()}
     fused.save_pretrained(out, parents=folders, overwrite=overwrite)
+    if report is not None:
+        fused.save_report(report)
     cli.emit(fused.report, json)
     typer.echo(str(out), err=True)
 
@@ -243,10 +193,10 @@ def align(
         raise InputError(f"--out {out} is not empty; pass --overwrite or another name")
     place = resolve_device(device)
     source, anchor = load_model(model, device=place), load_model(to, device=place)
-    inputs = _inputs(data, to, max_length)
+    inputs = read_inputs(data, to, max_length)
     base = FusionConfig.git_rebasin() if inputs is None else FusionConfig(strategy="consistent", solver="lsa")
     if recipe is not None or settings or solver or legal:
-        base = _config(
+        base = make_config(
             recipe,
             settings,
             strategy="consistent",
@@ -256,9 +206,9 @@ def align(
             seed=seed,
         )
     found = align_model(
-        source, anchor, data=inputs, config=base, spec=_spec(spec), progress=False if quiet else None
+        source, anchor, data=inputs, config=base, spec=read_spec(spec), progress=False if quiet else None
     )
-    names = _names([model, to])
+    names = short_names([model, to])
     whole = Fused(
         found.model, found.maps, found.state, {names[0]: 1.0, names[1]: 0.0}, names[1], base, found.costs
     )
@@ -289,8 +239,8 @@ def diagnose(
     found = look(
         load_model(first),
         load_model(second),
-        data=_inputs(data, second, max_length),
-        spec=_spec(spec),
+        data=read_inputs(data, second, max_length),
+        spec=read_spec(spec),
         progress=False if quiet else None,
     )
     if out is not None:
@@ -326,7 +276,7 @@ def verify_spec(
     from ot_fusion.spec import verify_spec as verify
 
     loaded = load_model(model)
-    inputs = _inputs(data, model, max_length)
+    inputs = read_inputs(data, model, max_length)
     if inputs is None:
         kind = getattr(getattr(loaded, "config", None), "vocab_size", None)
         if kind is None or trace:
@@ -336,7 +286,7 @@ def verify_spec(
         draws = torch.Generator().manual_seed(0)
         inputs = {"input_ids": torch.randint(0, int(kind), (2, 8), generator=draws)}
     few = next(iter(batches(inputs, 4, 4)))
-    found = _spec(spec) or (infer_spec(loaded, few) if trace else spec_for(loaded))
+    found = read_spec(spec) or (infer_spec(loaded, few) if trace else spec_for(loaded))
     try:
         changes = verify(loaded, found, few, tolerance=tolerance)
     except SpecError as error:

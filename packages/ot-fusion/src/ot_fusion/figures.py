@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fusion_core.atomic import PathLike
 from fusion_core.errors import require_extra
-from fusion_core.report import Figure
+from fusion_core.report import Figure, Report
 from ot_fusion.metrics import Curve
 from ot_fusion.plan import Plan
 
-__all__ = ["barrier_figure", "cost_figure", "map_figure"]
+__all__ = ["barrier_figure", "cost_figure", "map_figure", "save_map_report"]
 
 
 def _plt() -> Any:
@@ -103,3 +106,19 @@ def cost_figure(rows: list[dict[str, Any]], path: Path) -> Figure:
     return Figure(
         path, "Transport cost of every map", "Low: the two models' layers hold much the same features."
     )
+
+
+def save_map_report(report: Report, maps: Mapping[str, Plan], out: PathLike) -> None:
+    """Write a fusion's table with heat maps of its largest maps and the cost of every layer.
+
+    Args:
+        report: of the fusion.
+        maps: its plans.
+        out: a directory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = dict(sorted(maps.items(), key=lambda item: -item[1].matrix.numel())[:3])
+        pictures = [map_figure(chosen, Path(folder) / "maps.png")] if chosen else []
+        if any(row["cost"] is not None for row in report.rows):
+            pictures.append(cost_figure([dict(row) for row in report.rows], Path(folder) / "costs.png"))
+        replace(report, figures=pictures).save(out)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusion_core.errors import FusionWarning
-from fusion_core.report import Report
 from ot_fusion.config import FusionConfig
 from ot_fusion.consistent import consistent_pair
 from ot_fusion.depth import with_layer_map
@@ -22,7 +20,7 @@ from ot_fusion.groups import Heads
 from ot_fusion.hooks import Statistics, collect
 from ot_fusion.plan import Plan
 from ot_fusion.relabel import check_states
-from ot_fusion.reporting import plan_rows
+from ot_fusion.results import Aligned, Fused
 from ot_fusion.spec.registry import spec_for
 from ot_fusion.spec.types import AlignmentSpec
 
@@ -40,76 +38,6 @@ __all__ = [
 ]
 
 Models = Sequence[Any] | Mapping[str, Any]
-
-
-@dataclass
-class Aligned:
-    """A source re-expressed in an anchor's coordinates.
-
-    Attributes:
-        model: of the anchor's class and shape; None where state dicts were given.
-        maps: plans by activation (``flow``) or by space (``consistent``).
-        state: its tensors.
-        costs: what the solvers said.
-    """
-
-    model: nn.Module | None
-    maps: dict[str, Plan]
-    state: dict[str, Tensor] = field(repr=False)
-    costs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]], repr=False)
-
-    @property
-    def report(self) -> Report:
-        """Cost, identity share and entropy of every map."""
-        return Report(title="Alignment", rows=plan_rows(self.maps, self.costs))
-
-
-@dataclass
-class Fused:
-    """One network out of several.
-
-    Attributes:
-        model: of the anchor's class and shape; None where state dicts were given.
-        maps: plans by activation or space; with more than two models ``source/activation``.
-        state: its tensors.
-        weights: of each model, summing to 1.
-        anchor: name of the model whose coordinates it has.
-        config: settings.
-        costs: what the solvers said.
-        aligned: per source, its tensors in the anchor's coordinates.
-    """
-
-    model: nn.Module | None
-    maps: dict[str, Plan]
-    state: dict[str, Tensor] = field(repr=False)
-    weights: dict[str, float]
-    anchor: str
-    config: FusionConfig = field(repr=False)
-    costs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]], repr=False)
-
-    @property
-    def report(self) -> Report:
-        """Cost, identity share and entropy of every map."""
-        return Report(title="Fusion", rows=plan_rows(self.maps, self.costs))
-
-    def save_pretrained(
-        self, out: Any, *, parents: Mapping[str, Any] | None = None, overwrite: bool = False
-    ) -> None:
-        """Write a model folder with ``maps.safetensors`` and ``ot_fusion.json``.
-
-        It appears whole or not at all.
-
-        Args:
-            out: the folder.
-            parents: paths of the parents by name, so that ``refuse`` finds them.
-            overwrite: replace what is there.
-
-        Raises:
-            InputError: the folder is not empty, or there is no model.
-        """
-        from ot_fusion.storage import save_fused
-
-        save_fused(self, out, parents=parents or {}, overwrite=overwrite)
 
 
 def _named(models: Models) -> dict[str, Any]:

@@ -58,6 +58,10 @@ def check_states(spec: AlignmentSpec, state: Mapping[str, Tensor], who: str = "t
         tensor = state[key]
         if not tensor.is_floating_point():
             raise DataError(f"{key} has dtype {tensor.dtype}; dequantise the model before fusing it")
+        if tensor.is_meta:
+            raise DataError(
+                f"{key} of {who} lies on the meta device and has no values; load the weights first"
+            )
         if tensor.ndim != len(tensor_spec.axes):
             raise SpecError(f"{key} has shape {tuple(tensor.shape)}, the spec {len(tensor_spec.axes)} axes")
         for number, axis in enumerate(tensor_spec.axes):
