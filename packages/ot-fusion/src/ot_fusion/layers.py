@@ -108,8 +108,8 @@ def fuse_linear(
 
     Example:
         >>> w = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> fused, _, t = fuse_linear(w[[1, 0]], None, w, None, config=FusionConfig(features="wts",
-        solver="emd"))
+        >>> exact = FusionConfig(features="wts", solver="emd")
+        >>> fused, _, t = fuse_linear(w[[1, 0]], None, w, None, config=exact)
         >>> torch.equal(fused, w), t.argmax(0)
         (True, tensor([1, 0]))
     """
