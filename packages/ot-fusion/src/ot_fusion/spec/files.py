@@ -1,0 +1,94 @@
+"""Specifications as files: JSON that programs write and people can read and edit."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from fusion_core.atomic import PathLike, atomic_write
+from ot_fusion.errors import SpecError
+from ot_fusion.groups import Blocks, Frozen, Full, Group, Heads
+from ot_fusion.spec.types import AlignmentSpec, Axis, Concat, Op, Space, TensorSpec
+
+__all__ = ["load_spec", "save_spec"]
+
+SCHEMA = "ot_fusion.spec/1"
+_GROUPS: dict[str, type[Group]] = {"full": Full, "frozen": Frozen, "blocks": Blocks, "heads": Heads}
+
+
+def save_spec(spec: AlignmentSpec, path: PathLike) -> None:
+    """Write a specification as JSON.
+
+    Args:
+        spec: what to write.
+        path: of the file, which appears whole or not at all.
+    """
+    kinds = {kind: name for name, kind in _GROUPS.items()}
+    document = {
+        "schema": SCHEMA,
+        "name": spec.name,
+        "spaces": {
+            name: {"group": kinds[type(space.group)], **dataclasses.asdict(space.group)}  # pyright: ignore[reportArgumentType]
+            for name, space in spec.spaces.items()
+        },
+        "tensors": {key: [_axis_out(axis) for axis in tensor.axes] for key, tensor in spec.tensors.items()},
+        "ops": [
+            {k: v for k, v in dataclasses.asdict(op).items() if v not in (None, (), "")} for op in spec.ops
+        ],
+        "tied": spec.tied,
+        "copied": spec.copied,
+        "notes": spec.notes,
+    }
+    with atomic_write(Path(path), "w") as file:
+        file.write(json.dumps(document, indent=1) + "\n")
+
+
+def _axis_out(axis: Axis | Concat | None) -> Any:
+    if axis is None:
+        return None
+    if isinstance(axis, Concat):
+        return [_axis_out(part) for part in axis.parts]
+    return {
+        k: v
+        for k, v in dataclasses.asdict(axis).items()
+        if (k, v) not in (("view", ""), ("inner", 1), ("side", "out"))
+    }
+
+
+def _axis_in(value: Any) -> Axis | Concat | None:
+    if value is None:
+        return None
+    return Concat(tuple(Axis(**part) for part in value)) if isinstance(value, list) else Axis(**value)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def load_spec(path: PathLike) -> AlignmentSpec:
+    """Read a specification.
+
+    Raises:
+        SpecError: no such file, no JSON, or another structure.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if found["schema"] != SCHEMA:
+            raise SpecError(f"{path} has schema {found['schema']!r}, wanted {SCHEMA!r}")
+        spaces: dict[str, Space] = {}
+        for name, entry in found["spaces"].items():
+            kind = _GROUPS[entry.pop("group")]
+            spaces[name] = Space(name, kind(**entry))
+        tensors = {
+            k: TensorSpec(k, tuple(_axis_in(axis) for axis in axes)) for k, axes in found["tensors"].items()
+        }
+        entries: list[dict[str, Any]] = [{k: _tuple(v) for k, v in entry.items()} for entry in found["ops"]]
+        ops = tuple(Op(**entry) for entry in entries)
+        tied = tuple(tuple(group) for group in found["tied"])
+        return AlignmentSpec(
+            spaces, tensors, ops, tied, tuple(found["copied"]), found["name"], dict(found["notes"])
+        )
+    except SpecError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpecError(f"{path} holds no specification: {type(error).__name__}: {error}") from error

@@ -1,0 +1,149 @@
+"""Folders in and out, streaming, resuming, refusing, interrupted runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusion_core.errors import CheckpointError
+from fusion_core.testing import kill_when
+from ot_fusion import FusionConfig, fuse
+from ot_fusion.errors import InputError
+from ot_fusion.fusing import settled
+from ot_fusion.storage import LazyState, folder_spec, fuse_folders, load_maps, refuse
+
+WEIGHTS = {"a": 0.5, "b": 0.5}
+
+
+@pytest.fixture(scope="module")
+def folders(models, tmp_path_factory):
+    place = tmp_path_factory.mktemp("models")
+    found = {}
+    for number, name in enumerate("ab"):
+        model = models.make("llama-mha", seed=number).float()
+        model.save_pretrained(place / name)
+        (place / name / "tokenizer.json").write_text("{}")
+        found[name] = str(place / name)
+    return found
+
+
+def loaded(folder):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("strategy", ["flow", "consistent"])
+def test_a_fused_folder_is_a_model_folder_with_its_maps(folders, tmp_path, models, strategy):
+    config = FusionConfig(features="wts", strategy=strategy)
+    pair = {name: loaded(path) for name, path in folders.items()}
+    fused = fuse(pair, config=config)
+    fused.save_pretrained(tmp_path / "out", parents=folders)
+    again = loaded(tmp_path / "out")
+    for key, value in fused.state.items():
+        assert torch.equal(again.state_dict()[key], value)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    maps = load_maps(tmp_path / "out" / "maps.safetensors")
+    assert {name: plan.matrix.shape for name, plan in maps.items()} == {
+        n: p.matrix.shape for n, p in fused.maps.items()
+    }
+    note = json.loads((tmp_path / "out" / "ot_fusion.json").read_text())
+    assert note["weights"] == WEIGHTS
+    assert note["anchor"] == "b"
+    with pytest.raises(InputError, match="not empty"):
+        fused.save_pretrained(tmp_path / "out")
+    refuse(tmp_path / "out", tmp_path / "other", alpha=0.2)
+    wanted = fuse(pair, config=config.replace(alpha=0.2)).state
+    for key, value in loaded(tmp_path / "other").state_dict().items():
+        torch.testing.assert_close(value, wanted[key], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", ["flow", "consistent"])
+def test_streaming_gives_the_same_model_in_small_shards(folders, tmp_path, strategy):
+    pair = {name: loaded(path) for name, path in folders.items()}
+    config = FusionConfig(features="wts", strategy=strategy)
+    spec = folder_spec(folders["b"], list(LazyState(folders["b"])))
+    config = settled(config, spec)
+    plans = fuse_folders(
+        folders, tmp_path / "out", anchor="b", weights=WEIGHTS, config=config, shard_bytes=8_000
+    )
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    wanted = fuse(pair, config=config)
+    assert set(plans) == set(wanted.maps)
+    for key, value in loaded(tmp_path / "out").state_dict().items():
+        torch.testing.assert_close(value, wanted.state[key], atol=1e-6, rtol=0)
+    assert not (tmp_path / "out.partial").exists()
+
+
+SCRIPT = """
+import sys
+from ot_fusion import FusionConfig
+from ot_fusion import storage
+import ot_fusion.fusing as fusing
+plain, count = fusing.mix_states, [0]
+def stop(*args, **kw):
+    count[0] += 1
+    if count[0] == 12 and sys.argv[4] == "stop":
+        open(sys.argv[3] + ".here", "w").close()
+        import time; time.sleep(60)
+    return plain(*args, **kw)
+fusing.mix_states = stop
+storage.fuse_folders({"a": sys.argv[1], "b": sys.argv[2]}, sys.argv[3], anchor="b",
+    weights={"a": 0.5, "b": 0.5},
+    config=FusionConfig(features="wts", strategy="consistent", legal="enforce"), shard_bytes=8000)
+print(count[0])
+"""
+
+
+def test_a_killed_run_leaves_no_folder_and_goes_on(folders, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SCRIPT, folders["a"], folders["b"], str(out)]
+    kill_when([*command, "stop"], Path(f"{out}.here"))
+    assert not out.exists()
+    assert (tmp_path / "out.partial" / "maps.safetensors").exists()
+    done = subprocess.run([*command, "go"], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < len(list(LazyState(folders["b"])))  # finished shards were kept
+    whole = fuse(
+        {n: loaded(p) for n, p in folders.items()}, config=FusionConfig(features="wts", strategy="consistent")
+    )
+    for key, value in loaded(out).state_dict().items():
+        torch.testing.assert_close(value, whole.state[key], atol=1e-6, rtol=0)
+
+
+def test_parents_that_changed_are_refused(folders, tmp_path, models):
+    import shutil
+
+    places = {name: str(shutil.copytree(path, tmp_path / name)) for name, path in folders.items()}
+    fused = fuse({n: loaded(p) for n, p in places.items()}, config=FusionConfig(features="wts"))
+    fused.save_pretrained(tmp_path / "out", parents=places)
+    models.make("llama-mha", seed=5).float().save_pretrained(places["a"])
+    with pytest.raises(InputError, match=r"the parent a .* was changed"):
+        refuse(tmp_path / "out", tmp_path / "other", alpha=0.5)
+    fused.save_pretrained(tmp_path / "bare")
+    with pytest.raises(InputError, match="does not say where a, b lie"):
+        refuse(tmp_path / "bare", tmp_path / "other", alpha=0.5)
+
+
+def test_bad_folders(folders, tmp_path):
+    with pytest.raises(InputError, match="no fused folder"):
+        refuse(tmp_path, tmp_path / "other")
+    (tmp_path / "x.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError):
+        load_maps(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="no plans"):
+        load_maps(next(Path(folders["a"]).glob("*.safetensors")))
+    with pytest.raises(InputError, match=r"readable config.json"):
+        folder_spec(tmp_path, [])
+    with pytest.raises(InputError, match="features='wts'"):
+        fuse_folders(folders, tmp_path / "o", anchor="b", weights=WEIGHTS, config=FusionConfig())
+
+
+def test_a_model_without_a_folder_class_is_saved_as_safetensors(models, tmp_path):
+    pair = [models.make("mlp"), models.make("mlp", seed=1)]
+    fused = fuse(pair, config=FusionConfig(features="wts"))
+    fused.save_pretrained(tmp_path / "out")
+    state = {key: LazyState(tmp_path / "out" / "model.safetensors")[key] for key in fused.state}
+    assert all(torch.equal(state[key], value) for key, value in fused.state.items())
