@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusechat import FusionBatch, FusionLoss, Targets
+from fusechat import FusionBatch, FusionLoss, Targets, merge
 from fusechat.align.counting import PairCounts
 from fusechat.align.dynamic import warp
 from fusechat.align.mapping import exact_table, nearest_table, statistics_table
@@ -14,11 +14,12 @@ from fusechat.align.pairs import dtw, token_costs
 from fusechat.align.projecting import Published, project, published_onehot, published_rows
 from fusechat.align.vocabulary import Vocabulary
 from fusechat.losses import log_probs_at
+from fusechat.merge import Merge, formulas
 from fusechat.selecting import avg_ce_weights, min_ce, stack_ce
 from fusion_core.testing import array, fill_state_dict
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-LOOSE = {"value": 1e-5, "loss": 1e-5, "model": 1e-5, "bf16": 1e-2}
+LOOSE = {"value": 1e-5, "loss": 1e-5, "model": 1e-5, "bf16": 1e-2, "slerp": 1e-5}
 
 
 def close(golden, actual, record, kind, dtype=torch.float64, what=""):
@@ -278,3 +279,117 @@ def test_end_to_end(golden, dtype):
     close(
         golden, loss(model(**inputs).logits, batch).total, record["loss_after"], "model", dtype, "loss_after"
     )
+
+
+def family(golden, dtype):
+    settings = golden.settings["merging"]
+    prefix = golden.settings["prefix"]
+    base = {
+        k: torch.as_tensor(array(f"{prefix}merge/pivot/{k}", tuple(s)), dtype=dtype)
+        for k, s in settings["shapes"].items()
+    }
+    targets = []
+    for j, scale in enumerate(settings["scales"]):
+        step = {
+            k: array(f"{prefix}merge/delta{j}/{k}", tuple(s), scale) for k, s in settings["shapes"].items()
+        }
+        still = {k for k, which in settings["equal_to_pivot"].items() if j in which}
+        targets.append(
+            {
+                k: v.clone() if k in still else v + torch.as_tensor(step[k], dtype=dtype)
+                for k, v in base.items()
+            }
+        )
+    return base, targets
+
+
+@both_dtypes
+def test_merging(golden, dtype):
+    record, settings = golden.load("merging.npz"), golden.settings["merging"]
+    base, targets = family(golden, dtype)
+    weights = record["weights"].tolist()
+    seen = {"weights"}
+
+    def same(merged, label, kind="value"):
+        found = merged.state_dict() if isinstance(merged, Merge) else merged
+        for key, value in found.items():
+            name = f"{label}/{key}"
+            if name not in record:
+                continue
+            seen.add(name)
+            expected = record[name]
+            if expected.ndim > value.ndim:  # mergekit returns one copy of the pivot's tensor per target
+                for copy in expected:
+                    close(golden, value, copy, kind, dtype, name)
+                continue
+            close(golden, value, expected, kind, dtype, name)
+
+    def told(merged, label):
+        for row in merged.weights().flat_rows():
+            name = f"{label}/{row['tensor']}"
+            if name in record:
+                seen.add(name)
+                close(
+                    golden,
+                    np.array([row[f"target {j}"] for j in range(len(targets))]),
+                    record[name],
+                    "value",
+                    dtype,
+                    name,
+                )
+
+    for tau in settings["taus"]:
+        share = float(tau)
+        same(merge.sce(targets, base=base, tau=share, variant="fusechat"), f"sce_fusechat_{tau}")
+        same(merge.sce(targets, base=base, tau=share, variant="mergekit"), f"sce_mergekit_{tau}")
+        same(merge.sce(targets, base=base, tau=share), f"sce_paper_norm_{tau}")
+        same(merge.sce(targets, base=base, tau=share, normalize=False), f"sce_paper_sum_{tau}")
+        told(merge.sce(targets, base=base, tau=share, variant="fusechat"), f"sce_weights_fusechat_{tau}")
+        told(merge.sce(targets, base=base, tau=share), f"sce_weights_paper_{tau}")
+    small = settings["small_delta"]
+    key = small["tensor"]
+    near = [{key: base[key] + small["factor"] * (t[key] - base[key])} for t in targets]
+    for variant in ("fusechat", "mergekit"):
+        row = (
+            merge.sce(near, base={key: base[key]}, tau=small["tau"], variant=variant).weights().flat_rows()[0]
+        )
+        name = f"sce_small_delta_weights_{variant}"
+        seen.add(name)
+        found = np.array([row[f"target {j}"] for j in range(len(targets))])
+        bound = (
+            1e-3 if dtype == torch.float32 else None
+        )  # differences of float32 numbers that are nearly equal
+        if bound is None:
+            close(golden, found, record[name], "value", dtype, name)
+        else:
+            golden.assert_close(found, record[name], rtol=0, atol=bound, what=name)
+    for level in ("matrix", "module", "layer", "model"):
+        told(merge.varm(targets, base=base, level=level), f"varm_{level}_weights")
+        same(merge.varm(targets, base=base, level=level), f"varm_{level}")
+    same(merge.varm(targets, base=base, level="element"), "varm_element")
+    told(merge.varm(targets, base=base, softmax=True), "varm_softmax_matrix_weights")
+    same(merge.linear(targets, weights=weights), "linear_normalized")
+    same(merge.task_arithmetic(targets, base=base, weights=weights), "task_arithmetic")
+    lam = settings["task_lambda"]
+    label = f"task_arithmetic_normalized_lambda{lam}"
+    same(merge.task_arithmetic(targets, base=base, weights=weights, lam=lam, normalize=True), label)
+    for density in settings["ties_densities"]:
+        same(
+            merge.ties(targets, base=base, weights=weights, density=float(density)), f"ties_density{density}"
+        )
+    slerp = settings["slerp"]
+    pair = [targets[j] for j in slerp["targets"]]
+    same(merge.slerp(pair, t=slerp["t"]), f"slerp_{slerp['t']}", "slerp")
+    line = settings["slerp_colinear"]
+    vector = targets[line["target"]][line["tensor"]]
+    seen.add("slerp_colinear")
+    found = formulas.slerp(vector, line["factor"] * vector, line["t"])
+    close(golden, found, record["slerp_colinear"], "slerp", dtype, "slerp_colinear")
+    dare = settings["dare"]
+    delta = targets[dare["target"]][dare["tensor"]] - base[dare["tensor"]]
+    mask = torch.from_numpy(record["dare_mask"].astype(bool))
+    for rule, name in (("density", f"dare_rescale_density{dare['density']}"), ("l1", "dare_rescale_l1")):
+        seen.add(name)
+        found = formulas.dare_rescale(delta, mask, dare["density"], rescale=rule)
+        close(golden, found, record[name], "value", dtype, name)
+    assert set(record) - seen - {"dare_mask"} == set()
