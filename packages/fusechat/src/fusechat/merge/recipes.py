@@ -109,7 +109,7 @@ def _rule(method: str, own: list[dict[str, Any]], shared: dict[str, Any]) -> Rul
 
 
 def _gradient(value: Any) -> Any:
-    """mergekit writes filters as a list of ``{filter, value}``; the entry without filter is the default."""
+    """Mergekit writes filters as a list of ``{filter, value}``; the entry without filter is the default."""
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         return {str(entry.get("filter", "default")): entry["value"] for entry in value}
     return value

@@ -375,7 +375,7 @@ class Dare(Rule):
 
     def measure(
         self, key: str, chunks: Chunks, size: int, count: int
-    ) -> tuple[Tensor, list[tuple[float, float]] | None]:  # noqa: ARG002
+    ) -> tuple[Tensor, list[tuple[float, float]] | None]:
         """Weights, and the norms that the rescaling keeps."""
         weights = _vector(self.weights, count)
         if self.rescale == "density":

@@ -174,7 +174,7 @@ class Merge:
             names = [source.name for source in self.targets]
             rows.append(
                 {"tensor": key, **({n: w for n, w in zip(names, told, strict=False)} if told else {})}
-            )  # noqa: C416
+            )
         return Report(title=f"Weights of {self.rule.name}", rows=rows)
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
