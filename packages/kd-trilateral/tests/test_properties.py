@@ -68,7 +68,9 @@ def test_loss_is_affine_in_alpha(drawn, tau, alpha):
     torch.testing.assert_close(at(0.0), F.cross_entropy(zs, y))
     torch.testing.assert_close(at(1.0), tau**2 * F.kl_div(p, q, reduction="batchmean"), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(at(alpha), alpha * at(1.0) + (1 - alpha) * at(0.0))
-    torch.testing.assert_close(mix(torch.tensor(alpha), kl, ce).mean(), at(alpha), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        mix(torch.tensor(alpha, dtype=kl.dtype), kl, ce).mean(), at(alpha), rtol=1e-6, atol=1e-9
+    )
 
 
 # 3
