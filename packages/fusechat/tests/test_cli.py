@@ -97,10 +97,27 @@ def test_merge(place, tmp_path):
         (["merge", "A", "S", "--method", "linear", "--out", "O"], "the checkpoints differ"),
         (["collect", "--model", "A", "--data", "none.jsonl", "--out", "O"], "none.jsonl cannot be read"),
         (["inspect", "nowhere"], "nowhere"),
-        (["train", "--pivot", "P", "--store", "O", "--data", "T", "--out", "O", "--weight", "0.1", "--lambda", "0.9"], "give one"),
+        (
+            [
+                "train",
+                "--pivot",
+                "P",
+                "--store",
+                "O",
+                "--data",
+                "T",
+                "--out",
+                "O",
+                "--weight",
+                "0.1",
+                "--lambda",
+                "0.9",
+            ],
+            "give one",
+        ),
         (["train", "--pivot", "P", "--store", "O", "--data", "T", "--out", "O", "--weight", "2"], "weight"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_and_exit_2(place, tmp_path, arguments, words):
     places = {
         "A": place / "t0",

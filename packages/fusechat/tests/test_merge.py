@@ -154,7 +154,7 @@ STREAMED = {
 
 def stored(folder):
     reader = ShardReader(folder)
-    return {key: reader.get(key) for key in reader.keys()}
+    return {key: reader.get(key) for key in reader}
 
 
 @pytest.mark.parametrize("name", STREAMED)
@@ -332,7 +332,8 @@ def test_recipes_of_mergekit(big, tmp_path):
     wanted = merge.sce([place / "t0", place / "t1"], base=place / "base", tau=0.5).state_dict()
     assert all(torch.equal(found[key], value) for key, value in wanted.items())
     (tmp_path / "r.yml").write_text(
-        f"merge_method: slerp\nbase_model: {place / 't0'}\nmodels:\n  - model: {place / 't0'}\n  - model: {place / 't1'}\nparameters:\n  t:\n    - filter: mlp\n      value: [0, 1]\n    - value: 0.5\n"
+        f"merge_method: slerp\nbase_model: {place / 't0'}\nmodels:\n  - model: {place / 't0'}\n  - model: "
+        f"{place / 't1'}\nparameters:\n  t:\n    - filter: mlp\n      value: [0, 1]\n    - value: 0.5\n"
     )
     assert merge.from_recipe(tmp_path / "r.yml").weights().flat_rows()[-1]["t1"] == 0.5
     linear = {

@@ -82,8 +82,16 @@ def test_damaged_shards_are_named(store, tmp_path):
 def test_batches_do_not_change_the_store(
     store, source_model, source_tokenizer, pivot_tokenizer, dialogues, tmp_path
 ):
-    one = collect(source_model, dialogues, out=tmp_path / "one", k=8, tokenizer=source_tokenizer,
-                  pivot_tokenizer=pivot_tokenizer, batch_tokens=1, shard_rows=4)  # fmt: skip
+    one = collect(
+        source_model,
+        dialogues,
+        out=tmp_path / "one",
+        k=8,
+        tokenizer=source_tokenizer,
+        pivot_tokenizer=pivot_tokenizer,
+        batch_tokens=1,
+        shard_rows=4,
+    )
     for row in range(len(store)):
         assert one[row].encoded.ids.tolist() == store[row].encoded.ids.tolist()
         np.testing.assert_allclose(one[row].lse, store[row].lse, rtol=1e-5)
@@ -131,8 +139,15 @@ def test_two_ranks_equal_one(source_model, source_tokenizer, dialogues, tmp_path
     ]
     ranks = [subprocess.Popen(words, env={**os.environ, **world, "RANK": str(rank)}) for rank in range(2)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    one = collect(str(tmp_path / "model"), dialogues, out=tmp_path / "one", k=8, shard_rows=2, device="cpu",
-                  dtype="float32")  # fmt: skip
+    one = collect(
+        str(tmp_path / "model"),
+        dialogues,
+        out=tmp_path / "one",
+        k=8,
+        shard_rows=2,
+        device="cpu",
+        dtype="float32",
+    )
     assert folder_bytes(tmp_path / "two") == folder_bytes(one.folder)
 
 
@@ -169,9 +184,15 @@ def test_every_map_and_alignment_collates(
     store, pivot_store, pivot_tokenizer, source_tokenizer, dialogues, vocab, align
 ):
     for unaligned in ("skip", "onehot", "pivot"):
-        batch = collator(pivot_tokenizer, store, source_tokenizer, pivot=pivot_store, vocab=vocab,
-                         align=align,
-                         unaligned=unaligned)(dialogues[:2])  # fmt: skip
+        batch = collator(
+            pivot_tokenizer,
+            store,
+            source_tokenizer,
+            pivot=pivot_store,
+            vocab=vocab,
+            align=align,
+            unaligned=unaligned,
+        )(dialogues[:2])
         source = batch.sources[0]
         probs, _ = source.filled(batch.pivot).probabilities()
         covered = source.mask & (source.ids >= 0).any(-1)
@@ -191,8 +212,14 @@ def test_collator_names_foreign_texts(store, pivot_tokenizer, source_tokenizer, 
 
 def test_stores_of_other_texts(store, source_model, source_tokenizer, pivot_tokenizer, dialogues, tmp_path):
     changed = [*dialogues[:5], [dialogues[5][0], {"role": "assistant", "content": "other"}]]
-    other = collect(source_model, changed, out=tmp_path / "other", k=4, tokenizer=source_tokenizer,
-                    pivot_tokenizer=pivot_tokenizer)  # fmt: skip
+    other = collect(
+        source_model,
+        changed,
+        out=tmp_path / "other",
+        k=4,
+        tokenizer=source_tokenizer,
+        pivot_tokenizer=pivot_tokenizer,
+    )
     with pytest.raises(AlignmentError, match=r"row 5 differs from character \d+"):
         check_same_texts(store, other)
     with pytest.raises(AlignmentError, match="row 5"):
@@ -232,10 +259,18 @@ def test_rows_without_a_turn_are_kept_empty(source_model, source_tokenizer, dial
 def arguments(folder, **options):
     from transformers import TrainingArguments
 
-    given = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2,
-             "lr_scheduler_type": "constant",
-             "report_to": [], "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "seed": 0,
-             "disable_tqdm": True}  # fmt: skip
+    given = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "seed": 0,
+        "disable_tqdm": True,
+    }
     return TrainingArguments(str(folder), **{**given, **options})
 
 

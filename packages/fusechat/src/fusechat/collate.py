@@ -199,8 +199,16 @@ class FusionCollator:
             same = project(
                 stored.logits[pairs.source], stored.indices[pairs.source], np.arange(self.pivot.vocab_size)
             )
-            parts.append((pairs.pivot, same.ids, same.logits, stored.lse[pairs.source],
-                          stored.token_ce[pairs.source], stored.ce))  # fmt: skip
+            parts.append(
+                (
+                    pairs.pivot,
+                    same.ids,
+                    same.logits,
+                    stored.lse[pairs.source],
+                    stored.token_ce[pairs.source],
+                    stored.ce,
+                )
+            )
         return _padded(parts, len(sides), width, self.pivot.k)
 
     def _targets(self, number: int, sides: list[tuple[Encoded, int]], width: int) -> Targets:

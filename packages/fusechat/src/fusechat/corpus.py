@@ -66,6 +66,9 @@ def split(texts: list[str]) -> Corpus:
 
 
 def load_corpus() -> Corpus:
-    """The texts that ship with the package: held out and for the pivot; the sources' own are not needed again."""
+    """The texts that ship with the package.
+
+    Held out and for the pivot; the sources' own are not needed again.
+    """
     found = json.loads((files("fusechat") / "checkpoints" / "corpus.json").read_text("utf-8"))
     return Corpus(found["held_out"], found["tuning"], [], [])

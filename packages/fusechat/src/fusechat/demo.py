@@ -20,7 +20,10 @@ from fusion_core.errors import require_extra
 from fusion_core.report import Claim, Figure
 from fusion_core.seeding import generator
 
-PAPER = "Fanqi Wan, Longguang Zhong, Ziyi Yang, Ruijun Chen, Xiaojun Quan: FuseChat: Knowledge Fusion of Chat Models, EMNLP 2025"
+PAPER = (
+    "Fanqi Wan, Longguang Zhong, Ziyi Yang, Ruijun Chen, Xiaojun Quan: FuseChat: Knowledge Fusion of "
+    "Chat Models, EMNLP 2025"
+)
 METRIC = "bits_per_character"
 SFT = "fine-tuning only"
 STEPS, LR = 110, 2e-3
@@ -36,9 +39,11 @@ CONTROL = "control: the pivot itself, lambda 0.5"
 SLOW = ("source 1, lambda 0.2",)  # of the full mode only
 PARENTS = ("source 1, lambda 0.5", "source 2, lambda 0.5")
 NOTES = (
-    "A small-scale task, not chat models: docstrings of Python's standard library, three byte-pair tokenizers, Llamas of 0.1 to "
+    "A small-scale task, not chat models: docstrings of Python's standard library, three byte-pair "
+    "tokenizers, Llamas of 0.1 to "
     "0.2 million parameters that ship with the package. Nothing is downloaded.",
-    "Held-out bits per character compare models of different tokenizers. MinCE follows the source for nearly all texts here, "
+    "Held-out bits per character compare models of different tokenizers. MinCE follows the source for "
+    "nearly all texts here, "
     "so it changes nothing.",
 )
 
@@ -87,7 +92,8 @@ def batches(
     )
     draws = generator(seed, "demo")
     rows = [torch.randint(0, len(texts), (BATCH,), generator=draws).tolist() for _ in range(steps)]
-    return [collate([texts[i] for i in row]) for row in rows]
+    picked: list[list[Any]] = [[texts[i] for i in row] for row in rows]
+    return [collate(batch) for batch in picked]
 
 
 def tuned(made: Sequence[Any], weight: float) -> Any:
@@ -185,7 +191,8 @@ def _claims(table: Comparison) -> list[Claim]:
             "Pairwise fusion of a source with another tokenizer beats fine-tuning alone",
             "section 4",
             half < at[SFT] and paper < at[SFT],
-            f"Bits per character: fine-tuning {at[SFT]:.3f}, fused at lambda 0.9 {paper:.3f}, at 0.5 {half:.3f}; distilling the "
+            f"Bits per character: fine-tuning {at[SFT]:.3f}, fused at lambda 0.9 {paper:.3f}, at 0.5 "
+            f"{half:.3f}; distilling the "
             f"pivot into itself {control:.3f}, so the gain is the source's knowledge.",
         ),
         Claim(
@@ -198,7 +205,8 @@ def _claims(table: Comparison) -> list[Claim]:
             "VaRM and SCE merge better than plain averaging",
             "section 5",
             min(rules["VaRM"], rules["SCE, tau 1"]) < rules["linear"] - 0.005,
-            f"linear {rules['linear']:.3f}, VaRM {rules['VaRM']:.3f}, SCE {rules['SCE, tau 1']:.3f}: they differ by {gap:.3f}, "
+            f"linear {rules['linear']:.3f}, VaRM {rules['VaRM']:.3f}, SCE {rules['SCE, tau 1']:.3f}: they "
+            f"differ by {gap:.3f}, "
             "less than the seeds do."
             if gap < 0.005
             else f"linear {rules['linear']:.3f}, VaRM {rules['VaRM']:.3f}, SCE {rules['SCE, tau 1']:.3f}.",
@@ -276,6 +284,6 @@ method = Method(
     title="FuseChat: knowledge fusion across tokenizers",
     paper=PAPER,
     url="https://arxiv.org/abs/2408.07990",
-    summary="A pivot is fine-tuned towards the aligned distributions of models with other tokenizers; the targets are merged.",
+    summary="A pivot learns aligned distributions of models with other tokenizers; the targets are merged.",
     demo=demo,
 )

@@ -115,8 +115,15 @@ class FusionLoss(nn.Module):
         self.weight = check_range("weight", weight, 0.0, 1.0)
         check_divergence(divergence, beta)
         self.temperature = check_range("temperature", temperature, 0.0, float("inf"), open=True)
-        given = {"select": select, "mince": mince, "mask": mask, "schedule": schedule, "tail": tail,
-                 "rewards": rewards, "sft_dtype": sft_dtype}  # fmt: skip
+        given = {
+            "select": select,
+            "mince": mince,
+            "mask": mask,
+            "schedule": schedule,
+            "tail": tail,
+            "rewards": rewards,
+            "sft_dtype": sft_dtype,
+        }
         for name, value in given.items():
             if value not in _CHOICES[name]:
                 raise ConfigError(f"{name} is {value!r}, wanted one of {list(_CHOICES[name])}")

@@ -153,8 +153,14 @@ class TopKStore:
         if logits_dtype not in ("float16", "float32"):
             raise InputError(f"logits_dtype is {logits_dtype!r}, wanted 'float16' or 'float32'")
         indices = "uint16" if vocab_size <= 1 << 16 else "int32"
-        layout = {"rows": rows, "k": k, "vocab_size": vocab_size, "logits_dtype": logits_dtype,
-                  "indices_dtype": indices, "shard_rows": shard_rows}  # fmt: skip
+        layout = {
+            "rows": rows,
+            "k": k,
+            "vocab_size": vocab_size,
+            "logits_dtype": logits_dtype,
+            "indices_dtype": indices,
+            "shard_rows": shard_rows,
+        }
         made = json.loads(json.dumps({**layout, "fingerprint": dict(fingerprint)}))
         if (Path(folder) / "manifest.json").exists():
             store = cls(folder)
@@ -168,8 +174,15 @@ class TopKStore:
             return store
         from fusion_core.demo import package_version
 
-        manifest = {"schema": SCHEMA, "kind": KIND, "version": package_version("fusechat"), **made,
-                    "digest": digest(made), "shards": [], "complete": False}  # fmt: skip
+        manifest = {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "version": package_version("fusechat"),
+            **made,
+            "digest": digest(made),
+            "shards": [],
+            "complete": False,
+        }
         Path(folder).mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(folder) / "manifest.json", "w") as file:
             json.dump(manifest, file, indent=1)

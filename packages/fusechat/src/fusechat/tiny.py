@@ -56,9 +56,8 @@ def train_tokenizer(texts: Sequence[str], size: int, kind: str) -> Any:
 def _wrapped(made: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    special = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")  # noqa: C408, S106
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
 
 
 def load_tokenizer(name: str) -> Any:

@@ -1,4 +1,7 @@
-"""Train the demo's checkpoints: ``python -m fusechat.train_checkpoints [OUT]`` (about a minute on one core)."""
+"""Train the demo's checkpoints.
+
+``python -m fusechat.train_checkpoints [OUT]`` (about a minute on one core).
+"""
 
 from __future__ import annotations
 

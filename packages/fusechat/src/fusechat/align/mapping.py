@@ -198,8 +198,10 @@ def vocabulary_map(
     kept: Sequence[str] = list(texts) if texts is not None else []
     neighbours = None
     if method == "mined" and cooccurrence:
-        encoded = [[t(text, add_special_tokens=False)["input_ids"] for text in kept]
-                   for t in (source_tokenizer, pivot_tokenizer)]  # fmt: skip
+        encoded = [
+            [t(text, add_special_tokens=False)["input_ids"] for text in kept]
+            for t in (source_tokenizer, pivot_tokenizer)
+        ]
         neighbours = Cooccurrence.of(encoded[0], encoded[1], exact_table(source, pivot))
     if statistical:
         table = exact_table(source, pivot)

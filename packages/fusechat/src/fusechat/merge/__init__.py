@@ -1,7 +1,7 @@
 """Merging checkpoints of one architecture: VaRM, SCE and the field's other rules, streamed.
 
-Every function takes folders, safetensors files or state dicts and returns a :class:`Merge`: ``.save(folder)``,
-``.state_dict()``, ``.weights()``, ``.dry_run()``.
+Every function takes folders, safetensors files or state dicts and returns a :class:`Merge`:
+``.save(folder)``, ``.state_dict()``, ``.weights()``, ``.dry_run()``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from fusechat.merge.formulas import Measure, Variant
 from fusechat.merge.recipes import from_recipe
-from fusechat.merge.rules import Dare, Gradient, Level, Linear, Sce, Slerp, TaskArithmetic, Ties, Varm
+from fusechat.merge.rules import Dare, Level, Linear, Sce, TaskArithmetic, Ties, Varm
+from fusechat.merge.spherical import Gradient, Slerp
 from fusechat.merge.streaming import Merge
 
 __all__ = ["Merge", "dare", "from_recipe", "linear", "sce", "slerp", "task_arithmetic", "ties", "varm"]
@@ -111,8 +112,8 @@ def sce(
         targets: as in :func:`linear`.
         base: the pivot.
         tau: kept share of the elements that vary; 1 keeps all.
-        variant: ``paper``; ``fusechat`` (the published fork: selection changes the weights only); ``mergekit`` (uniform
-            weights where the mean squares are below 1e-6).
+        variant: ``paper``; ``fusechat`` (the published fork: selection changes the weights only);
+            ``mergekit`` (uniform weights where the mean squares are below 1e-6).
         normalize: divide by the weights that agree.
         **options: as in :func:`linear`.
 

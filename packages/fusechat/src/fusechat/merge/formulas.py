@@ -1,7 +1,9 @@
-"""The merging rules as pure functions of one tensor: theta is the pivot, theta_j a target, delta_j their difference.
+"""The merging rules as pure functions of one tensor.
 
-Source: VaRM (arXiv 2402.16107), SCE (arXiv 2408.07990), TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), task arithmetic
-(arXiv 2212.04089).
+Theta is the pivot, theta_j a target, delta_j their difference.
+
+Source: VaRM (arXiv 2402.16107), SCE (arXiv 2408.07990), TIES (arXiv 2306.01708), DARE (arXiv 2311.03099),
+task arithmetic (arXiv 2212.04089).
 """
 
 from __future__ import annotations
@@ -17,9 +19,23 @@ from torch import Tensor
 from fusion_core.errors import InputError, ShapeError
 
 __all__ = [
-    "Measure", "Variant", "change", "dare_rescale", "elect_sign", "linear", "sce_merge", "sce_select", "sce_weights", "slerp",
-    "task_arithmetic", "ties_merge", "varm_element", "varm_weights",
-]  # fmt: skip
+    "Measure",
+    "Variant",
+    "change",
+    "dare_rescale",
+    "elect_sign",
+    "largest",
+    "linear",
+    "sce_merge",
+    "sce_select",
+    "sce_weights",
+    "slerp",
+    "task_arithmetic",
+    "ties_merge",
+    "variance",
+    "varm_element",
+    "varm_weights",
+]
 
 Variant = Literal["paper", "fusechat", "mergekit"]
 Measure = Literal["square", "abs", "signed"]
@@ -128,8 +144,8 @@ def varm_element(
         targets: the targets' tensors.
         deltas: their differences to the pivot.
         measure: of change.
-        floor: the published code divides by ``max(sum, 1e-13)``, so that weights sum to less than 1 where nothing
-            changed; None takes the exact ratio, uniform where nothing changed.
+        floor: the published code divides by ``max(sum, 1e-13)``, so that weights sum to less than 1 where
+            nothing changed; None takes the exact ratio, uniform where nothing changed.
 
     Example:
         >>> varm_element(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [3.0]]))
@@ -152,7 +168,8 @@ def sce_select(deltas: Float[Tensor, "targets *shape"], tau: float) -> tuple[Boo
         tau: kept share of the elements that vary, in (0, 1]; 1 keeps all elements.
 
     Returns:
-        What is kept, and how many elements vary (``nz``). Equal variances are kept in the order of their flat index.
+        What is kept, and how many elements vary (``nz``). Equal variances are kept in the order of their flat
+        index.
 
     Example:
         >>> sce_select(torch.tensor([[1.0, 0.0, 5.0], [1.0, 1.0, 1.0]]), 0.5)
@@ -214,14 +231,15 @@ def sce_merge(
     variant: Variant = "paper",
     normalize: bool = True,
 ) -> Float[Tensor, "*shape"]:
-    """SCE's erase and sum: deltas against the majority's sign are dropped, the rest is averaged with the weights.
+    """SCE's erase and sum: what goes against the majority's sign is dropped, the rest averaged.
 
     Args:
         base: the pivot.
         deltas: differences of the targets.
         weights: of :func:`sce_weights`.
         keep: of :func:`sce_select`; None keeps all.
-        variant: ``paper`` and ``mergekit`` erase and sum kept deltas; ``fusechat`` (the published fork) the raw ones.
+        variant: ``paper`` and ``mergekit`` erase and sum kept deltas; ``fusechat`` (the published fork) the
+            raw ones.
         normalize: divide by the sum of the weights that agree (1 where none does).
 
     Example:
@@ -305,7 +323,9 @@ def slerp(
     *,
     products: Sequence[float] | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """Spherical interpolation of two tensors as whole vectors; a straight line where they are nearly colinear.
+    """Spherical interpolation of two tensors as whole vectors.
+
+    A straight line where they are nearly colinear.
 
     Args:
         first: at t = 0.

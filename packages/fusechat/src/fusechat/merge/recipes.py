@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusechat.merge.rules import Dare, Linear, Rule, Sce, Slerp, TaskArithmetic, Ties
+from fusechat.merge.rules import Dare, Linear, Rule, Sce, TaskArithmetic, Ties
+from fusechat.merge.spherical import Slerp
 from fusechat.merge.streaming import Merge
 from fusion_core.atomic import PathLike
 from fusion_core.errors import ConfigError, require_extra
@@ -104,7 +105,8 @@ def _rule(method: str, own: list[dict[str, Any]], shared: dict[str, Any]) -> Rul
     if method == "slerp":
         return Slerp(_gradient(shared.get("t", 0.5)))
     raise ConfigError(
-        f"merge_method is {method!r}, wanted linear, task_arithmetic, ties, dare_linear, dare_ties, slerp or sce"
+        f"merge_method is {method!r}, wanted linear, task_arithmetic, ties, dare_linear, dare_ties, slerp or "
+        "sce"
     )
 
 

@@ -1,6 +1,7 @@
 """The merging methods over a whole checkpoint: what each has to measure first, and how it joins a chunk.
 
-Sums run in float64 over fixed blocks of 2^16 elements, added in order, so results do not depend on chunks or workers.
+Sums run in float64 over fixed blocks of 2^16 elements, added in order, so results do not depend on chunks or
+workers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ __all__ = [
     "Linear",
     "Rule",
     "Sce",
-    "Slerp",
     "TaskArithmetic",
     "Ties",
     "Varm",
@@ -37,7 +37,7 @@ __all__ = [
 
 BLOCK = 1 << 16
 Level = Literal["matrix", "module", "layer", "model", "element"]
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.(.*)$")
+LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.(.*)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Rule(ABC):
         if weights is not None and not all(math.isfinite(w) for w in weights):
             raise InputError(f"weights is {list(weights)}, wanted finite numbers")
 
-    def prepare(self, chunks: Mapping[str, Chunks], sizes: Mapping[str, int]) -> None:
+    def prepare(self, chunks: Mapping[str, Chunks], sizes: Mapping[str, int]) -> None:  # noqa: B027
         """Measure over several tensors, where the method needs it."""
 
     @abstractmethod
@@ -169,7 +169,7 @@ class Varm(Rule):
         """The group of a tensor: itself, its module, its layer, or the whole model."""
         if self.level == "model":
             return "model"
-        found = _LAYER.search(key)
+        found = LAYER.search(key)
         if found is None or self.level in ("matrix", "element"):
             return key
         if self.level == "layer":
@@ -333,7 +333,10 @@ class Ties(Rule):
 
 @dataclass
 class Dare(Rule):
-    """Drop and rescale, then a linear sum or TIES' election; the mask hangs on seed, tensor and target alone."""
+    """Drop and rescale, then a linear sum or TIES' election.
+
+    The mask hangs on seed, tensor and target alone.
+    """
 
     density: float = 0.6
     weights: Sequence[float] | None = None
@@ -348,14 +351,14 @@ class Dare(Rule):
         _checked_density(self.density)
         if self.rescale not in ("density", "l1") or self.consensus not in ("linear", "ties"):
             raise InputError(
-                f"rescale is {self.rescale!r} and consensus {self.consensus!r}, wanted density or l1, linear or ties"
+                f"rescale is {self.rescale!r} and consensus {self.consensus!r}, wanted density or l1, linear "
+                "or ties"
             )
 
     def mask(self, key: str, target: int, start: int, count: int) -> Tensor:
         """What a target keeps of some entries, which begin at a block."""
-        parts: list[Any] = []
-        for block in range(start // BLOCK, (start + count - 1) // BLOCK + 1):
-            parts.append(rng(self.seed, key, target, block).random(BLOCK) < self.density)
+        blocks = range(start // BLOCK, (start + count - 1) // BLOCK + 1)
+        parts = [rng(self.seed, key, target, block).random(BLOCK) < self.density for block in blocks]
         return torch.from_numpy(np.concatenate(parts)[:count]) if parts else torch.zeros(0, dtype=torch.bool)
 
     def _dropped(self, key: str, chunk: Chunk, norms: list[tuple[float, float]] | None) -> Tensor:
@@ -374,7 +377,11 @@ class Dare(Rule):
         )
 
     def measure(
-        self, key: str, chunks: Chunks, size: int, count: int
+        self,
+        key: str,
+        chunks: Chunks,
+        size: int,  # noqa: ARG002
+        count: int,
     ) -> tuple[Tensor, list[tuple[float, float]] | None]:
         """Weights, and the norms that the rescaling keeps."""
         weights = _vector(self.weights, count)
@@ -399,66 +406,3 @@ class Dare(Rule):
     def told(self, state: tuple[Tensor, Any]) -> list[float]:
         """The weights."""
         return state[0].tolist()
-
-
-Gradient = float | Sequence[float] | Mapping[str, float | Sequence[float]]
-
-
-@dataclass
-class Slerp(Rule):
-    """Spherical interpolation of two targets; ``t`` may run over the depth, by filters on names."""
-
-    t: Gradient = 0.5
-    layers: int | None = None
-    name = "slerp"
-    needs_base = False
-
-    def check(self, count: int) -> None:
-        """Refuse another number of targets than two, or ``t`` outside [0, 1].
-
-        Raises:
-            InputError: names what was given.
-        """
-        if count != 2:
-            raise InputError(f"slerp interpolates two targets, got {count}")
-        entries = list(self.t.values()) if isinstance(self.t, Mapping) else [self.t]
-        numbers = [x for entry in entries for x in (entry if isinstance(entry, Sequence) else [entry])]
-        if not numbers or not all(0 <= float(x) <= 1 for x in numbers):
-            raise InputError(f"t is {self.t}, wanted numbers in [0, 1]")
-
-    def prepare(self, chunks: Mapping[str, Chunks], sizes: Mapping[str, int]) -> None:  # noqa: ARG002
-        """Count the layers."""
-        found = [int(match[1]) for key in chunks if (match := _LAYER.search(key))]
-        self.layers = max(found) + 1 if found else 1
-
-    def at(self, key: str) -> float:
-        """``t`` of a tensor: the first filter that its name holds, then its layer on the gradient."""
-        value: Any = self.t
-        if isinstance(value, Mapping):
-            value = next(
-                (v for k, v in value.items() if k and k != "default" and k in key),
-                value.get("default", value.get("", 0.5)),
-            )
-        if not isinstance(value, Sequence):
-            return float(value)
-        found = _LAYER.search(key)
-        places = np.linspace(0, 1, len(value))
-        depth = int(found[1]) / max((self.layers or 1) - 1, 1) if found else 0.5
-        return float(np.interp(depth, places, value))
-
-    def measure(self, key: str, chunks: Chunks, size: int, count: int) -> tuple[float, list[float]]:  # noqa: ARG002
-        """``t`` and the products of the whole tensors."""
-        products = torch.zeros(3, dtype=torch.float64)
-        for chunk in chunks():
-            for part in chunk.targets.split(BLOCK, -1):
-                a, b = part.double()
-                products = products + torch.stack([(a * a).sum(), (b * b).sum(), (a * b).sum()])
-        return self.at(key), products.tolist()
-
-    def join(self, key: str, state: tuple[float, list[float]], chunk: Chunk) -> Tensor:  # noqa: ARG002
-        """The interpolated entries."""
-        return formulas.slerp(chunk.targets[0], chunk.targets[1], state[0], products=state[1])
-
-    def told(self, state: tuple[float, list[float]]) -> list[float]:
-        """Shares of both."""
-        return [1 - state[0], state[0]]

@@ -89,7 +89,7 @@ class DiskSource(Source):
         """
         found = self.reader.info(key)
         part = torch.empty(stop - start, dtype=getattr(torch, found.dtype))
-        with open(found.file, "rb", buffering=0) as file:
+        with found.file.open("rb", buffering=0) as file:
             file.seek(found.offset + start * part.element_size())
             count = file.readinto(raw_bytes(part).data) if part.numel() else 0
         if count != part.nbytes:
@@ -142,8 +142,8 @@ def check_sources(base: Source, others: Sequence[Source], embeddings: str = "err
     Args:
         base: the pivot (or the first target).
         others: the targets.
-        embeddings: ``error``, or ``common``: tables with other numbers of rows are merged on their common rows, the
-            base's others stay.
+        embeddings: ``error``, or ``common``: tables with other numbers of rows are merged on their common
+            rows, the base's others stay.
 
     Returns:
         Per table of unequal rows, how many are common.

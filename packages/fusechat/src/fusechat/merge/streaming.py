@@ -1,4 +1,7 @@
-"""Merging a checkpoint piece by piece: bounded memory, resumable, the same bits under any chunking and workers."""
+"""Merging a checkpoint piece by piece.
+
+Bounded memory, resumable, the same bits under any chunking and workers.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,8 +32,29 @@ from fusion_core.shards import raw_bytes
 __all__ = ["Merge"]
 
 _CHUNK = 4 * BLOCK
-_COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "chat_template*", "added_tokens.json")  # fmt: skip
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "added_tokens.json",
+)
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass
@@ -85,7 +109,8 @@ class Merge:
             **options: ``embeddings``, ``chunk``.
 
         Raises:
-            InputError: no targets, the same twice, a target that is the pivot, no pivot where the method needs one.
+            InputError: no targets, the same twice, a target that is the pivot, no pivot where the method
+                needs one.
             IncompatibleCheckpoints: other names, shapes or kinds.
         """
         if not targets:
@@ -172,9 +197,7 @@ class Merge:
             state = self.rule.measure(key, self._chunks(key), self._span(key), len(self.targets))
             told = self.rule.told(state)
             names = [source.name for source in self.targets]
-            rows.append(
-                {"tensor": key, **({n: w for n, w in zip(names, told, strict=False)} if told else {})}
-            )
+            rows.append({"tensor": key, **(dict(zip(names, told, strict=False)) if told else {})})
         return Report(title=f"Weights of {self.rule.name}", rows=rows)
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -250,7 +273,8 @@ class Merge:
     ) -> None:
         """Write the merged checkpoint, with the pivot's configuration and tokenizer beside it.
 
-        Shards grow in ``OUT.partial`` and get their place at the end; an interrupted run goes on with the next tensor.
+        Shards grow in ``OUT.partial`` and get their place at the end; an interrupted run goes on with the
+        next tensor.
 
         Args:
             out: the folder to make.
@@ -287,7 +311,7 @@ class Merge:
 
     def _write(self, entry: _Place, file: tuple[Path, int]) -> None:
         path, header = file
-        with open(path, "r+b", buffering=0) as out:
+        with path.open("r+b", buffering=0) as out:
             width = torch.empty(0, dtype=entry.dtype).element_size()
             whole = self.first.info(entry.key)[1].is_floating_point
             pieces = (
@@ -329,7 +353,7 @@ def _named(value: Any, default: str) -> str:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> Generator[None, None, None]:
     """Workers are threads of their own; torch's would get in their way."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
