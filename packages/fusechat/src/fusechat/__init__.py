@@ -1,0 +1,49 @@
+"""FuseChat: fuse chat models of any tokenizer into one by aligned distributions, then merge.
+
+Names load their module on first use, so ``import fusechat`` costs little more than PyTorch.
+"""
+
+from typing import TYPE_CHECKING
+
+from fusion_core.lazy import lazy_exports
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fusechat import align, merge
+    from fusechat.collate import FusionCollator
+    from fusechat.collecting import collect
+    from fusechat.objective import FusionLoss, LossOutput
+    from fusechat.store import TopKStore
+    from fusechat.targets import FusionBatch, Targets
+    from fusechat.trainer import FusionTrainer
+
+__all__ = [
+    "FusionBatch",
+    "FusionCollator",
+    "FusionLoss",
+    "FusionTrainer",
+    "LossOutput",
+    "Targets",
+    "TopKStore",
+    "__version__",
+    "align",
+    "collect",
+    "merge",
+]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "FusionBatch": "targets",
+        "FusionCollator": "collate",
+        "FusionLoss": "objective",
+        "FusionTrainer": "trainer",
+        "LossOutput": "objective",
+        "Targets": "targets",
+        "TopKStore": "store",
+        "align": "align",
+        "collect": "collecting",
+        "merge": "merge",
+    },
+)

@@ -1,0 +1,440 @@
+"""Merging a checkpoint piece by piece.
+
+Bounded memory, resumable, the same bits under any chunking and workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusechat.merge.rules import BLOCK, Chunk, Chunks, Rule
+from fusechat.merge.sources import Source, check_sources, open_source
+from fusion_core.atomic import PathLike, atomic_write
+from fusion_core.checkpoint import digest
+from fusion_core.errors import InputError
+from fusion_core.progress import track
+from fusion_core.report import Report
+from fusion_core.results import dump_json
+from fusion_core.shards import raw_bytes
+
+__all__ = ["Merge"]
+
+_CHUNK = 4 * BLOCK
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "added_tokens.json",
+)
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass
+class _Place:
+    """Where a merged tensor goes."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    shard: int = 0
+    offset: int = 0
+
+    @property
+    def count(self) -> int:
+        total = 1
+        for n in self.shape:
+            total *= n
+        return total
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * torch.empty(0, dtype=self.dtype).element_size()
+
+
+@dataclass
+class Merge:
+    """A planned merge; nothing is read before it is asked for a result.
+
+    Attributes:
+        rule: the method.
+        targets: the checkpoints that are merged.
+        base: the pivot, or None where the method needs none.
+        embeddings: ``error`` or ``common``, see :func:`check_sources`.
+        chunk: entries that are worked on at once; a whole number of blocks of 2^16.
+    """
+
+    rule: Rule
+    targets: list[Source]
+    base: Source | None = None
+    embeddings: str = "error"
+    chunk: int = _CHUNK
+    common: dict[str, int] = field(default_factory=dict[str, int], repr=False)
+
+    @classmethod
+    def plan(cls, rule: Rule, targets: Sequence[Any], base: Any = None, **options: Any) -> Merge:
+        """Open checkpoints and compare them.
+
+        Args:
+            rule: the method.
+            targets: folders, files or state dicts.
+            base: the pivot likewise.
+            **options: ``embeddings``, ``chunk``.
+
+        Raises:
+            InputError: no targets, the same twice, a target that is the pivot, no pivot where the method
+                needs one.
+            IncompatibleCheckpoints: other names, shapes or kinds.
+        """
+        if not targets:
+            raise InputError("targets is empty, wanted at least one checkpoint")
+        if rule.needs_base and base is None:
+            raise InputError(f"{rule.name} merges differences to a pivot; give base")
+        seen: list[Any] = []
+        for target in targets:
+            same = str(Path(target).resolve()) if isinstance(target, str | os.PathLike) else id(target)
+            if same in seen:
+                raise InputError(f"targets holds {target if isinstance(same, str) else 'an object'} twice")
+            seen.append(same)
+        pivot = str(Path(base).resolve()) if isinstance(base, str | os.PathLike) else id(base)
+        if base is not None and pivot in seen:
+            raise InputError(f"targets holds the base {base if isinstance(pivot, str) else 'object'} itself")
+        rule.check(len(targets))
+        opened = [open_source(target, _named(target, f"target {j}")) for j, target in enumerate(targets)]
+        ground = None if base is None else open_source(base, _named(base, "base"))
+        merge = cls(rule, opened, ground, **options)
+        if merge.chunk < BLOCK or merge.chunk % BLOCK:
+            raise InputError(f"chunk is {merge.chunk}, wanted a whole number of {BLOCK} entries")
+        merge.common = check_sources(
+            merge.first, [s for s in opened if s is not merge.first], merge.embeddings
+        )
+        return merge
+
+    @property
+    def first(self) -> Source:
+        """The pivot, or the first target: it gives names, shapes and dtypes."""
+        return self.base if self.base is not None else self.targets[0]
+
+    def _floating(self) -> list[str]:
+        return [key for key in self.first.keys() if self.first.info(key)[1].is_floating_point]  # noqa: SIM118
+
+    def _span(self, key: str) -> int:
+        """Entries of a tensor that are merged."""
+        shape, _ = self.first.info(key)
+        count = 1
+        for n in (self.common.get(key, shape[0]), *shape[1:]) if shape else ():
+            count *= n
+        return count
+
+    def _chunks(self, key: str) -> Chunks:
+        kinds = [source.info(key)[1] for source in (self.first, *self.targets)]
+        work = torch.float64 if torch.float64 in kinds else torch.float32
+        size = self._span(key)
+
+        def read() -> Iterator[Chunk]:
+            for start in range(0, size, self.chunk):
+                stop = min(start + self.chunk, size)
+                targets = torch.stack([source.read(key, start, stop).to(work) for source in self.targets])
+                base = targets[0] if self.base is None else self.base.read(key, start, stop).to(work)
+                yield Chunk(start, base, targets)
+
+        return read
+
+    def _prepare(self, keys: list[str]) -> None:
+        self.rule.prepare({key: self._chunks(key) for key in keys}, {key: self._span(key) for key in keys})
+
+    def _pieces(self, key: str) -> Iterator[tuple[int, Tensor]]:
+        """The merged entries of a tensor, in order; rows that are not common come from the first."""
+        chunks = self._chunks(key)
+        size = self._span(key)
+        state = self.rule.measure(key, chunks, size, len(self.targets))
+        for chunk in chunks():
+            yield chunk.start, self.rule.join(key, state, chunk)
+        shape, _ = self.first.info(key)
+        whole = 1
+        for n in shape:
+            whole *= n
+        for start in range(size, whole, self.chunk):
+            yield start, self.first.read(key, start, min(start + self.chunk, whole))
+
+    def weights(self, progress: bool | None = None) -> Report:
+        """The weights of every tensor, without merging: a table with one row per tensor.
+
+        Args:
+            progress: show a bar.
+        """
+        keys = self._floating()
+        self._prepare(keys)
+        rows: list[dict[str, Any]] = []
+        for key in track(keys, "weights", enabled=progress):
+            state = self.rule.measure(key, self._chunks(key), self._span(key), len(self.targets))
+            told = self.rule.told(state)
+            names = [source.name for source in self.targets]
+            rows.append({"tensor": key, **(dict(zip(names, told, strict=False)) if told else {})})
+        return Report(title=f"Weights of {self.rule.name}", rows=rows)
+
+    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The merged tensors in memory.
+
+        Args:
+            dtype: of the result; the pivot's by default.
+        """
+        keys = self._floating()
+        self._prepare(keys)
+        out: dict[str, Tensor] = {}
+        with _one_thread():
+            for key in self.first.keys():  # noqa: SIM118
+                shape, kind = self.first.info(key)
+                if not kind.is_floating_point:
+                    count = _Place(key, shape, kind).count
+                    out[key] = self.first.read(key, 0, count).clone().reshape(shape)
+                    continue
+                flat = torch.empty(_Place(key, shape, kind).count, dtype=dtype or kind)
+                for start, piece in self._pieces(key):
+                    flat[start : start + len(piece)] = piece.to(flat.dtype)
+                out[key] = flat.reshape(shape)
+        return out
+
+    def _layout(self, dtype: torch.dtype | None, shard_bytes: int) -> list[_Place]:
+        places: list[_Place] = []
+        shard, held = 0, 0
+        for key in self.first.keys():  # noqa: SIM118
+            shape, kind = self.first.info(key)
+            place = _Place(key, shape, dtype if dtype is not None and kind.is_floating_point else kind)
+            if held and held + place.nbytes > shard_bytes:
+                shard, held = shard + 1, 0
+            place.shard, place.offset = shard, held
+            held += place.nbytes
+            places.append(place)
+        return places
+
+    def dry_run(
+        self, *, dtype: torch.dtype | None = None, shard_bytes: int = 5_000_000_000, workers: int = 1
+    ) -> dict[str, Any]:
+        """What a save would cost: bytes read and written, shards, and the memory of the largest tensor.
+
+        Args:
+            dtype: of the result.
+            shard_bytes: most bytes of a shard.
+            workers: tensors that are merged side by side.
+        """
+        places = self._layout(dtype, shard_bytes)
+        sources = [*self.targets, *([] if self.base is None else [self.base])]
+        reads = sum(_Place(key, *s.info(key)).nbytes for s in sources for key in s.keys())  # noqa: SIM118
+        largest = max((place.count for place in places), default=0)
+        held = {"sce": 9, "ties": 5 + len(self.targets)}.get(self.rule.name, 0)
+        held = 0 if getattr(self.rule, "tau", 0.0) >= 1 else held
+        piece = self.chunk * 4 * (3 * len(self.targets) + 4)
+        return {
+            "method": self.rule.name,
+            "tensors": len(places),
+            "bytes_read_once": reads,
+            "bytes_written": sum(place.nbytes for place in places),
+            "shards": places[-1].shard + 1 if places else 0,
+            "working_bytes": workers * (piece + held * largest),
+        }
+
+    def save(
+        self,
+        out: PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        shard_bytes: int = 5_000_000_000,
+        workers: int = 1,
+        overwrite: bool = False,
+        progress: bool | None = None,
+    ) -> None:
+        """Write the merged checkpoint, with the pivot's configuration and tokenizer beside it.
+
+        Shards grow in ``OUT.partial`` and get their place at the end; an interrupted run goes on with the
+        next tensor.
+
+        Args:
+            out: the folder to make.
+            dtype: of the result; the pivot's by default. Sums and differences are taken in float32 or better.
+            shard_bytes: most bytes of a shard.
+            workers: tensors that are merged side by side; the result is the same to the bit.
+            overwrite: replace what is in ``out``.
+            progress: show a bar.
+
+        Raises:
+            InputError: ``out`` is not empty.
+        """
+        place = Path(out)
+        if place.exists() and any(place.iterdir()) and not overwrite:
+            raise InputError(f"out is {out}, which is not empty; pass overwrite or another name")
+        work = place.with_name(place.name + ".partial")
+        places = self._layout(dtype, shard_bytes)
+        done = _Journal(work, self._fingerprint(places))
+        files = _open_shards(work, places)
+        keys = self._floating()
+        with _one_thread(), ThreadPoolExecutor(max(1, workers)) as pool:
+            todo = [entry for entry in places if entry.key not in done.keys]
+            if todo:
+                self._prepare(keys)
+            jobs = {pool.submit(self._write, entry, files[entry.shard]): entry.key for entry in todo}
+            try:
+                for job in track(as_completed(jobs), "merging", total=len(jobs), enabled=progress):
+                    job.result()
+                    done.add(jobs[job])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        _finish(work, place, places, self.first.path, self._card(dtype))
+
+    def _write(self, entry: _Place, file: tuple[Path, int]) -> None:
+        path, header = file
+        with path.open("r+b", buffering=0) as out:
+            width = torch.empty(0, dtype=entry.dtype).element_size()
+            whole = self.first.info(entry.key)[1].is_floating_point
+            pieces = (
+                self._pieces(entry.key) if whole else iter([(0, self.first.read(entry.key, 0, entry.count))])
+            )
+            for start, piece in pieces:
+                out.seek(header + entry.offset + start * width)
+                out.write(raw_bytes(piece.to(entry.dtype).contiguous()).data)
+
+    def _fingerprint(self, places: list[_Place]) -> str:
+        def stamp(source: Source) -> Any:
+            if source.path is None:
+                return [(key, str(source.info(key))) for key in source.keys()]  # noqa: SIM118
+            files = sorted(source.path.glob("*")) if source.path.is_dir() else [source.path]
+            return [
+                (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()
+            ]
+
+        sources = [*self.targets, *([] if self.base is None else [self.base])]
+        settings = {k: str(v) for k, v in vars(self.rule).items() if k not in ("groups", "layers")}
+        layout = [(p.key, p.shard, p.offset, str(p.dtype)) for p in places]
+        return digest(
+            self.rule.name, settings, self.embeddings, [str(stamp(s)) for s in sources], str(layout)
+        )
+
+    def _card(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        return {
+            "schema": "fusechat.merge/1",
+            "method": self.rule.name,
+            "settings": {k: v for k, v in vars(self.rule).items() if k not in ("groups", "layers")},
+            "base": None if self.base is None else self.base.name,
+            "targets": [source.name for source in self.targets],
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        }
+
+
+def _named(value: Any, default: str) -> str:
+    return Path(value).name if isinstance(value, str | os.PathLike) else default
+
+
+@contextmanager
+def _one_thread() -> Generator[None, None, None]:
+    """Workers are threads of their own; torch's would get in their way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Journal:
+    """Which tensors of a run are written."""
+
+    def __init__(self, work: Path, fingerprint: str) -> None:
+        self.file, mark = work / "journal.txt", work / "run.txt"
+        if work.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        if not mark.is_file():
+            with atomic_write(mark, "w") as file:
+                file.write(fingerprint)
+        lines = self.file.read_text().splitlines(keepends=True) if self.file.is_file() else []
+        self.keys = {line[:-1] for line in lines if line.endswith("\n")}
+        self.lock = threading.Lock()
+
+    def add(self, key: str) -> None:
+        """Note a tensor; its bytes are in the file before its line is."""
+        with self.lock, self.file.open("a") as file:
+            file.write(f"{key}\n")
+
+
+def _open_shards(work: Path, places: list[_Place]) -> dict[int, tuple[Path, int]]:
+    """Files with their headers and full length; per shard its path and where data begin."""
+    found: dict[int, tuple[Path, int]] = {}
+    shards = sorted({place.shard for place in places})
+    for shard in shards:
+        mine = [place for place in places if place.shard == shard]
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for place in mine:
+            ends = [place.offset, place.offset + place.nbytes]
+            header[place.key] = {
+                "dtype": _NAMES[place.dtype],
+                "shape": list(place.shape),
+                "data_offsets": ends,
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        path = work / (_shard_name(shard, len(shards)))
+        start = 8 + len(text)
+        length = start + sum(place.nbytes for place in mine)
+        if not path.is_file() or path.stat().st_size != length:
+            with path.open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.truncate(length)
+        found[shard] = (path, start)
+    return found
+
+
+def _shard_name(shard: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _finish(
+    work: Path, place: Path, places: list[_Place], origin: Path | None, card: Mapping[str, Any]
+) -> None:
+    count = places[-1].shard + 1 if places else 0
+    for file in work.glob("*.safetensors"):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if count > 1:
+        table = {entry.key: _shard_name(entry.shard, count) for entry in places}
+        total = sum(entry.nbytes for entry in places)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+        (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if origin is not None and origin.is_dir():
+        for pattern in _COMPANIONS:
+            for file in origin.glob(pattern):
+                if file.is_file() and not (work / file.name).exists():
+                    shutil.copyfile(file, work / file.name)
+    (work / "merge.json").write_text(dump_json(card))
+    for name in ("journal.txt", "run.txt"):
+        (work / name).unlink(missing_ok=True)
+    if place.exists():
+        shutil.rmtree(place)
+    work.replace(place)
