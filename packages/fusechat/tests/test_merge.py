@@ -277,13 +277,15 @@ def test_tables_of_other_sizes():
 
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 from fusechat import merge
 from fusechat.merge import streaming
 plain, count = streaming.Merge._write, [0]
 def slow(self, entry, file):
     count[0] += 1
     if count[0] == 2 and sys.argv[2] == "stop":
+        while not os.path.exists(sys.argv[1] + ".partial/journal.txt"):
+            time.sleep(0.05)  # until the first tensor is noted
         open(sys.argv[1] + ".here", "w").close()
         time.sleep(60)
     return plain(self, entry, file)
