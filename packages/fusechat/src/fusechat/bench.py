@@ -145,13 +145,14 @@ def loss_rows(batch: int = 2, tokens: int = 512, classes: int = 32_000, k: int =
     ]
 
 
-def run(*, repeats: int = 5, tokens: int = 1024, memory: bool = True) -> Bench:
-    """Measure alignment and, on request, the memory of the loss.
+def run(*, repeats: int = 5, tokens: int = 1024, memory: bool = True, merging: Path | None = None) -> Bench:
+    """Measure alignment and, on request, the memory of the loss and merging.
 
     Args:
         repeats: pairs per row.
         tokens: of the pivot's side of the aligned pair, at least 16.
         memory: measure peaks too, each in a fresh process.
+        merging: a folder with 4 GB of room; compare a 2 GB merge with mergekit there.
 
     Raises:
         ConfigError: too few tokens.
@@ -163,4 +164,9 @@ def run(*, repeats: int = 5, tokens: int = 1024, memory: bool = True) -> Bench:
         bench.add(row)
     for row in loss_rows() if memory else ():
         bench.add(row)
+    if merging is not None:
+        from fusechat.bench_merging import merging_rows
+
+        for row in merging_rows(merging, repeats=repeats):
+            bench.add(row)
     return bench

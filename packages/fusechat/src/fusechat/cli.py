@@ -301,15 +301,22 @@ def demo(
 @app.command()
 def bench(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the JSON document.")] = None,
+    merging: Annotated[
+        Path | None,
+        typer.Option("--merging", help="Folder with 4 GB of room: compare merging with mergekit too."),
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Pairs per row.")] = 5,
     json: cli.Json = False,
 ) -> None:
     """Time alignment against a plain program, and measure the memory of the loss.
 
-    Example: fusechat bench --out bench.json
+    With --merging a 2 GB merge is compared with mergekit's, which gets an environment of its own by uv.
+
+    Example: fusechat bench --merging scratch --out bench.json
     """
     from fusechat.bench import run
 
-    found = run()
+    found = run(repeats=repeats, merging=merging)
     if out is not None:
         found.save(out)
     cli.emit(found, json)

@@ -219,7 +219,7 @@ def sce_weights(
 
 def elect_sign(total: Tensor) -> Tensor:
     """The majority's sign of summed deltas: +1 where the sum is not negative, else -1."""
-    return torch.where(total >= 0, 1.0, -1.0).to(total)
+    return torch.copysign(torch.ones((), dtype=total.dtype), total + 0.0)  # -0.0 + 0.0 is 0.0
 
 
 def sce_merge(
@@ -249,13 +249,16 @@ def sce_merge(
     if keep is not None and variant != "fusechat":
         deltas = deltas * keep
     sign = elect_sign(deltas.sum(0))
-    agree = (deltas.sign() == sign).to(deltas)
-    share = _columns(weights, deltas) * agree
-    total = (share * deltas).sum(0)
+    total, whole = torch.zeros_like(sign), torch.zeros_like(sign)
+    for weight, delta in zip(weights.to(deltas), deltas, strict=True):  # few targets, few passes over memory
+        agreeing = (delta * sign).clamp_(min=0)  # the size of what agrees, 0 elsewhere
+        total += agreeing * weight
+        if normalize:
+            whole += agreeing.sign_().mul_(weight)
+    total *= sign
     if normalize:
-        whole = share.sum(0)
-        total = total / torch.where(whole == 0, 1.0, whole)
-    return base + total
+        total /= whole.clamp_(min=torch.finfo(whole.dtype).tiny)  # total is 0 where nothing agrees
+    return total.add_(base)
 
 
 def ties_merge(

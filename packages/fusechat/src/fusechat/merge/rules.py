@@ -250,7 +250,7 @@ class Sce(Rule):
             if keep is not None:
                 deltas = deltas * keep[chunk.start : chunk.start + chunk.base.numel()]
             for part in deltas.split(BLOCK, -1):
-                squares = squares + part.double().square().sum(-1)
+                squares = squares + part.double().square_().sum(-1)
         return formulas.sce_weights(squares, variant=self.variant, count=max(size, 1)), keep, some
 
     def _selected(self, chunks: Chunks, size: int) -> tuple[Tensor | None, bool]:

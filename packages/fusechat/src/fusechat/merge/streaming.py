@@ -32,6 +32,7 @@ from fusion_core.shards import raw_bytes
 __all__ = ["Merge"]
 
 _CHUNK = 4 * BLOCK
+_HELD = 1 << 25  # entries of one tensor in all checkpoints that stay in memory between two readings
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -55,6 +56,35 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+class _Reread:
+    """Chunks that are read from their sources once, where there are few enough to hold them."""
+
+    def __init__(self, chunks: Chunks, hold: bool) -> None:
+        self.chunks, self.hold = chunks, hold
+        self.held: list[Chunk] | None = None
+
+    def __call__(self) -> Iterator[Chunk]:
+        if self.held is not None:
+            yield from self.held
+            return
+        kept: list[Chunk] = []
+        for chunk in self.chunks():
+            if self.hold:
+                kept.append(chunk)
+            yield chunk
+        if self.hold:
+            self.held = kept
+
+    def last(self) -> Iterator[Chunk]:
+        """Read them once more and let them go."""
+        if self.held is None:
+            yield from self.chunks()
+            return
+        self.held.reverse()
+        while self.held:
+            yield self.held.pop()
 
 
 @dataclass
@@ -161,7 +191,9 @@ class Merge:
         def read() -> Iterator[Chunk]:
             for start in range(0, size, self.chunk):
                 stop = min(start + self.chunk, size)
-                targets = torch.stack([source.read(key, start, stop).to(work) for source in self.targets])
+                targets = torch.empty(len(self.targets), stop - start, dtype=work)
+                for row, source in zip(targets, self.targets, strict=True):
+                    row.copy_(source.read(key, start, stop))
                 base = targets[0] if self.base is None else self.base.read(key, start, stop).to(work)
                 yield Chunk(start, base, targets)
 
@@ -172,10 +204,10 @@ class Merge:
 
     def _pieces(self, key: str) -> Iterator[tuple[int, Tensor]]:
         """The merged entries of a tensor, in order; rows that are not common come from the first."""
-        chunks = self._chunks(key)
         size = self._span(key)
+        chunks = _Reread(self._chunks(key), size * (len(self.targets) + 1) <= _HELD)
         state = self.rule.measure(key, chunks, size, len(self.targets))
-        for chunk in chunks():
+        for chunk in chunks.last():
             yield chunk.start, self.rule.join(key, state, chunk)
         shape, _ = self.first.info(key)
         whole = 1
@@ -252,6 +284,8 @@ class Merge:
         held = {"sce": 9, "ties": 5 + len(self.targets)}.get(self.rule.name, 0)
         held = 0 if getattr(self.rule, "tau", 0.0) >= 1 else held
         piece = self.chunk * 4 * (3 * len(self.targets) + 4)
+        sizes = [place.count * (len(self.targets) + 1) for place in places]
+        piece += 4 * max((size for size in sizes if size <= _HELD), default=0)
         return {
             "method": self.rule.name,
             "tensors": len(places),
