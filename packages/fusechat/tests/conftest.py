@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fusechat.tiny import train_tokenizer
+from fusion_core.testing import tiny
+
 WORDS = (
     "the model reads a text and tells what comes next; naïve cafés count bytes",
     "an aligned pair ends at the same character of the same text",
@@ -25,42 +28,13 @@ MARKED = (
 
 
 def make_tokenizer(kind, size, texts=WORDS, *, template=TEMPLATE):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<unk>", "<s>", "</s>"]
-    if kind == "bytes":
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
-        letters = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=letters)
-    else:
-        made = Tokenizer(models.BPE(unk_token="<unk>"))
-        made.pre_tokenizer = pre_tokenizers.Metaspace()
-        made.decoder = decoders.Metaspace()
-        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special)
-    made.train_from_iterator([*texts, "<|user|> <|assistant|> <|system|>"], trainer)
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    tokenizer = train_tokenizer([*texts, "<|user|> <|assistant|> <|system|>"], size, kind)
     tokenizer.chat_template = template
     return tokenizer
 
 
 def make_model(vocab, seed=0, hidden=16, dtype=torch.float32):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=vocab, hidden_size=hidden, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).to(dtype).eval()
+    return tiny.llama(vocab, hidden, 1, 2, 32, seed=seed, tie_word_embeddings=False).to(dtype)
 
 
 def chats(n=6):

@@ -15,7 +15,9 @@ import torch
 from fusechat import FusionCollator, FusionLoss, FusionTrainer, TopKStore, collect
 from fusechat.errors import AlignmentError
 from fusechat.store import check_same_texts
+from fusion_core.checkpoint import load_tensors
 from fusion_core.errors import DataError, FusionWarning, InputError, NonFiniteError, StoreError
+from fusion_core.testing import spawn
 
 
 def folder_bytes(folder):
@@ -318,3 +320,89 @@ def test_peft(pivot, store, pivot_tokenizer, source_tokenizer, dialogues, tmp_pa
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed
     assert all("lora" in name for name in changed)
+
+
+def train_rank(rank, folder, store, dialogues, batch):
+    """A rank's run of the trainer on models of a folder; its parameters at the end."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/pivot")
+    pivot, source = (AutoTokenizer.from_pretrained(f"{folder}/{name}") for name in ("pivot", "source"))
+    trained(
+        lambda: model, f"{folder}/run{batch}", TopKStore(store), pivot, source, dialogues,
+        per_device_train_batch_size=batch, optim="sgd", learning_rate=0.5,
+    )  # fmt: skip
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(pivot, store, pivot_tokenizer, source_tokenizer, dialogues, tmp_path):
+    pivot().save_pretrained(tmp_path / "pivot")
+    pivot_tokenizer.save_pretrained(tmp_path / "pivot")
+    source_tokenizer.save_pretrained(tmp_path / "source")
+    inputs = str(tmp_path), str(store.folder), dialogues
+    first, second = spawn(train_rank, 2, *inputs, 1, timeout=120)
+    whole = train_rank(0, *inputs, 2)
+    before = load_tensors(tmp_path / "pivot" / "model.safetensors")
+    moved = 0.0
+    for name, wanted in whole.items():
+        assert torch.equal(first[name], second[name])
+        moved = max(moved, float((wanted - before[name]).abs().max()))
+        torch.testing.assert_close(first[name], wanted, rtol=1e-5, atol=1e-6)
+    assert moved > 1e-3
+
+
+def test_onehot_rows_hold_the_next_or_the_current_token(store, pivot_tokenizer, source_tokenizer, dialogues):
+    made = {
+        at: collator(pivot_tokenizer, store, source_tokenizer, unaligned="onehot", onehot_at=at)(
+            dialogues[:2]
+        )
+        for at in ("next", "current")
+    }
+    plain = collator(pivot_tokenizer, store, source_tokenizer)(dialogues[:2])
+    ids, seen = plain.inputs["input_ids"], plain.inputs["attention_mask"].bool()
+    rest = seen & ~plain.sources[0].mask
+    assert rest.any()
+    last = seen.sum(1) - 1
+    following = torch.cat([ids[:, 1:], ids[:, -1:]], 1)
+    following[torch.arange(len(ids)), last] = ids[torch.arange(len(ids)), last]
+    for at, wanted in (("next", following), ("current", ids)):
+        target = made[at].sources[0]
+        assert torch.equal(target.ids[rest][:, 0], wanted[rest])
+        assert (target.ids[rest][:, 1:] == -1).all()
+        assert (target.logits[rest][:, 0] == 1).all()
+        probs, _ = target.probabilities()
+        torch.testing.assert_close(probs[rest][:, 0], torch.ones(int(rest.sum())))
+        aligned = plain.sources[0].mask
+        assert torch.equal(target.ids[aligned], plain.sources[0].ids[aligned])
+
+
+def test_forbidden_tokens_are_stored_and_dropped(
+    source_model, source_tokenizer, pivot_tokenizer, dialogues, tmp_path
+):
+    import copy
+
+    model = copy.deepcopy(source_model)
+    head = model.forward
+
+    def forbidding(*args, **options):
+        out = head(*args, **options)
+        out.logits[..., 4:] = -torch.inf  # four tokens are left of which k = 8 are kept
+        return out
+
+    model.forward = forbidding
+    made = collect(
+        model,
+        dialogues[:2],
+        out=tmp_path / "x",
+        k=8,
+        tokenizer=source_tokenizer,
+        pivot_tokenizer=pivot_tokenizer,
+    )
+    assert np.isneginf(made[0].logits[:, 4:]).all()
+    assert np.isfinite(made[0].lse).all()
+    batch = collator(pivot_tokenizer, made, source_tokenizer, vocab="prefix")(dialogues[:2])
+    target = batch.sources[0]
+    probs, _ = target.probabilities()
+    assert probs.isfinite().all()
+    assert (target.ids[target.mask] >= 0).sum(-1).max() <= 4

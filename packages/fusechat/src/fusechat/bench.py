@@ -23,6 +23,7 @@ from fusechat.targets import FusionBatch, Targets
 from fusechat.texts import Text
 from fusion_core.bench import Bench, Row, memory_row, paired, peak_memory
 from fusion_core.errors import ConfigError, FusionError
+from fusion_core.testing import tiny
 
 SPAN_TARGET, DTW_TARGET = ">= 1000", ">= 50"
 AGAINST = "plain Python DP, rapidfuzz per pair"
@@ -45,26 +46,6 @@ def docstrings(limit: int = _FILES) -> list[str]:
     return found
 
 
-def bpe(texts: list[str], size: int, kind: str) -> Any:
-    """A byte-pair tokenizer of transformers; ``kind`` is ``"bytes"`` or ``"blanks"``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<unk>", "<s>", "</s>"]
-    made: Any = Tokenizer(models.BPE(unk_token=special[0]))
-    if kind == "bytes":
-        made.pre_tokenizer, made.decoder = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-            decoders.ByteLevel(),
-        )
-    else:
-        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer: Any = trainers.BpeTrainer(vocab_size=size, special_tokens=special)
-    made.train_from_iterator(texts, trainer)
-    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
-
-
 def alignment_rows(tokens: int = 1024, repeats: int = 5) -> list[Row]:
     """Time both alignments of one pair of token sequences.
 
@@ -72,7 +53,7 @@ def alignment_rows(tokens: int = 1024, repeats: int = 5) -> list[Row]:
         FusionError: the fast path is not the plain one.
     """
     texts = docstrings()
-    pivot, source = bpe(texts, 3000, "blanks"), bpe(texts, 8000, "bytes")
+    pivot, source = tiny.bpe(texts, 3000, "blanks"), tiny.bpe(texts, 8000, "bytes")
     plain = Text(" ".join(texts), (), whole=True)
     long = encode(pivot, plain, max_length=tokens)
     text = Text(plain.text[: int(long.ends[-1])], (), whole=True)
@@ -124,8 +105,8 @@ def loss_call(kind: str, batch: int, tokens: int, classes: int, k: int) -> Calla
 
     # The libraries set themselves up on the first call.
     small = torch.zeros(1, 2, 8, requires_grad=True)
-    tiny = Targets(ids[:1, :2] % 8, values[:1, :2], mask[:1, :2], torch.zeros(1))
-    loss(small, FusionBatch({}, labels[:1, :2] % 8, (tiny,))).total.backward()
+    few = Targets(ids[:1, :2] % 8, values[:1, :2], mask[:1, :2], torch.zeros(1))
+    loss(small, FusionBatch({}, labels[:1, :2] % 8, (few,))).total.backward()
     plain_loss(small, labels[:1, :2] % 8, ids[:1, :2] % 8, values[:1, :2].softmax(-1), 0.9).backward()
     return ours if kind == "ours" else dense
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fusechat import merge
 from fusechat.corpus import load_corpus
-from fusechat.tiny import BATCH, LENGTH, bits_per_character, fit, load_model, load_tokenizer
+from fusechat.tiny import BATCH, LENGTH, bits_per_character, load_model, load_tokenizer
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
 from fusion_core.errors import require_extra
 from fusion_core.report import Claim, Figure
 from fusion_core.seeding import generator
+from fusion_core.testing import tiny
 
 PAPER = (
     "Fanqi Wan, Longguang Zhong, Ziyi Yang, Ruijun Chen, Xiaojun Quan: FuseChat: Knowledge Fusion of "
@@ -111,7 +112,7 @@ def tuned(made: Sequence[Any], weight: float) -> Any:
         batch = next(order)
         return objective(model(**batch.inputs).logits, batch).total
 
-    return fit(model, loss, len(made), LR)
+    return tiny.fit(model, loss, len(made), LR)
 
 
 def _merged(parents: Sequence[Any], base: Any) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from fusechat.corpus import docstrings, split
-from fusechat.tiny import bits_per_character, fit_language, llama, train_tokenizer
+from fusechat.tiny import bits_per_character, fit_language, train_tokenizer
 from fusion_core.atomic import atomic_write
 from fusion_core.checkpoint import save_tensors
+from fusion_core.testing import tiny
 
 RECIPE: dict[str, dict[str, Any]] = {
     "pivot": {"kind": "blanks", "vocabulary": 600, "hidden": 48, "texts": "tuning", "steps": 100},
@@ -35,7 +36,7 @@ def main(out: Path) -> None:
     record: dict[str, Any] = {}
     for name, entry in RECIPE.items():
         tokenizer = train_tokenizer(known, entry["vocabulary"], entry["kind"])
-        model = llama(len(tokenizer), entry["hidden"], seed=0)
+        model = tiny.llama(len(tokenizer), entry["hidden"], seed=0)
         fit_language(model, tokenizer, getattr(corpus, entry["texts"]), entry["steps"], LR, seed=0)
         state = {k: v.half() for k, v in model.state_dict().items() if k != "lm_head.weight"}
         save_tensors(out / f"{name}.safetensors", state)

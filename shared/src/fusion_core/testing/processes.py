@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.util
+import inspect
 import io
+import operator
 import os
 import signal
 import socket
@@ -129,7 +132,7 @@ def spawn(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: floa
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
-        job = (fn, world_size, port, folder, args)
+        job = ((fn.__module__, inspect.getsourcefile(fn), fn.__qualname__), world_size, port, folder, args)
         processes: list[Any] = [
             context.Process(target=_member, args=(rank, *job), daemon=True) for rank in range(world_size)
         ]
@@ -161,8 +164,21 @@ def spawn(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: floa
         return values
 
 
+def _found(module: str, file: str | None, name: str) -> Callable[..., Any]:
+    """A function by its module's name, or by its file: pytest gives modules names that only it can import."""
+    try:
+        loaded = importlib.import_module(module)
+    except ImportError:
+        spec = importlib.util.spec_from_file_location(module, file or "")
+        assert spec is not None
+        assert spec.loader is not None
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    return operator.attrgetter(name)(loaded)
+
+
 def _member(
-    rank: int, fn: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]
+    rank: int, fn: tuple[str, str | None, str], world_size: int, port: int, folder: str, args: tuple[Any, ...]
 ) -> None:
     import torch
     import torch.distributed as distributed
@@ -173,7 +189,7 @@ def _member(
     torch.set_num_threads(1)
     try:
         distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-        value = fn(rank, *args)
+        value = _found(*fn)(rank, *args)
         distributed.barrier()
         torch.save(value, Path(folder) / f"{rank}.value")
         distributed.destroy_process_group()

@@ -31,7 +31,6 @@ def bpe(
         A ``PreTrainedTokenizerFast`` without a template; ``</s>`` pads.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     made: Any = Tokenizer(models.BPE(unk_token=None if kind == "bytes" else SPECIAL[0]))
     options: dict[str, Any] = {"vocab_size": size, "special_tokens": list(SPECIAL), "show_progress": False}
@@ -45,13 +44,15 @@ def bpe(
     order = [single, words] if kind == "bytes" else [words, single]
     made.pre_tokenizer = pre_tokenizers.Sequence(order) if digits else words
     made.train_from_iterator(list(texts), trainers.BpeTrainer(**options))
-    names = {
-        "unk_token": SPECIAL[0],
-        "bos_token": SPECIAL[1],
-        "eos_token": SPECIAL[2],
-        "pad_token": SPECIAL[2],
-    }
-    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    return as_fast(made)
+
+
+def as_fast(tokenizer: Any) -> Any:
+    """A tokenizer of the ``tokenizers`` library as one of transformers, with :data:`SPECIAL` as its marks."""
+    from transformers import PreTrainedTokenizerFast
+
+    marks = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[2], **marks)
 
 
 def llama(
