@@ -3,6 +3,8 @@ import torch
 
 from fusion_core.testing import tiny
 
+pytest.importorskip("transformers")  # no dependency of the core
+
 TEXTS = ["one two three 12345", "two three four 67890", "three four five"] * 20
 
 
