@@ -1,0 +1,280 @@
+"""Search of alpha on one direction: the paper's grid, the exact minimum, and Newton's steps alone.
+
+All row-wise, with a fixed number of steps, without a branch on data and without a host synchronisation.
+Shifts have mean 0 under the large model, so R = A.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from logit_fusion.certificate import certify_rows
+from logit_fusion.config import Solver
+from logit_fusion.family import Tilted, divergences
+from logit_fusion.grid import Grid, make_grid
+from logit_fusion.hermite import Hermite
+from logit_fusion.objective import Target, loss, slope
+
+# Of the exact solver: on the interpolated family (scalars only), then on the vocabulary.
+SCALAR_STEPS = 2
+STEPS = {torch.float32: 2, torch.float64: 6}
+NEWTON_STEPS = 6
+
+
+class Family(Protocol):
+    """Statistics of N one-parameter families, in the dtype of scalars (float64 where there is one)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the vocabulary."""
+        ...
+
+    def nodes(self, places: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+        """A and its slope at evenly spaced alphas, (N, K) each."""
+        ...
+
+    def moments(self, alpha: Tensor) -> Tilted:
+        """All statistics at one alpha per row."""
+        ...
+
+    def normalizer(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """A and its slope at one alpha per row."""
+        ...
+
+
+class Nodes(NamedTuple):
+    """The family and the objective at the grid's alphas."""
+
+    alphas: Float[Tensor, "nodes"]
+    log_norm: Float[Tensor, "rows nodes"]
+    mean: Float[Tensor, "rows nodes"]
+    forward: Float[Tensor, "rows nodes"]
+    reverse: Float[Tensor, "rows nodes"]
+    loss: Float[Tensor, "rows nodes"]
+
+
+class Solution(NamedTuple):
+    """What a search found, row by row.
+
+    Attributes:
+        alpha: (N) the place.
+        log_norm: (N) A there.
+        forward: (N) F there, nats.
+        reverse: (N) R there, nats.
+        loss: (N) the objective there.
+        certified: (N) whether the global minimum is proven.
+    """
+
+    alpha: Float[Tensor, "rows"]
+    log_norm: Float[Tensor, "rows"]
+    forward: Float[Tensor, "rows"]
+    reverse: Float[Tensor, "rows"]
+    loss: Float[Tensor, "rows"]
+    certified: Bool[Tensor, "rows"]
+
+
+def solve(
+    family: Family,
+    target: Target,
+    alpha_range: tuple[float, float],
+    step: float,
+    solver: Solver,
+    *,
+    certify: bool = False,
+    differentiable: bool = False,
+) -> Solution:
+    """Find alpha on one direction per row.
+
+    Args:
+        family: N rows.
+        target: of the same rows.
+        alpha_range: (low, high).
+        step: the grid's spacing.
+        solver: ``"grid"``, ``"exact"`` or ``"newton"``.
+        certify: prove the global minimum row by row (``"exact"`` only).
+        differentiable: let the result depend on the family and the target in the graph, alpha of ``"exact"`` and
+            ``"newton"`` by the implicit function theorem.
+
+    Returns:
+        The solution; ``"grid"`` is never certified.
+    """
+    with torch.no_grad():
+        if solver == "newton":
+            found = solve_newton(family, target, alpha_range)
+        else:
+            grid = make_grid(*alpha_range, step)
+            nodes = evaluate_nodes(family, target, grid)
+            if solver == "grid":
+                found = solve_grid(target, nodes)
+            else:
+                found = solve_exact(family, target, nodes, grid, certify=certify)
+    return _attach(family, target, alpha_range, solver, found) if differentiable else found
+
+
+def evaluate_nodes(family: Family, target: Target, grid: Grid) -> Nodes:
+    """A, its slope, F, R and the objective at every node."""
+    places = grid.places if grid.even else grid.places[:-1]
+    log_norm, mean = family.nodes(places)
+    alphas = torch.tensor(grid.places, dtype=log_norm.dtype, device=log_norm.device)
+    if not grid.even:
+        last = family.normalizer(alphas[-1].expand(log_norm.shape[0]))
+        log_norm = torch.cat([log_norm, last[0].unsqueeze(-1)], -1)
+        mean = torch.cat([mean, last[1].unsqueeze(-1)], -1)
+    forward, reverse = divergences(Tilted(log_norm, mean, mean, mean), alphas, 0.0)
+    return Nodes(alphas, log_norm, mean, forward, reverse, loss(target, forward, reverse))
+
+
+def choose_node(target: Target, nodes: Nodes) -> tuple[Int64[Tensor, "rows"], Bool[Tensor, "rows"]]:
+    """The node of least loss, the first of several, and whether the objective is flat in the row.
+
+    Flat means that no alpha changes anything; by convention the first node is taken then.
+    """
+    total = nodes.forward[:, -1] + nodes.reverse[:, -1]
+    aim = target.forward + target.reverse
+    small = aim < target.tiny
+    gap = nodes.forward + nodes.reverse - aim.unsqueeze(-1)
+    key = torch.where(small.unsqueeze(-1), gap.square(), nodes.loss)
+    low, high = nodes.loss.amin(-1), nodes.loss.amax(-1)
+    still = (high - low <= 1e-24 * (1.0 + high)) & ~(small & (total > 0.0))
+    flat = still | (aim <= target.nothing)
+    return key.argmin(-1).masked_fill(flat, 0), flat
+
+
+def _at_node(nodes: Nodes, index: Int64[Tensor, "rows"]) -> Solution:
+    place = index.unsqueeze(-1)
+    log_norm, forward, reverse, value = (
+        x.gather(-1, place).squeeze(-1) for x in (nodes.log_norm, nodes.forward, nodes.reverse, nodes.loss)
+    )
+    unproven = torch.zeros_like(index, dtype=torch.bool)
+    return Solution(nodes.alphas[index], log_norm, forward, reverse, value, unproven)
+
+
+def solve_grid(target: Target, nodes: Nodes) -> Solution:
+    """The paper's search: the best node (section 2.3)."""
+    return _at_node(nodes, choose_node(target, nodes)[0])
+
+
+class _Bracket(NamedTuple):
+    low: Tensor
+    high: Tensor
+
+    def step(self, target: Target, alpha: Tensor, stats: Tilted) -> tuple[_Bracket, Tensor]:
+        """One Newton step, or a bisection where it would leave the bracket."""
+        g, bend = slope(target, alpha, stats)
+        below = g < 0.0
+        low, high = torch.where(below, alpha, self.low), torch.where(below, self.high, alpha)
+        new = alpha - g / bend
+        # Closed: an iterate that has converged stands on an end of its own bracket.
+        new = torch.where((new >= low) & (new <= high), new, (low + high) / 2.0)
+        return _Bracket(low, high), new
+
+
+def solve_exact(
+    family: Family, target: Target, nodes: Nodes, grid: Grid, *, certify: bool = False
+) -> Solution:
+    """The minimum itself: Newton steps in the bracket round the best node (section 2.6).
+
+    The first steps run on the family as interpolated between the nodes, which costs scalars only, the others on
+    the vocabulary; the last one ends in the Taylor series of the cumulants.
+
+    Args:
+        family: N rows.
+        target: of the same rows.
+        nodes: of the grid.
+        grid: the nodes' places.
+        certify: prove the global minimum row by row.
+    """
+    index, flat = choose_node(target, nodes)
+    best = _at_node(nodes, index)
+    last = len(grid.places) - 1
+    bracket = _Bracket(nodes.alphas[(index - 1).clamp(min=0)], nodes.alphas[(index + 1).clamp(max=last)])
+    alpha = _start(target, nodes, best.alpha, bracket)
+    steps = STEPS[family.dtype]
+    if grid.even and last >= 2:
+        middle = index.clamp(1, last - 1)
+        curve = Hermite.around(nodes.alphas, grid.spacing, nodes.log_norm, nodes.mean, middle)
+        for _ in range(SCALAR_STEPS):
+            bracket, alpha = bracket.step(target, alpha, curve.at(alpha))
+        # What interpolation and rounding did to the bracket is taken back.
+        bracket = _Bracket(nodes.alphas[(index - 1).clamp(min=0)], nodes.alphas[(index + 1).clamp(max=last)])
+    else:
+        steps += SCALAR_STEPS
+    for _ in range(steps - 1):
+        bracket, alpha = bracket.step(target, alpha, family.moments(alpha))
+    stats = family.moments(alpha)
+    _, new = bracket.step(target, alpha, stats)
+    reach = 0.05 * grid.spacing  # where the series is as good as the statistics
+    delta = (new - alpha).clamp(-reach, reach)
+    found = _evaluate(target, alpha + delta, stats.shifted(delta), best.certified)
+    # Where rounding errors cannot decide, the minimum is taken, not the node.
+    eps = torch.finfo(family.dtype).eps
+    error = 16.0 * eps * (1.0 + found.forward + found.reverse)
+    worse = found.loss > best.loss + error * (2.0 * found.loss.sqrt() + error)
+    found = _choose(flat | worse, best, found)
+    if certify:
+        found = found._replace(certified=_certify(target, nodes, grid, found, flat))
+    return found
+
+
+def _start(target: Target, nodes: Nodes, alpha: Tensor, bracket: _Bracket) -> Tensor:
+    # alpha = 0 is a local maximum of the objective, where Newton would stay.
+    spread = (nodes.mean[:, 1] - nodes.mean[:, 0]) / (nodes.alphas[1] - nodes.alphas[0])
+    aim = ((target.forward + target.reverse) / spread.clamp(min=1e-300)).sqrt()
+    return torch.where(alpha == 0.0, torch.minimum(aim, bracket.high), alpha)
+
+
+def _evaluate(target: Target, alpha: Tensor, stats: Tilted, certified: Tensor) -> Solution:
+    forward, reverse = divergences(stats, alpha, 0.0)
+    return Solution(alpha, stats.log_norm, forward, reverse, loss(target, forward, reverse), certified)
+
+
+def _choose(rows: Tensor, yes: Solution, no: Solution) -> Solution:
+    return Solution(*(torch.where(rows, a, b) for a, b in zip(yes, no, strict=True)))
+
+
+def _certify(target: Target, nodes: Nodes, grid: Grid, found: Solution, flat: Tensor) -> Tensor:
+    small = target.forward + target.reverse < target.tiny
+    if target.objective != "paper":  # each of them has one root at most
+        return torch.ones_like(flat)
+    if not grid.even or len(grid.places) < 3:
+        return flat | small
+    proven = certify_rows(target, nodes.alphas, grid.spacing, nodes.log_norm, nodes.mean, found.loss)
+    return flat | small | proven
+
+
+def solve_newton(family: Family, target: Target, alpha_range: tuple[float, float]) -> Solution:
+    """Newton steps from alpha = 1 on the whole range: the cheapest, without a guarantee (section 2.6).
+
+    Args:
+        family: N rows.
+        target: of the same rows.
+        alpha_range: (low, high).
+    """
+    low, high = (torch.full_like(target.forward, end) for end in alpha_range)
+    alpha = torch.ones_like(low).clamp(*alpha_range)
+    bracket = _Bracket(low, high)
+    for _ in range(NEWTON_STEPS):
+        bracket, alpha = bracket.step(target, alpha, family.moments(alpha))
+    aim = target.forward + target.reverse
+    alpha = torch.where((aim <= target.nothing) | alpha.isnan(), low, alpha)
+    log_norm, mean = family.normalizer(alpha)
+    unproven = torch.zeros_like(alpha, dtype=torch.bool)
+    return _evaluate(target, alpha, Tilted(log_norm, mean, mean, mean), unproven)
+
+
+def _attach(
+    family: Family, target: Target, alpha_range: tuple[float, float], solver: Solver, found: Solution
+) -> Solution:
+    alpha = found.alpha
+    if solver != "grid":
+        g, bend = slope(target, alpha, family.moments(alpha))
+        low, high = alpha_range
+        free = (alpha > low) & (alpha < high) & (bend > 0.0)
+        # Of value 0; its gradient is that of the root of g.
+        move = torch.where(free, (g - g.detach()) / torch.where(free, bend.detach(), 1.0), 0.0)
+        alpha = alpha - move
+    return _evaluate(target, alpha, family.moments(alpha), found.certified)
