@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Engine:
     """The members, their lanes and their shared vocabulary.
 
     Args:
-        members: large, base, experts.
+        members: large, base, experts; without a large one its logits come from elsewhere.
         vocabulary: of them.
         bos: the prompt's beginning-of-sequence id, hidden behind a member's own prefix.
         plausibility: tokens below this share of the large model's greatest probability are forbidden
@@ -62,6 +62,7 @@ class Engine:
     ) -> None:
         self.members, self.vocabulary, self.bos = list(members), vocabulary, bos
         self.plausibility = plausibility
+        self.first = 1 if self.members[0].name == "large" else 0  # of the small members
         self.together = lanes_of(self.members)
         self.apart = [Lane([member]) for member in self.members], [(n, 0) for n in range(len(self.members))]
 
@@ -91,6 +92,23 @@ class Engine:
     ) -> Passed:
         """Let all members read new tokens and fuse their logits at the last ``keep`` positions.
 
+        Arguments and errors are those of :meth:`read`.
+        """
+        aligned, weights = self.read(settings, input_ids, mask, positions, cache, keep, prompts)
+        return self.fuse(settings, aligned, weights)
+
+    def read(
+        self,
+        settings: FusionConfig,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: FusedCache | None,
+        keep: int,
+        prompts: Prompts | None = None,
+    ) -> tuple[list[Tensor], Any]:
+        """Let all members read new tokens.
+
         Args:
             settings: of the fusion.
             input_ids: (rows, tokens) in the large model's ids; the new ones only, if ``cache`` holds the rest.
@@ -99,6 +117,9 @@ class Engine:
             cache: of the members; brought up to date.
             keep: how many positions, at least 1.
             prompts: what differs between the members' prompts.
+
+        Returns:
+            Each member's logits (rows, keep, vocab) in the large model's ids, and the experts' weights.
 
         Raises:
             ContextLengthError: a member cannot read as much.
@@ -111,18 +132,16 @@ class Engine:
             self._reading(number, lane, input_ids, mask, positions, cache, keep, prompts)
             for number, lane in enumerate(lanes)
         ]
-        small = {lane for lane, _ in places[1:]}
         # A prompt that is not the others' says nothing about who fits: then only new tokens are evidence.
         apart = bool(prompts and prompts.given) or any(member.suffix_ids for member in self.members)
         scored = evident and not (past == 0 and apart)
         if evident and apart and cache is None and prompts is not None and input_ids.shape[1] > prompts.length:
             raise InputError('weights="evidence" with prompts of their own needs use_cache=True')
+        small = {lane for lane, _ in places[self.first :]}
 
         def job(number: int) -> Any:
             lane, reading = lanes[number], readings[number]
-            reading = Reading(
-                reading.ids, reading.mask, reading.positions, keep, score=scored and number in small
-            )
+            reading = replace(reading, score=scored and number in small)
             width = self.vocabulary.widths[lane.members[0].name]
             return lane.run(reading, None if cache is None else cache.lanes[number], width)
 
@@ -134,15 +153,22 @@ class Engine:
             aligned.append(self.vocabulary.logits(member.name, logits))
         weights: Any = settings.weights
         if evident:
-            scores = [found[n][1][block] for n, block in places[1:]] if scored else None
-            raw = [found[n][0][block] for n, block in places[1:]]
-            weights = self._evidence(settings, input_ids, mask, cache, keep, scores, raw)
+            scores = [found[n][1][block] for n, block in places[self.first :]] if scored else None
+            raw = [found[n][0][block] for n, block in places[self.first :]]
+            weights = self._evidence(settings, input_ids, mask, cache, keep, scores, raw).to(target)
         if cache is not None:
             cache.length += input_ids.shape[1]
             cache.rows = input_ids.shape[0]
-        return self._fuse(settings, aligned, weights)
+        return aligned, weights
 
-    def _fuse(self, settings: FusionConfig, aligned: list[Tensor], weights: Any) -> Passed:
+    def fuse(self, settings: FusionConfig, aligned: Sequence[Tensor], weights: Any) -> Passed:
+        """Fuse aligned logits of large, base and experts.
+
+        Args:
+            settings: of the fusion.
+            aligned: (rows, keep, vocab) each.
+            weights: of the experts: a rule, numbers, or the evidence's (rows, keep, T).
+        """
         arguments = settings.fuse_arguments() | {"weights": weights, "validate": "lazy"}
         large, base, *experts = aligned
         # One dtype: the widest of the members, at least float32 inside.
@@ -154,7 +180,7 @@ class Engine:
             arguments["mask"] = large >= top + torch.log(top.new_tensor(self.plausibility))
         step = fuse_logits(large, base, experts, compute_dtype=kind, **arguments)
         if settings.validate == "eager":
-            step.check(self.names)
+            step.check(["large", *self.names[self.first :]])
         return Passed(step, large, base, experts)
 
     def _reading(
@@ -247,7 +273,7 @@ class Engine:
             first = inner.new_zeros(rows, 1, len(logits))
             previous = torch.zeros_like(real[:, :1])
             if last is not None and seen is not None:
-                names = self.names[1:]
+                names = self.names[self.first :]
                 own = [self.vocabulary.ids(name, ids[:, 0]).to(x.device) for name, x in zip(names, last, strict=True)]
                 found = [token_log_probs(x, i).to(device) for x, i in zip(last, own, strict=True)]
                 first, previous = torch.stack(found, -1)[:, None], seen[:, None]
