@@ -17,16 +17,17 @@ from logit_fusion.targets import Prepared
 
 GRID_EXPERTS = 3
 _CHUNK = 4_000_000  # entries of one batch of grid points
-_LOOSE, _STRICT = 24, 16
+_DOWN, _ALONG = 20, 24
 _RIDGE = 1e-6
+_SLACK = 1e-6  # relative to the targets: the floor is followed to first order only
 
 
 def joint(members: Prepared, search: Search) -> Steered:
     """The best strengths in the box [low, high]^T.
 
     ``"grid"`` tries all points, the first minimum in C order wins; ``"exact"`` and ``"newton"`` take the point of
-    least norm among the best (two equations determine no more), by projected Gauss-Newton steps from the uniform
-    centroid. Alpha has no gradient.
+    least norm among the best (two equations determine no more), by projected, damped Gauss-Newton steps from the
+    uniform centroid. Alpha has no gradient.
 
     Args:
         members: of T experts.
@@ -109,26 +110,28 @@ def _evaluate(members: Prepared, target: Target, alpha: Tensor) -> _Place:
 
 
 def _least_norm(members: Prepared, search: Search, target: Target) -> Tensor:
-    count = members.f.shape[-1]
+    """Down into the valley from several places, then along its floor to the point of least norm."""
+    count, rows = members.f.shape[-1], members.f.shape[0]
+    inner = search._replace(solver="exact", certify=False, differentiable=False)
     uniform = torch.full_like(members.f, 1.0 / count)
-    start = centroid(members, search._replace(solver="exact", certify=False, differentiable=False), uniform)
-    here = _evaluate(members, target, start.alpha)
-    best = here
-    scale = torch.ones_like(here.merit)
-    # Along the surface the equations are met to first order only, so a little is allowed at first.
-    slack = 1e-6 * (target.forward.square() + target.reverse.square())
-    for turn in range(_LOOSE + _STRICT):
-        if turn == _LOOSE:
-            scale = torch.ones_like(scale)
-        goal = _goal(here, search.alpha_range)
-        there = _evaluate(members, target, here.alpha + scale.unsqueeze(-1) * (goal - here.alpha))
-        allowed = here.merit + (slack if turn < _LOOSE else 0.0)
-        taken = there.merit <= allowed
-        here = _pick(taken, there, here)
-        scale = torch.where(taken, (2.0 * scale).clamp(max=1.0), scale / 2.0)
-        best = _pick(here.merit < best.merit, here, best)
-    # The last place is the one of least norm; it stands unless a former one was truly better.
-    return _pick(here.merit <= best.merit + 1e-9 * slack, here, best).alpha
+    best: _Place | None = None
+    for t in range(count + 1):
+        if t < count:  # one expert alone
+            weights = torch.zeros_like(uniform).index_fill(-1, torch.tensor([t], device=uniform.device), 1.0)
+        else:
+            weights = uniform
+        start = centroid(members, inner, weights).alpha.clamp(*search.alpha_range)
+        here = _descend(members, target, _evaluate(members, target, start), search.alpha_range)
+        if best is None:
+            best = here
+        else:
+            close = here.merit <= best.merit + 1e-9 * (target.forward.square() + target.reverse.square())
+            shorter = here.alpha.square().sum(-1) < best.alpha.square().sum(-1)
+            clearly = best.merit > here.merit + 1e-9 * (target.forward.square() + target.reverse.square())
+            best = _pick(clearly | (close & shorter), here, best)
+    if best is None:  # pragma: no cover - there is at least one expert
+        return uniform.new_zeros(rows, count)
+    return _along_floor(members, target, best, search.alpha_range).alpha
 
 
 def _pick(rows: Tensor, yes: _Place, no: _Place) -> _Place:
@@ -137,10 +140,35 @@ def _pick(rows: Tensor, yes: _Place, no: _Place) -> _Place:
     )
 
 
+def _descend(members: Prepared, target: Target, here: _Place, alpha_range: tuple[float, float]) -> _Place:
+    """Levenberg-Marquardt steps in the box."""
+    damping = torch.full_like(target.forward, 1e-2)
+    for _ in range(_DOWN):
+        there = _evaluate(members, target, _step(here, damping, alpha_range))
+        better = there.merit <= here.merit
+        here = _pick(better, there, here)
+        damping = torch.where(better, damping / 4.0, damping * 8.0).clamp(1e-12, 1e6)
+    return here
+
+
+def _along_floor(members: Prepared, target: Target, here: _Place, alpha_range: tuple[float, float]) -> _Place:
+    """Steps to the linearised floor's point of least norm, halved where they climb; then down once more."""
+    deepest = here
+    slack = _SLACK * (target.forward.square() + target.reverse.square())
+    scale = torch.ones_like(here.merit)
+    for _ in range(_ALONG):
+        goal = _goal(here, alpha_range)
+        there = _evaluate(members, target, here.alpha + scale.unsqueeze(-1) * (goal - here.alpha))
+        taken = there.merit <= deepest.merit + slack
+        here = _pick(taken, there, here)
+        scale = torch.where(taken, (2.0 * scale).clamp(max=1.0), scale / 2.0)
+    here = _descend(members, target, here, alpha_range)
+    return _pick(here.merit <= deepest.merit + 1e-6 * slack, here, deepest)
+
+
 def _goal(place: _Place, alpha_range: tuple[float, float]) -> Tensor:
-    """Where the linearised equations have their solution of least norm in the box."""
+    """The shortest vector in the box that solves the linearised equations."""
     alpha, gap, jacobian = place
-    low, high = alpha_range
     fixed = torch.zeros_like(alpha, dtype=torch.bool)
     value = alpha
     wanted = (jacobian @ alpha.unsqueeze(-1)).squeeze(-1) - gap
@@ -151,8 +179,23 @@ def _goal(place: _Place, alpha_range: tuple[float, float]) -> Tensor:
         rest = wanted - (jacobian @ held.unsqueeze(-1)).squeeze(-1)
         gram = free @ free.mT
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-300)
-        ridge = _RIDGE * trace[:, None, None] * eye
-        found = (free.mT @ torch.linalg.solve_ex(gram + ridge, rest.unsqueeze(-1)).result).squeeze(-1)
-        value = torch.where(fixed, value, found.clamp(low, high))
-        fixed = fixed | (found < low) | (found > high)
+        matrix = gram + _RIDGE * trace[:, None, None] * eye
+        found = (free.mT @ torch.linalg.solve_ex(matrix, rest.unsqueeze(-1)).result).squeeze(-1)
+        value = torch.where(fixed, value, found.clamp(*alpha_range))
+        fixed = fixed | (found < alpha_range[0]) | (found > alpha_range[1])
     return value
+
+
+def _step(place: _Place, damping: Tensor, alpha_range: tuple[float, float]) -> Tensor:
+    """One damped step; strengths that it would push out of the box stand on its side."""
+    alpha, gap, jacobian = place
+    low, high = alpha_range
+    slope = (jacobian.mT @ gap.unsqueeze(-1)).squeeze(-1)
+    held = ((alpha <= low) & (slope > 0.0)) | ((alpha >= high) & (slope < 0.0))
+    free = jacobian.masked_fill(held.unsqueeze(-2), 0.0)
+    gram = free.mT @ free
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    extra = (damping * trace).clamp(min=1e-300)
+    matrix = gram + extra[:, None, None] * torch.eye(alpha.shape[-1], dtype=alpha.dtype, device=alpha.device)
+    move = torch.linalg.solve_ex(matrix, -slope.masked_fill(held, 0.0).unsqueeze(-1)).result.squeeze(-1)
+    return (alpha + move.masked_fill(held, 0.0)).clamp(low, high)

@@ -22,6 +22,8 @@ from logit_fusion.objective import Target, loss, slope
 # Of the exact solver: on the interpolated family (scalars only), then on the vocabulary.
 SCALAR_STEPS = 2
 STEPS = {torch.float32: 2, torch.float64: 6}
+# A root of one divergence alone: steep where a shift is huge, so every other step may have to bisect.
+ROOT_STEPS = {torch.float32: 12, torch.float64: 40}
 NEWTON_STEPS = 6
 
 
@@ -191,20 +193,27 @@ def solve_exact(
     index, flat = choose_node(target, nodes)
     best = _at_node(nodes, index)
     last = len(grid.places) - 1
-    bracket = _Bracket(nodes.alphas[(index - 1).clamp(min=0)], nodes.alphas[(index + 1).clamp(max=last)])
-    alpha = _start(target, nodes, best.alpha, bracket)
-    steps = STEPS[family.dtype]
+    ends, middle = _ends(target, nodes, index)
+    bracket = _Bracket(nodes.alphas[ends[0]], nodes.alphas[ends[1]])
+    alpha = _start(target, nodes, nodes.alphas[middle], bracket)
+    steps = (STEPS if target.objective == "paper" else ROOT_STEPS)[family.dtype]
     if grid.even and last >= 2:
-        middle = index.clamp(1, last - 1)
+        middle = middle.clamp(1, last - 1)
         curve = Hermite.around(nodes.alphas, grid.spacing, nodes.log_norm, nodes.mean, middle)
         for _ in range(SCALAR_STEPS):
             bracket, alpha = bracket.step(target, alpha, curve.at(alpha))
         # What interpolation and rounding did to the bracket is taken back.
-        bracket = _Bracket(nodes.alphas[(index - 1).clamp(min=0)], nodes.alphas[(index + 1).clamp(max=last)])
+        bracket = _Bracket(nodes.alphas[ends[0]], nodes.alphas[ends[1]])
     else:
         steps += SCALAR_STEPS
-    for _ in range(steps - 1):
+    for turn in range(steps - 1):
+        wide = bracket.high - bracket.low
         bracket, alpha = bracket.step(target, alpha, family.moments(alpha))
+        if target.objective != "paper" and turn % 2:
+            slow = bracket.high - bracket.low > 0.5 * wide
+            # Not near a root: there one end stays, and Newton's step is small.
+            slow = slow & ((alpha - bracket.low).minimum(bracket.high - alpha) > 1e-3 * wide)
+            alpha = torch.where(slow, (bracket.low + bracket.high) / 2.0, alpha)
     stats = family.moments(alpha)
     _, new = bracket.step(target, alpha, stats)
     reach = 0.05 * grid.spacing  # where the series is as good as the statistics
@@ -218,6 +227,24 @@ def solve_exact(
     if certify:
         found = found._replace(certified=_certify(target, nodes, grid, found, flat))
     return found
+
+
+def _ends(target: Target, nodes: Nodes, index: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """First and last node of the bracket, and the node between or on them where the steps start."""
+    last = nodes.alphas.shape[0] - 1
+    if target.objective == "paper":
+        return ((index - 1).clamp(min=0), (index + 1).clamp(max=last)), index
+    value, aim = {
+        "forward": (nodes.forward, target.forward),
+        "reverse": (nodes.reverse, target.reverse),
+        "jeffreys": (nodes.forward + nodes.reverse, target.forward + target.reverse),
+    }[target.objective]
+    # Monotone: the root lies where the values cross the aim, wherever the nearest value is.
+    above = (value < aim.unsqueeze(-1)).sum(-1)
+    low, high = (above - 1).clamp(min=0), above.clamp(max=last)
+    gap = (value - aim.unsqueeze(-1)).abs()
+    nearer = gap.gather(-1, low.unsqueeze(-1)) <= gap.gather(-1, high.unsqueeze(-1))
+    return (low, high), torch.where(nearer.squeeze(-1), low, high)
 
 
 def _start(target: Target, nodes: Nodes, alpha: Tensor, bracket: _Bracket) -> Tensor:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fusion_core.numerics import kl_divergence
+from logit_fusion.family import normalized
 
 
 class Prepared(NamedTuple):
@@ -47,7 +48,7 @@ def targets(
         >>> round(float(f), 4), round(float(r), 4)
         (0.1109, 0.1201)
     """
-    log_q, log_e = base.log_softmax(-1), expert.log_softmax(-1)
+    log_q, log_e = normalized(base), normalized(expert)
     return kl_divergence(log_e, log_q), kl_divergence(log_q, log_e)
 
 
@@ -71,7 +72,7 @@ def prepare(
         support: True = the token takes part; None = all do.
     """
     inside = members if support is None else [x.masked_fill(~support, -torch.inf) for x in members]
-    log_p, log_q, *log_experts = [x.log_softmax(-1) for x in inside]
+    log_p, log_q, *log_experts = [normalized(x) for x in inside]
     p, q = log_p.exp(), log_q.exp()
     shifts, f, r, mean0 = [], [], [], []
     for log_expert in log_experts:
