@@ -8,11 +8,13 @@ import torch
 
 from fusion_core.testing import array
 from logit_fusion import fuse_logits
+from logit_fusion.arguments import expert_weights
+from logit_fusion.arrays import as_tensor
 from logit_fusion.family import divergences, normalized, tilted
 from logit_fusion.kernels import make_family, prepared
 from logit_fusion.grid import make_grid
-from logit_fusion.objective import make_target
 from logit_fusion.solve import evaluate_nodes
+from logit_fusion.strategies import Search, aim_at, pool_targets
 from logit_fusion.targets import targets
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -75,8 +77,8 @@ def made(golden, settings, dtype, device):
 def loss_table(record, members, number=0):
     ready, _ = prepared(members, None, record.dtype, differentiable=False)
     family = make_family(ready.log_p, ready.p, ready.shifts[number])
-    target = make_target(ready.f, ready.r, "paper", "main", record.dtype)
-    return evaluate_nodes(family, target, make_grid(*record.range, record.step)).loss[0]
+    target = aim_at(ready.f, ready.r, ready, Search())
+    return as_tensor(evaluate_nodes(family, target, make_grid(*record.range, record.step)).loss)[0]
 
 
 def roots(record, members):
@@ -154,8 +156,6 @@ def joint(record, members):
 
 
 def pools(record, members):
-    from logit_fusion.arguments import expert_weights
-    from logit_fusion.strategies import pool_targets
 
     ready, _ = prepared(members, None, record.dtype, differentiable=False)
     for rule in ("uniform", "jeffreys"):

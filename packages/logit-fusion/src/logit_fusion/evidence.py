@@ -1,6 +1,6 @@
 """Which expert fits the text so far: running log-likelihoods, and the weights that follow from them.
 
-The spec's own rule (section 2.7), not the paper's: ``e <- gamma * e + log q(token)`` for the small base and each
+This package's rule (section 2.7 of its specification), not the paper's: ``e <- gamma * e + log q(token)`` for the small base and each
 expert, and a softmax over them. The base's share means "no expert".
 """
 
@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from fusion_core.errors import check_range
+from fusion_core.errors import ConfigError
 
 GAMMA = 0.97
+# A token that a source thinks impossible counts against it for a while, not for ever.
+FLOOR = -50.0
 _BLOCK = 256
 
 
@@ -25,8 +27,13 @@ def token_log_probs(logits: Float[Tensor, "... vocab"], tokens: Int64[Tensor, ".
 
     Returns:
         (...) natural log-probabilities.
+
+    Example:
+        >>> token_log_probs(torch.zeros(1, 4), torch.tensor([2])).exp()
+        tensor([0.2500])
     """
-    raise NotImplementedError
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
 
 
 def update_evidence(
@@ -49,8 +56,19 @@ def update_evidence(
 
     Raises:
         ConfigError: ``gamma`` outside (0, 1].
+
+    Example:
+        >>> update_evidence(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.0, -1.0]]), gamma=0.5)
+        tensor([[-1.5000, -2.0000]])
     """
-    raise NotImplementedError
+    _check(gamma)
+    new = gamma * evidence + log_probs.clamp(min=FLOOR)
+    return new if active is None else torch.where(active.unsqueeze(-1), new, evidence)
+
+
+def _check(gamma: float) -> None:
+    if not 0.0 < gamma <= 1.0:
+        raise ConfigError(f"gamma is {gamma!r}, wanted a number in (0, 1]")
 
 
 def scan_evidence(
@@ -70,8 +88,34 @@ def scan_evidence(
 
     Returns:
         Entry n has seen tokens 0 to n; the last one goes on with :func:`update_evidence`.
+
+    Raises:
+        ConfigError: ``gamma`` outside (0, 1].
+
+    Example:
+        >>> scan_evidence(torch.tensor([[[-1.0], [-1.0], [-1.0]]]), gamma=0.5).flatten()
+        tensor([-1.0000, -1.5000, -1.7500])
     """
-    raise NotImplementedError
+    _check(gamma)
+    *batch, tokens, sources = log_probs.shape
+    seen = log_probs.clamp(min=FLOOR)
+    real = torch.ones(*batch, tokens, dtype=torch.bool, device=seen.device) if mask is None else mask
+    seen = torch.where(real.unsqueeze(-1), seen, 0.0)
+    state = seen.new_zeros(*batch, sources) if initial is None else initial.to(seen.dtype)
+    found: list[Tensor] = []
+    for start in range(0, tokens, _BLOCK):
+        part = slice(start, min(start + _BLOCK, tokens))
+        # How many real tokens lie between; a padding token neither adds nor forgets.
+        count = real[..., part].to(seen.dtype).cumsum(-1)
+        age = count.unsqueeze(-1) - count.unsqueeze(-2)
+        length = part.stop - part.start
+        before = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+        decay = torch.where(before, torch.pow(gamma, age.clamp(min=0.0)), 0.0)
+        block = decay @ seen[..., part, :]
+        block = block + torch.pow(gamma, count).unsqueeze(-1) * state.unsqueeze(-2)
+        state = block[..., -1, :]
+        found.append(block)
+    return torch.cat(found, -2) if found else seen
 
 
 def evidence_weights(evidence: Float[Tensor, "*batch sources"]) -> Float[Tensor, "*batch experts"]:
@@ -87,4 +131,4 @@ def evidence_weights(evidence: Float[Tensor, "*batch sources"]) -> Float[Tensor,
         >>> evidence_weights(torch.zeros(1, 3))
         tensor([[0.3333, 0.3333]])
     """
-    raise NotImplementedError
+    return evidence.softmax(-1)[..., 1:]

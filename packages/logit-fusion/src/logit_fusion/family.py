@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from logit_fusion.arrays import Array
+
 
 class Tilted(NamedTuple):
     """Statistics of the family at one alpha per row, natural logarithms.
@@ -25,12 +27,12 @@ class Tilted(NamedTuple):
         skew: (...) its third central moment.
     """
 
-    log_norm: Float[Tensor, "*batch"]
-    mean: Float[Tensor, "*batch"]
-    var: Float[Tensor, "*batch"]
-    skew: Float[Tensor, "*batch"]
+    log_norm: Float[Array, "*batch"]
+    mean: Float[Array, "*batch"]
+    var: Float[Array, "*batch"]
+    skew: Float[Array, "*batch"]
 
-    def shifted(self, delta: Float[Tensor, "*batch"]) -> Tilted:
+    def shifted(self, delta: Float[Array, "*batch"]) -> Tilted:
         """The statistics at alpha + delta, by the Taylor series that the cumulants give (error delta**4)."""
         a, mean, var, skew = self
         return Tilted(
@@ -89,8 +91,8 @@ def tilted(
 
 
 def divergences(
-    stats: Tilted, alpha: Float[Tensor, "*batch"] | float, mean0: Float[Tensor, "*batch"] | float
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    stats: Tilted, alpha: Float[Array, "*batch"] | float, mean0: Float[Array, "*batch"] | float
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """F = KL(tilted, P) and R = KL(P, tilted) in nats, >= 0.
 
     Args:
@@ -105,4 +107,4 @@ def divergences(
     """
     forward = alpha * stats.mean - stats.log_norm
     reverse = stats.log_norm - alpha * mean0
-    return forward.clamp(min=0.0), reverse.clamp(min=0.0)
+    return forward.clip(0.0), reverse.clip(0.0)

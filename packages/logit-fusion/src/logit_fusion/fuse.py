@@ -22,13 +22,14 @@ from logit_fusion.arguments import (
     row_mask,
     strengths,
 )
+from logit_fusion.arrays import as_tensor
 from logit_fusion.config import Objective, Outside, Pairing, Solver, Strategy, Validate
 from logit_fusion.errors import EmptySupportError, NonFiniteLogitsError
 from logit_fusion.joint import joint
 from logit_fusion.kernels import make_family, prepared
 from logit_fusion.objective import Target, loss
 from logit_fusion.solve import Solution, solve
-from logit_fusion.strategies import Search, Steered, centroid, mean_shift, pool, single, static
+from logit_fusion.strategies import Search, Steered, aim_at, centroid, mean_shift, pool, single, static
 from logit_fusion.targets import Prepared
 
 
@@ -228,7 +229,8 @@ def _finish(
     log_norm = found.log_norm
     if members is not warm:
         direction, length = mean_shift(members.shifts, alpha), torch.ones_like(length)
-        log_norm, _ = make_family(members.log_p, members.p, direction, differentiable=graph).normalizer(length)
+        family = make_family(members.log_p, members.p, direction, differentiable=graph)
+        log_norm = as_tensor(family.normalizer(length)[0])
     if max_kl is not None:
         part, log_norm, bounded = _bound(members, direction, length, log_norm, max_kl, search)
         alpha, length = alpha * part.unsqueeze(-1), length * part
@@ -236,11 +238,13 @@ def _finish(
             found = bounded
         else:
             shift = mean_shift(warm.shifts, alpha)
-            norm, mean = make_family(warm.log_p, warm.p, shift, differentiable=graph).normalizer(
-                torch.ones_like(length)
-            )
+            family = make_family(warm.log_p, warm.p, shift, differentiable=graph)
+            norm, mean = (as_tensor(x) for x in family.normalizer(torch.ones_like(length)))
             found = found._replace(forward=(mean - norm).clamp(min=0.0), reverse=norm.clamp(min=0.0))
-        value = torch.zeros_like(part) if target is None else loss(target, found.forward, found.reverse)
+        value = torch.zeros_like(part)
+        if target is not None:
+            wanted = (as_tensor(x) for x in target[:3])
+            value = loss(Target(*wanted, *target[3:]), found.forward, found.reverse)
         found = found._replace(loss=value, certified=steered.found.certified & (part == 1.0))
     if active is not None:
         alpha = alpha * active.unsqueeze(-1)
@@ -258,12 +262,12 @@ def _bound(
     graph = search.differentiable
     whole = direction * length.to(direction.dtype).unsqueeze(-1)
     family = make_family(members.log_p, members.p, whole, differentiable=graph)
-    limit = torch.full_like(length, max_kl)
-    none = torch.zeros_like(length)
-    target = Target(limit, none, none, 1, "forward", 0.0, 0.0)
-    root = solve(family, target, (0.0, 1.0), 0.1, "exact", differentiable=graph)
+    limit = torch.full_like(length, max_kl).unsqueeze(-1)
+    target = aim_at(limit, limit, members, search._replace(objective="forward"))
+    found = solve(family, target, (0.0, 1.0), 0.1, "exact", differentiable=graph)
+    root = Solution(*(as_tensor(x) for x in found))
     part = torch.where(root.forward <= max_kl, root.alpha, root.alpha * (1.0 - 1e-7))
-    norm, mean = family.normalizer(part)
+    norm, mean = (as_tensor(x) for x in family.normalizer(part))
     forward = (part * mean - norm).clamp(min=0.0)
     return part, norm, root._replace(alpha=part, log_norm=norm, forward=forward, reverse=norm.clamp(min=0.0))
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
+from logit_fusion.arrays import Array, library
 from logit_fusion.config import Objective, Pairing
 from logit_fusion.family import Tilted, divergences
 
@@ -29,9 +29,9 @@ class Target(NamedTuple):
         nothing: forward + reverse that is a rounding error itself, nats.
     """
 
-    forward: Float[Tensor, "rows"]
-    reverse: Float[Tensor, "rows"]
-    rest: Float[Tensor, "rows"]
+    forward: Float[Array, "rows"]
+    reverse: Float[Array, "rows"]
+    rest: Float[Array, "rows"]
     count: int
     objective: Objective
     tiny: float
@@ -39,8 +39,8 @@ class Target(NamedTuple):
 
 
 def make_target(
-    f: Float[Tensor, "rows experts"],
-    r: Float[Tensor, "rows experts"],
+    f: Float[Array, "rows experts"],
+    r: Float[Array, "rows experts"],
     objective: Objective,
     pairing: Pairing,
     dtype: torch.dtype,
@@ -57,22 +57,29 @@ def make_target(
     if pairing == "swapped":
         f, r = r, f
     forward, reverse = f.mean(-1), r.mean(-1)
-    apart = {
-        "paper": (f - forward.unsqueeze(-1)).square() + (r - reverse.unsqueeze(-1)).square(),
-        "forward": (f - forward.unsqueeze(-1)).square(),
-        "reverse": (r - reverse.unsqueeze(-1)).square(),
-        "jeffreys": (f + r - (forward + reverse).unsqueeze(-1)).square(),
-    }[objective].sum(-1)
+    if f.shape[-1] == 1:
+        rest = 0.0 * forward
+    else:
+        off, away = f - forward[:, None], r - reverse[:, None]
+        match objective:
+            case "paper":
+                rest = (off * off + away * away).sum(-1)
+            case "forward":
+                rest = (off * off).sum(-1)
+            case "reverse":
+                rest = (away * away).sum(-1)
+            case "jeffreys":
+                rest = ((off + away) * (off + away)).sum(-1)
     # F and R come with an error of about eps, F + R with one relative to itself; beyond eps**(2/3) the
     # difference between F, R and half their sum is smaller than that.
     eps = torch.finfo(dtype).eps
     tiny = eps ** (2.0 / 3.0) / 2.0
-    return Target(forward, reverse, apart, f.shape[-1], objective, tiny, (8.0 * eps) ** 2)
+    return Target(forward, reverse, rest, f.shape[-1], objective, tiny, (8.0 * eps) ** 2)
 
 
 def loss(
-    target: Target, forward: Float[Tensor, "rows *nodes"], reverse: Float[Tensor, "rows *nodes"]
-) -> Float[Tensor, "rows *nodes"]:
+    target: Target, forward: Float[Array, "rows *nodes"], reverse: Float[Array, "rows *nodes"]
+) -> Float[Array, "rows *nodes"]:
     """The objective where F and R have these values: summed over the experts, >= 0.
 
     Args:
@@ -80,23 +87,25 @@ def loss(
         forward: (N) or (N, K) F, nats.
         reverse: the same for R.
     """
-    add = (lambda x: x.unsqueeze(-1)) if forward.ndim > 1 else (lambda x: x)
-    f, r = add(target.forward), add(target.reverse)
+    f, r, rest = target.forward, target.reverse, target.rest
+    if forward.ndim > 1:
+        f, r, rest = f[:, None], r[:, None], rest[:, None]
     match target.objective:
         case "paper":
-            part = (forward - f).square() + (reverse - r).square()
+            over, above = forward - f, reverse - r
+            return target.count * (over * over + above * above) + rest
         case "forward":
-            part = (forward - f).square()
+            gap = forward - f
         case "reverse":
-            part = (reverse - r).square()
+            gap = reverse - r
         case "jeffreys":
-            part = (forward + reverse - f - r).square()
-    return target.count * part + add(target.rest)
+            gap = forward + reverse - f - r
+    return target.count * (gap * gap) + rest
 
 
 def curvature(
-    target: Target, alpha: Float[Tensor, "*nodes"], stats: Tilted
-) -> Float[Tensor, "rows nodes"]:
+    target: Target, alpha: Float[Array, "*nodes"], stats: Tilted
+) -> Float[Array, "rows nodes"]:
     """Half the second derivative of the paper's objective per expert, at several alphas a row.
 
     Args:
@@ -105,15 +114,15 @@ def curvature(
         stats: (N, K), of shifts with mean 0 at alpha = 0.
     """
     forward, reverse = divergences(stats, alpha, 0.0)
-    over, above = forward - target.forward.unsqueeze(-1), reverse - target.reverse.unsqueeze(-1)
+    over, above = forward - target.forward[:, None], reverse - target.reverse[:, None]
     _, mean, var, skew = stats
     pull = alpha * var
     return pull * pull + mean * mean + over * (var + alpha * skew) + above * var
 
 
 def slope(
-    target: Target, alpha: Float[Tensor, "rows"], stats: Tilted
-) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+    target: Target, alpha: Float[Array, "rows"], stats: Tilted
+) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
     """The equation that the best alpha solves, g = 0, and its derivative, kept positive.
 
     Half the objective's derivative per expert for ``"paper"``, F - f, R - r or F + R - f - r else; where the
@@ -135,9 +144,10 @@ def slope(
             gauss = pull * pull + mean * mean
             full = gauss + over * (var + alpha * skew) + above * var
             small = target.forward + target.reverse < target.tiny
-            g = torch.where(small, total, g)
-            gauss = torch.where(small, pull + mean, gauss)
-            return g, torch.where((full > 0.0) & ~small, full, gauss)
+            xp = library(g)
+            g = xp.where(small, total, g)
+            gauss = xp.where(small, pull + mean, gauss)
+            return g, xp.where((full > 0.0) & ~small, full, gauss)
         case "forward":
             return forward - target.forward, pull
         case "reverse":

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from logit_fusion.arrays import Array, as_tensor, library, pick
 from logit_fusion.certificate import certify_rows
 from logit_fusion.config import Solver
 from logit_fusion.family import Tilted, divergences
@@ -22,28 +24,30 @@ from logit_fusion.objective import Target, loss, slope
 # Of the exact solver: on the interpolated family (scalars only), then on the vocabulary.
 SCALAR_STEPS = 2
 STEPS = {torch.float32: 2, torch.float64: 6}
+# A step below this share of the spacing ends the search where a look costs nothing: the next would change nothing.
+SETTLED = {torch.float32: 1e-3, torch.float64: 1e-8}
 # A root of one divergence alone: steep where a shift is huge, so every other step may have to bisect.
 ROOT_STEPS = {torch.float32: 12, torch.float64: 40}
 NEWTON_STEPS = 6
 
 
 class Family(Protocol):
-    """Statistics of N one-parameter families, in the dtype of scalars (float64 where there is one)."""
+    """Statistics of N one-parameter families: float64 arrays on the CPU, tensors elsewhere."""
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the vocabulary."""
         ...
 
-    def nodes(self, places: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    def nodes(self, places: tuple[float, ...]) -> tuple[Array, Array]:
         """A and its slope at evenly spaced alphas, (N, K) each."""
         ...
 
-    def moments(self, alpha: Tensor) -> Tilted:
+    def moments(self, alpha: Array) -> Tilted:
         """All statistics at one alpha per row."""
         ...
 
-    def normalizer(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def normalizer(self, alpha: Array) -> tuple[Array, Array]:
         """A and its slope at one alpha per row."""
         ...
 
@@ -51,12 +55,12 @@ class Family(Protocol):
 class Nodes(NamedTuple):
     """The family and the objective at the grid's alphas."""
 
-    alphas: Float[Tensor, "nodes"]
-    log_norm: Float[Tensor, "rows nodes"]
-    mean: Float[Tensor, "rows nodes"]
-    forward: Float[Tensor, "rows nodes"]
-    reverse: Float[Tensor, "rows nodes"]
-    loss: Float[Tensor, "rows nodes"]
+    alphas: Float[Array, "nodes"]
+    log_norm: Float[Array, "rows nodes"]
+    mean: Float[Array, "rows nodes"]
+    forward: Float[Array, "rows nodes"]
+    reverse: Float[Array, "rows nodes"]
+    loss: Float[Array, "rows nodes"]
 
 
 class Solution(NamedTuple):
@@ -71,12 +75,12 @@ class Solution(NamedTuple):
         certified: (N) whether the global minimum is proven.
     """
 
-    alpha: Float[Tensor, "rows"]
-    log_norm: Float[Tensor, "rows"]
-    forward: Float[Tensor, "rows"]
-    reverse: Float[Tensor, "rows"]
-    loss: Float[Tensor, "rows"]
-    certified: Bool[Tensor, "rows"]
+    alpha: Float[Array, "rows"]
+    log_norm: Float[Array, "rows"]
+    forward: Float[Array, "rows"]
+    reverse: Float[Array, "rows"]
+    loss: Float[Array, "rows"]
+    certified: Bool[Array, "rows"]
 
 
 def solve(
@@ -104,7 +108,7 @@ def solve(
     Returns:
         The solution; ``"grid"`` is never certified.
     """
-    with torch.no_grad():
+    with torch.no_grad(), np.errstate(all="ignore"):
         if solver == "newton":
             found = solve_newton(family, target, alpha_range)
         else:
@@ -121,16 +125,20 @@ def evaluate_nodes(family: Family, target: Target, grid: Grid) -> Nodes:
     """A, its slope, F, R and the objective at every node."""
     places = grid.places if grid.even else grid.places[:-1]
     log_norm, mean = family.nodes(places)
-    alphas = torch.tensor(grid.places, dtype=log_norm.dtype, device=log_norm.device)
+    xp = library(log_norm)
+    if xp is torch:
+        alphas = torch.tensor(grid.places, dtype=log_norm.dtype, device=log_norm.device)
+    else:
+        alphas = np.array(grid.places)
     if not grid.even:
-        last = family.normalizer(alphas[-1].expand(log_norm.shape[0]))
-        log_norm = torch.cat([log_norm, last[0].unsqueeze(-1)], -1)
-        mean = torch.cat([mean, last[1].unsqueeze(-1)], -1)
+        last = family.normalizer(0.0 * log_norm[:, 0] + grid.places[-1])
+        log_norm = xp.concatenate((log_norm, last[0][:, None]), -1)
+        mean = xp.concatenate((mean, last[1][:, None]), -1)
     forward, reverse = divergences(Tilted(log_norm, mean, mean, mean), alphas, 0.0)
     return Nodes(alphas, log_norm, mean, forward, reverse, loss(target, forward, reverse))
 
 
-def choose_node(target: Target, nodes: Nodes) -> tuple[Int64[Tensor, "rows"], Bool[Tensor, "rows"]]:
+def choose_node(target: Target, nodes: Nodes) -> tuple[Int64[Array, "rows"], Bool[Array, "rows"]]:
     """The node of least loss, the first of several, and whether the objective is flat in the row.
 
     Flat means that no alpha changes anything; by convention the first node is taken then.
@@ -138,21 +146,18 @@ def choose_node(target: Target, nodes: Nodes) -> tuple[Int64[Tensor, "rows"], Bo
     total = nodes.forward[:, -1] + nodes.reverse[:, -1]
     aim = target.forward + target.reverse
     small = aim < target.tiny
-    gap = nodes.forward + nodes.reverse - aim.unsqueeze(-1)
-    key = torch.where(small.unsqueeze(-1), gap.square(), nodes.loss)
-    low, high = nodes.loss.amin(-1), nodes.loss.amax(-1)
+    gap = nodes.forward + nodes.reverse - aim[:, None]
+    xp = library(gap)
+    key = xp.where(small[:, None], gap * gap, nodes.loss)
+    low, high = xp.amin(nodes.loss, -1), xp.amax(nodes.loss, -1)
     still = (high - low <= 1e-24 * (1.0 + high)) & ~(small & (total > 0.0))
     flat = still | (aim <= target.nothing)
-    return key.argmin(-1).masked_fill(flat, 0), flat
+    return xp.where(flat, 0, key.argmin(-1)), flat
 
 
-def _at_node(nodes: Nodes, index: Int64[Tensor, "rows"]) -> Solution:
-    place = index.unsqueeze(-1)
-    log_norm, forward, reverse, value = (
-        x.gather(-1, place).squeeze(-1) for x in (nodes.log_norm, nodes.forward, nodes.reverse, nodes.loss)
-    )
-    unproven = torch.zeros_like(index, dtype=torch.bool)
-    return Solution(nodes.alphas[index], log_norm, forward, reverse, value, unproven)
+def _at_node(nodes: Nodes, index: Int64[Array, "rows"]) -> Solution:
+    found = (pick(x, index) for x in (nodes.log_norm, nodes.forward, nodes.reverse, nodes.loss))
+    return Solution(nodes.alphas[index], *found, index < 0)
 
 
 def solve_grid(target: Target, nodes: Nodes) -> Solution:
@@ -161,17 +166,18 @@ def solve_grid(target: Target, nodes: Nodes) -> Solution:
 
 
 class _Bracket(NamedTuple):
-    low: Tensor
-    high: Tensor
+    low: Array
+    high: Array
 
-    def step(self, target: Target, alpha: Tensor, stats: Tilted) -> tuple[_Bracket, Tensor]:
+    def step(self, target: Target, alpha: Array, stats: Tilted) -> tuple[_Bracket, Array]:
         """One Newton step, or a bisection where it would leave the bracket."""
         g, bend = slope(target, alpha, stats)
         below = g < 0.0
-        low, high = torch.where(below, alpha, self.low), torch.where(below, self.high, alpha)
+        xp = library(g)
+        low, high = xp.where(below, alpha, self.low), xp.where(below, self.high, alpha)
         new = alpha - g / bend
         # Closed: an iterate that has converged stands on an end of its own bracket.
-        new = torch.where((new >= low) & (new <= high), new, (low + high) / 2.0)
+        new = xp.where((new >= low) & (new <= high), new, (low + high) / 2.0)
         return _Bracket(low, high), new
 
 
@@ -192,13 +198,13 @@ def solve_exact(
     """
     index, flat = choose_node(target, nodes)
     best = _at_node(nodes, index)
-    last = len(grid.places) - 1
+    xp, last = library(index), len(grid.places) - 1
     ends, middle = _ends(target, nodes, index)
     bracket = _Bracket(nodes.alphas[ends[0]], nodes.alphas[ends[1]])
     alpha = _start(target, nodes, nodes.alphas[middle], bracket)
     steps = (STEPS if target.objective == "paper" else ROOT_STEPS)[family.dtype]
     if grid.even and last >= 2:
-        middle = middle.clamp(1, last - 1)
+        middle = middle.clip(1, last - 1)
         curve = Hermite.around(nodes.alphas, grid.spacing, nodes.log_norm, nodes.mean, middle)
         for _ in range(SCALAR_STEPS):
             bracket, alpha = bracket.step(target, alpha, curve.at(alpha))
@@ -206,71 +212,84 @@ def solve_exact(
         bracket = _Bracket(nodes.alphas[ends[0]], nodes.alphas[ends[1]])
     else:
         steps += SCALAR_STEPS
-    for turn in range(steps - 1):
+    limit = SETTLED[family.dtype] * grid.spacing
+    for turn in range(1, steps + 1):
         wide = bracket.high - bracket.low
-        bracket, alpha = bracket.step(target, alpha, family.moments(alpha))
-        if target.objective != "paper" and turn % 2:
+        stats = family.moments(alpha)
+        bracket, new = bracket.step(target, alpha, stats)
+        if turn == steps or (xp is np and (abs(new - alpha) <= limit).all()):
+            break
+        if target.objective != "paper" and turn % 2 == 0:
             slow = bracket.high - bracket.low > 0.5 * wide
             # Not near a root: there one end stays, and Newton's step is small.
-            slow = slow & ((alpha - bracket.low).minimum(bracket.high - alpha) > 1e-3 * wide)
-            alpha = torch.where(slow, (bracket.low + bracket.high) / 2.0, alpha)
-    stats = family.moments(alpha)
-    _, new = bracket.step(target, alpha, stats)
+            slow = slow & (xp.minimum(new - bracket.low, bracket.high - new) > 1e-3 * wide)
+            new = xp.where(slow, (bracket.low + bracket.high) / 2.0, new)
+        alpha = new
     reach = 0.05 * grid.spacing  # where the series is as good as the statistics
-    delta = (new - alpha).clamp(-reach, reach)
+    delta = (new - alpha).clip(-reach, reach)
     found = _evaluate(target, alpha + delta, stats.shifted(delta), best.certified)
     # Where rounding errors cannot decide, the minimum is taken, not the node.
     eps = torch.finfo(family.dtype).eps
     error = 16.0 * eps * (1.0 + found.forward + found.reverse)
-    worse = found.loss > best.loss + error * (2.0 * found.loss.sqrt() + error)
+    worse = found.loss > best.loss + error * (2.0 * found.loss**0.5 + error)
     found = _choose(flat | worse, best, found)
     if certify:
         found = found._replace(certified=_certify(target, nodes, grid, found, flat))
     return found
 
 
-def _ends(target: Target, nodes: Nodes, index: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _ends(target: Target, nodes: Nodes, index: Array) -> tuple[tuple[Array, Array], Array]:
     """First and last node of the bracket, and the node between or on them where the steps start."""
     last = nodes.alphas.shape[0] - 1
     if target.objective == "paper":
-        return ((index - 1).clamp(min=0), (index + 1).clamp(max=last)), index
+        return ((index - 1).clip(0), (index + 1).clip(0, last)), index
     value, aim = {
         "forward": (nodes.forward, target.forward),
         "reverse": (nodes.reverse, target.reverse),
         "jeffreys": (nodes.forward + nodes.reverse, target.forward + target.reverse),
     }[target.objective]
     # Monotone: the root lies where the values cross the aim, wherever the nearest value is.
-    above = (value < aim.unsqueeze(-1)).sum(-1)
-    low, high = (above - 1).clamp(min=0), above.clamp(max=last)
-    gap = (value - aim.unsqueeze(-1)).abs()
-    nearer = gap.gather(-1, low.unsqueeze(-1)) <= gap.gather(-1, high.unsqueeze(-1))
-    return (low, high), torch.where(nearer.squeeze(-1), low, high)
+    above = (value < aim[:, None]).sum(-1)
+    low, high = (above - 1).clip(0), above.clip(0, last)
+    gap = abs(value - aim[:, None])
+    return (low, high), library(gap).where(pick(gap, low) <= pick(gap, high), low, high)
 
 
-def _start(target: Target, nodes: Nodes, alpha: Tensor, bracket: _Bracket) -> Tensor:
+def _start(target: Target, nodes: Nodes, alpha: Array, bracket: _Bracket) -> Array:
     # alpha = 0 is a local maximum of the objective, where Newton would stay.
     spread = (nodes.mean[:, 1] - nodes.mean[:, 0]) / (nodes.alphas[1] - nodes.alphas[0])
-    aim = ((target.forward + target.reverse) / spread.clamp(min=1e-300)).sqrt()
-    return torch.where(alpha == 0.0, torch.minimum(aim, bracket.high), alpha)
+    aim = ((target.forward + target.reverse) / spread.clip(1e-300)) ** 0.5
+    xp = library(aim)
+    return xp.where(alpha == 0.0, xp.minimum(aim, bracket.high), alpha)
 
 
-def _evaluate(target: Target, alpha: Tensor, stats: Tilted, certified: Tensor) -> Solution:
+def _evaluate(target: Target, alpha: Array, stats: Tilted, certified: Array) -> Solution:
     forward, reverse = divergences(stats, alpha, 0.0)
     return Solution(alpha, stats.log_norm, forward, reverse, loss(target, forward, reverse), certified)
 
 
-def _choose(rows: Tensor, yes: Solution, no: Solution) -> Solution:
-    return Solution(*(torch.where(rows, a, b) for a, b in zip(yes, no, strict=True)))
+def _choose(rows: Array, yes: Solution, no: Solution) -> Solution:
+    xp = library(rows)
+    return Solution(*(xp.where(rows, a, b) for a, b in zip(yes, no, strict=True)))
 
 
-def _certify(target: Target, nodes: Nodes, grid: Grid, found: Solution, flat: Tensor) -> Tensor:
+def _certify(target: Target, nodes: Nodes, grid: Grid, found: Solution, flat: Array) -> Array:
     small = target.forward + target.reverse < target.tiny
     if target.objective != "paper":  # each of them has one root at most
-        return torch.ones_like(flat)
+        return flat | True
     if not grid.even or len(grid.places) < 3:
         return flat | small
-    proven = certify_rows(target, nodes.alphas, grid.spacing, nodes.log_norm, nodes.mean, found.loss)
-    return flat | small | proven
+    proven = certify_rows(
+        target._replace(
+            forward=as_tensor(target.forward), reverse=as_tensor(target.reverse), rest=as_tensor(target.rest)
+        ),
+        as_tensor(nodes.alphas),
+        grid.spacing,
+        as_tensor(nodes.log_norm),
+        as_tensor(nodes.mean),
+        as_tensor(found.loss),
+    )
+    return flat | small | (proven if library(flat) is torch else proven.numpy())
 
 
 def solve_newton(family: Family, target: Target, alpha_range: tuple[float, float]) -> Solution:
@@ -281,16 +300,16 @@ def solve_newton(family: Family, target: Target, alpha_range: tuple[float, float
         target: of the same rows.
         alpha_range: (low, high).
     """
-    low, high = (torch.full_like(target.forward, end) for end in alpha_range)
-    alpha = torch.ones_like(low).clamp(*alpha_range)
+    low, high = (0.0 * target.forward + end for end in alpha_range)
+    alpha = (0.0 * low + 1.0).clip(*alpha_range)
     bracket = _Bracket(low, high)
     for _ in range(NEWTON_STEPS):
         bracket, alpha = bracket.step(target, alpha, family.moments(alpha))
     aim = target.forward + target.reverse
-    alpha = torch.where((aim <= target.nothing) | alpha.isnan(), low, alpha)
+    # NaN: neither the objective nor its bound moves, as in a flat row.
+    alpha = library(alpha).where((aim <= target.nothing) | (alpha != alpha), low, alpha)
     log_norm, mean = family.normalizer(alpha)
-    unproven = torch.zeros_like(alpha, dtype=torch.bool)
-    return _evaluate(target, alpha, Tilted(log_norm, mean, mean, mean), unproven)
+    return _evaluate(target, alpha, Tilted(log_norm, mean, mean, mean), alpha < low)
 
 
 def _attach(

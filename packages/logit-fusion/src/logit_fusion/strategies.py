@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from logit_fusion.arrays import as_tensor
 from logit_fusion.config import Objective, Pairing, Solver
-from logit_fusion.kernels import make_family
+from logit_fusion.kernels import make_family, tiled
 from logit_fusion.objective import Target, make_target
 from logit_fusion.solve import Solution, solve
 from logit_fusion.targets import Prepared
@@ -51,8 +52,17 @@ class Steered(NamedTuple):
     target: Target | None
 
 
+def aim_at(
+    f: Float[Tensor, "rows experts"], r: Float[Tensor, "rows experts"], members: Prepared, search: Search
+) -> Target:
+    """The target of f and r, in the arrays that the members' family computes with."""
+    if tiled(members.p, differentiable=search.differentiable):
+        f, r = f.numpy(), r.numpy()
+    return make_target(f, r, search.objective, search.pairing, members.p.dtype)
+
+
 def _seek(members: Prepared, direction: Tensor, target: Target, search: Search) -> Solution:
-    return solve(
+    found = solve(
         make_family(members.log_p, members.p, direction, differentiable=search.differentiable),
         target,
         search.alpha_range,
@@ -61,6 +71,7 @@ def _seek(members: Prepared, direction: Tensor, target: Target, search: Search) 
         certify=search.certify,
         differentiable=search.differentiable,
     )
+    return Solution(*(as_tensor(x) for x in found))
 
 
 def single(
@@ -74,7 +85,7 @@ def single(
         ranges: T ranges instead of the common one.
     """
     count = members.f.shape[-1]
-    target = make_target(members.f, members.r, search.objective, search.pairing, members.p.dtype)
+    target = aim_at(members.f, members.r, members, search)
     each = ranges or [search.alpha_range] * count
     found = [
         _seek(members, members.shifts[t], target, search._replace(alpha_range=each[t])) for t in range(count)
@@ -120,7 +131,7 @@ def centroid(members: Prepared, search: Search, weights: Float[Tensor, "rows exp
         search: how the length is sought; its range is that of the strongest expert.
         weights: (N, T) >= 0, sum at most 1.
     """
-    target = make_target(members.f, members.r, search.objective, search.pairing, members.p.dtype)
+    target = aim_at(members.f, members.r, members, search)
     return _along(members, search, weights, target)
 
 
@@ -133,9 +144,7 @@ def pool(members: Prepared, search: Search, weights: Float[Tensor, "rows experts
         weights: (N, T) >= 0, sum at most 1; what is missing is the base's share.
     """
     f, r = pool_targets(members, weights, differentiable=search.differentiable)
-    target = make_target(
-        f.unsqueeze(-1), r.unsqueeze(-1), search.objective, search.pairing, members.p.dtype
-    )
+    target = aim_at(f.unsqueeze(-1), r.unsqueeze(-1), members, search)
     return _along(members, search, weights, target)
 
 
@@ -154,7 +163,7 @@ def pool_targets(
     direction = mean_shift(members.shifts, weights)
     centered = direction - mean_base.to(direction.dtype).unsqueeze(-1)
     family = make_family(members.log_q, members.log_q, centered, differentiable=differentiable)
-    log_norm, mean = family.normalizer(torch.ones_like(mean_base))
+    log_norm, mean = (as_tensor(x) for x in family.normalizer(torch.ones_like(mean_base)))
     return (mean - log_norm).clamp(min=0.0), log_norm.clamp(min=0.0)
 
 
@@ -179,7 +188,7 @@ def static(
     direction = mean_shift(members.shifts, alpha)
     length = torch.ones_like(members.f[:, 0])
     family = make_family(members.log_p, members.p, direction, differentiable=differentiable)
-    log_norm, mean = family.normalizer(length)
+    log_norm, mean = (as_tensor(x) for x in family.normalizer(length))
     nothing = torch.zeros_like(length)
     return Steered(
         alpha.to(length.dtype),

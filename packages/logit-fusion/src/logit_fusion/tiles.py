@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from logit_fusion.arrays import Array, as_tensor
 from logit_fusion.family import Tilted
 from logit_fusion.targets import Prepared
 
@@ -100,11 +101,12 @@ class TiledFamily:
     def _within(self, alpha: float) -> Tensor:
         return self.peak * alpha <= exponent_limit(self.shift.dtype)
 
-    def nodes(self, places: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-        """A and its slope at evenly spaced alphas: (N, K) each, float64."""
+    def nodes(self, places: tuple[float, ...]) -> tuple[Array, Array]:
+        """A and its slope at evenly spaced alphas: (N, K) each."""
         easy = self._within(places[-1])
         if bool(easy.all()):
-            return _node_sums(self.log_p, self.p, self.shift, places)
+            log_norm, mean = _node_sums(self.log_p, self.p, self.shift, places)
+            return log_norm.numpy(), mean.numpy()
         log_norm, mean = (_wide(len(easy), len(places)) for _ in range(2))
         rows = easy.nonzero().squeeze(-1)
         if len(rows):
@@ -114,25 +116,21 @@ class TiledFamily:
         for j, place in enumerate(places):
             alpha = torch.full((len(rows),), place, dtype=torch.float64)
             log_norm[rows, j], mean[rows, j] = _moments(log_p, shift, alpha, 1, hard=True)
-        return log_norm, mean
+        return log_norm.numpy(), mean.numpy()
 
-    def moments(self, alpha: Tensor) -> Tilted:
-        """All four statistics at one alpha per row, float64."""
-        return _central(_moments(self.log_p, self.shift, alpha, 3, hard=self._hard(alpha)))
+    def moments(self, alpha: Array) -> Tilted:
+        """All four statistics at one alpha per row."""
+        place = as_tensor(alpha)
+        return _central(_moments(self.log_p, self.shift, place, 3, hard=self._hard(place)))
 
-    def normalizer(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """A and its slope at one alpha per row, float64."""
-        found = _moments(self.log_p, self.shift, alpha, 1, hard=self._hard(alpha))
-        return found[0], found[1]
+    def normalizer(self, alpha: Array) -> tuple[Array, Array]:
+        """A and its slope at one alpha per row."""
+        place = as_tensor(alpha)
+        log_norm, mean = _moments(self.log_p, self.shift, place, 1, hard=self._hard(place))
+        return log_norm.numpy(), mean.numpy()
 
     def _hard(self, alpha: Tensor) -> bool:
-        return not bool((self.peak.double() * alpha <= exponent_limit(self.shift.dtype)).all())
-
-    def log_probs(self, alpha: Tensor, log_norm: Tensor) -> Tensor:
-        """``log_p + alpha * shift - log_norm``."""
-        dtype = self.shift.dtype
-        out = torch.addcmul(self.log_p, self.shift, alpha.to(dtype).unsqueeze(-1))
-        return out.sub_(log_norm.to(dtype).unsqueeze(-1))
+        return not bool((self.peak * alpha <= exponent_limit(self.shift.dtype)).all())
 
 
 def _node_sums(log_p: Tensor, p: Tensor, shift: Tensor, alphas: tuple[float, ...]) -> tuple[Tensor, Tensor]:
@@ -192,6 +190,6 @@ def _moments(log_p: Tensor, shift: Tensor, alpha: Tensor, order: int, *, hard: b
 
 
 def _central(raw: tuple[Tensor, ...]) -> Tilted:
-    log_norm, mean, second, third = raw
-    var = (second - mean * mean).clamp(min=0.0)
+    log_norm, mean, second, third = (x.numpy() for x in raw)
+    var = (second - mean * mean).clip(0.0)
     return Tilted(log_norm, mean, var, third - mean * (3.0 * var + mean * mean))
