@@ -302,7 +302,7 @@ def _result(
         wrong = wrong if mask is None else [x & mask for x in wrong]
         non_finite, empty = torch.stack([x.any(-1) for x in wrong], -1), ~support.any(-1)
     expert = fused.alpha.argmax(-1).masked_fill((fused.alpha == 0.0).all(-1), -1)
-    shape = lambda x: x.reshape(*batch, *x.shape[1:])
+    shape = lambda x: x.reshape((*batch, *x.shape[1:]))
     cast = lambda x: shape(x.to(dtype))
     return FusionStep(
         log_probs=cast(log_probs),

@@ -108,17 +108,31 @@ def solve(
     Returns:
         The solution; ``"grid"`` is never certified.
     """
-    with torch.no_grad(), np.errstate(all="ignore"):
-        if solver == "newton":
-            found = solve_newton(family, target, alpha_range)
+    with torch.no_grad():
+        if library(target.forward) is np:
+            with np.errstate(all="ignore"):
+                found = _search(family, target, alpha_range, step, solver, certify=certify)
         else:
-            grid = make_grid(*alpha_range, step)
-            nodes = evaluate_nodes(family, target, grid)
-            if solver == "grid":
-                found = solve_grid(target, nodes)
-            else:
-                found = solve_exact(family, target, nodes, grid, certify=certify)
+            found = _search(family, target, alpha_range, step, solver, certify=certify)
     return _attach(family, target, alpha_range, solver, found) if differentiable else found
+
+
+def _search(
+    family: Family,
+    target: Target,
+    alpha_range: tuple[float, float],
+    step: float,
+    solver: Solver,
+    *,
+    certify: bool,
+) -> Solution:
+    if solver == "newton":
+        return solve_newton(family, target, alpha_range)
+    grid = make_grid(*alpha_range, step)
+    nodes = evaluate_nodes(family, target, grid)
+    if solver == "grid":
+        return solve_grid(target, nodes)
+    return solve_exact(family, target, nodes, grid, certify=certify)
 
 
 def evaluate_nodes(family: Family, target: Target, grid: Grid) -> Nodes:
