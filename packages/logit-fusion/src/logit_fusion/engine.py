@@ -30,10 +30,12 @@ class Prompts:
     Args:
         length: tokens of the shared prompt, padding included.
         given: member -> ids and mask, each (rows, tokens), padded on the left, read in place of the prompt.
+        apart: every member has a lane of its own, so that one can read ahead.
     """
 
     length: int
     given: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
+    apart: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ class Engine:
 
     def plan(self, prompts: Prompts | None) -> tuple[list[Lane], list[tuple[int, int]]]:
         """Lanes and places; members with prompts of their own run apart."""
-        return self.apart if prompts is not None and prompts.given else self.together
+        return self.apart if prompts is not None and (prompts.given or prompts.apart) else self.together
 
     def cache(self, prompts: Prompts | None = None) -> FusedCache:
         """An empty cache."""
@@ -106,6 +108,7 @@ class Engine:
         cache: FusedCache | None,
         keep: int,
         prompts: Prompts | None = None,
+        known: Mapping[int, Tensor] | None = None,
     ) -> tuple[list[Tensor], Any]:
         """Let all members read new tokens.
 
@@ -117,6 +120,7 @@ class Engine:
             cache: of the members; brought up to date.
             keep: how many positions, at least 1.
             prompts: what differs between the members' prompts.
+            known: lane -> logits (rows, keep, vocab) of what it has read already.
 
         Returns:
             Each member's logits (rows, keep, vocab) in the large model's ids, and the experts' weights.
@@ -141,7 +145,11 @@ class Engine:
 
         def job(number: int) -> Any:
             lane, reading = lanes[number], readings[number]
-            reading = replace(reading, score=scored and number in small)
+            score = scored and number in small
+            if known is not None and number in known:
+                logits = known[number]
+                return [logits], [token_log_probs(logits[:, :-1], reading.ids[:, 1:])] if score else []
+            reading = replace(reading, score=score)
             width = self.vocabulary.widths[lane.members[0].name]
             return lane.run(reading, None if cache is None else cache.lanes[number], width)
 
@@ -160,6 +168,30 @@ class Engine:
             cache.length += input_ids.shape[1]
             cache.rows = input_ids.shape[0]
         return aligned, weights
+
+    def read_ahead(
+        self, lane: int, input_ids: Tensor, mask: Tensor | None, cache: FusedCache, ahead: int, prompts: Prompts
+    ) -> Tensor:
+        """Let one member alone read one token more than the others.
+
+        Args:
+            lane: of the member, in the plan with ``apart``.
+            input_ids: (rows, 1) the token.
+            mask: (rows, past + ahead + 1), None for no padding.
+            cache: of all; only this lane's grows.
+            ahead: tokens it has read before the others.
+            prompts: as in :meth:`read`.
+
+        Returns:
+            Its logits (rows, 1, vocab), in its own ids.
+        """
+        runner = self.apart[0][lane]
+        cache.length += ahead  # for this lane
+        try:
+            reading = self._reading(lane, runner, input_ids, mask, None, cache, 1, prompts)
+        finally:
+            cache.length -= ahead
+        return runner.run(reading, cache.lanes[lane], self.vocabulary.widths[runner.members[0].name])[0][0]
 
     def fuse(self, settings: FusionConfig, aligned: Sequence[Tensor], weights: Any) -> Passed:
         """Fuse aligned logits of large, base and experts.
