@@ -61,6 +61,7 @@ class CalibrationReport(Report):
         ]
 
 
+@torch.no_grad()
 def compare(
     model: FusedModel,
     encoded: Sequence[Encoded],

@@ -291,14 +291,19 @@ def _with_adapter(module: Any, adapter: str, name: str) -> Any:
         raise CheckpointError(f"member {name!r}: adapter {adapter} cannot be loaded: {reason}") from error
 
 
-def check_pairing(base: Member, experts: Sequence[Member]) -> None:
+def check_pairing(base: Member, experts: Sequence[Member], large: Member | None = None) -> None:
     """Warn of experts that do not look like fine-tunes of the base.
+
+    Args:
+        base: the small base.
+        experts: of it.
+        large: an expert that is the large model itself (contrastive decoding) is none of the base's.
 
     Warns:
         UnpairedExpertWarning: another model type, width, depth or number of heads.
     """
     for expert in experts:
-        if expert.module is base.module:
+        if expert.module is base.module or (large is not None and expert.module is large.module):
             continue
         differ = [
             f"{key} {ours} / {theirs}"

@@ -122,7 +122,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         large = members[0]
         settings = preset_settings(preset, settings or FusionConfig())
         settings = settings.replace(**changes) if changes else settings
-        check_pairing(members[1], members[2:])
+        check_pairing(members[1], members[2:], large)
         known = {member.name: member.tokenizer for member in members if member.tokenizer is not None}
         vocabulary = check_vocabulary(
             known if "large" in known else {},
