@@ -266,7 +266,8 @@ def _bound(
     target = aim_at(limit, limit, members, search._replace(objective="forward"))
     found = solve(family, target, (0.0, 1.0), 0.1, "exact", differentiable=graph)
     root = Solution(*(as_tensor(x) for x in found))
-    part = torch.where(root.forward <= max_kl, root.alpha, root.alpha * (1.0 - 1e-7))
+    # Should the steps not have sufficed, the node below is within the bound.
+    part = torch.where(root.forward <= max_kl + 5e-7, root.alpha, (10.0 * root.alpha.detach()).floor() / 10.0)
     norm, mean = (as_tensor(x) for x in family.normalizer(part))
     forward = (part * mean - norm).clamp(min=0.0)
     return part, norm, root._replace(alpha=part, log_norm=norm, forward=forward, reverse=norm.clamp(min=0.0))

@@ -182,17 +182,19 @@ def solve_grid(target: Target, nodes: Nodes) -> Solution:
 class _Bracket(NamedTuple):
     low: Array
     high: Array
+    tried: Array  # whether the high end, or a place below it that became the end, has been looked at
 
     def step(self, target: Target, alpha: Array, stats: Tilted) -> tuple[_Bracket, Array]:
-        """One Newton step, or a bisection where it would leave the bracket."""
+        """One Newton step; where it would leave the bracket, a look at the end, and if that was taken a bisection."""
         g, bend = slope(target, alpha, stats)
         below = g < 0.0
         xp = library(g)
         low, high = xp.where(below, alpha, self.low), xp.where(below, self.high, alpha)
         new = alpha - g / bend
-        # Closed: an iterate that has converged stands on an end of its own bracket.
-        new = xp.where((new >= low) & (new <= high), new, (low + high) / 2.0)
-        return _Bracket(low, high), new
+        inside = (new >= low) & (new <= high)  # closed: an iterate that has converged is an end of its own bracket
+        beyond = (new > high) & ~self.tried
+        new = xp.where(inside, new, xp.where(beyond, high, (low + high) / 2.0))
+        return _Bracket(low, high, self.tried | beyond | ~below), new
 
 
 def solve_exact(
@@ -214,7 +216,7 @@ def solve_exact(
     best = _at_node(nodes, index)
     xp, last = library(index), len(grid.places) - 1
     ends, middle = _ends(target, nodes, index)
-    bracket = _Bracket(nodes.alphas[ends[0]], nodes.alphas[ends[1]])
+    bracket = _Bracket(nodes.alphas[ends[0]], nodes.alphas[ends[1]], index >= 0)
     alpha = _start(target, nodes, nodes.alphas[middle], bracket)
     steps = (STEPS if target.objective == "paper" else ROOT_STEPS)[family.dtype]
     if grid.even and last >= 2:
@@ -223,7 +225,7 @@ def solve_exact(
         for _ in range(SCALAR_STEPS):
             bracket, alpha = bracket.step(target, alpha, curve.at(alpha))
         # What interpolation and rounding did to the bracket is taken back.
-        bracket = _Bracket(nodes.alphas[ends[0]], nodes.alphas[ends[1]])
+        bracket = _Bracket(nodes.alphas[ends[0]], nodes.alphas[ends[1]], index >= 0)
     else:
         steps += SCALAR_STEPS
     limit = SETTLED[family.dtype] * grid.spacing
@@ -316,7 +318,7 @@ def solve_newton(family: Family, target: Target, alpha_range: tuple[float, float
     """
     low, high = (0.0 * target.forward + end for end in alpha_range)
     alpha = (0.0 * low + 1.0).clip(*alpha_range)
-    bracket = _Bracket(low, high)
+    bracket = _Bracket(low, high, low > high)
     for _ in range(NEWTON_STEPS):
         bracket, alpha = bracket.step(target, alpha, family.moments(alpha))
     aim = target.forward + target.reverse

@@ -139,7 +139,7 @@ def _node_sums(log_p: Tensor, p: Tensor, shift: Tensor, alphas: tuple[float, ...
     spacing = (alphas[-1] - alphas[0]) / max(count - 1, 1)
     total, moment = _wide(rows, count), _wide(rows, count)
     blocks = _blocks(rows, vocab, NODE_TILE)
-    size = max((i.stop - i.start) * (j.stop - j.start) for i, j in blocks)
+    size = max(((i.stop - i.start) * (j.stop - j.start) for i, j in blocks), default=0)
     powers, ratio_all = shift.new_empty(count * size), shift.new_empty(size)
     for i, j in blocks:
         d = shift[i, j]
