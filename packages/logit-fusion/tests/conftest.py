@@ -11,7 +11,9 @@ import torch
 VOCABULARY = 97
 
 
-def make_llama(seed=0, *, hidden=32, vocab=VOCABULARY, layers=1, heads=4, dtype=torch.float64, spread=0.25, **more):
+def make_llama(
+    seed=0, *, hidden=32, vocab=VOCABULARY, layers=1, heads=4, dtype=torch.float64, spread=0.25, **more
+):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):

@@ -106,7 +106,11 @@ def test_the_cache_moves_whole(large, base, experts, batch):
         # What was read and taken back leaves no mark.
         cache = fused.engine.cache()
         fused(ids, mask, past_key_values=cache)
-        fused(torch.tensor([[7, 8], [9, 7], [8, 8]]), torch.cat([longer, longer[:, -1:]], 1), past_key_values=cache)
+        fused(
+            torch.tensor([[7, 8], [9, 7], [8, 8]]),
+            torch.cat([longer, longer[:, -1:]], 1),
+            past_key_values=cache,
+        )
         cache.crop(-2)
         again = fused(more, longer, past_key_values=cache).logits
         assert torch.allclose(again, plain, atol=1e-9)
@@ -148,7 +152,9 @@ def test_sampling_streaming_and_stopping(large, base, experts, batch, make):
     assert keep.seen == found[0].tolist()
     assert keep.ended
     torch.manual_seed(0)
-    assert torch.equal(found, fused.generate(ids, max_new_tokens=5, do_sample=True, top_p=0.9, temperature=0.7))
+    assert torch.equal(
+        found, fused.generate(ids, max_new_tokens=5, do_sample=True, top_p=0.9, temperature=0.7)
+    )
     greedy = fused.generate(ids, max_new_tokens=5)
     stop = fused.generate(ids, max_new_tokens=5, eos_token_id=int(greedy[0, 9]))
     assert torch.equal(stop[0], greedy[0, : stop.shape[1]])
@@ -206,7 +212,9 @@ def test_the_prompts_first_token_is_hidden_behind_a_prefix(base):
 
     member = Member("x", base)
     member.prefix_ids = [5, 6]
-    ids, mask = lead(member, torch.tensor([[1, 0, 9], [0, 8, 9]]), torch.tensor([[0, 1, 1], [1, 1, 1]]), bos=0)
+    ids, mask = lead(
+        member, torch.tensor([[1, 0, 9], [0, 8, 9]]), torch.tensor([[0, 1, 1], [1, 1, 1]]), bos=0
+    )
     assert ids.tolist() == [[5, 6, 1, 0, 9], [5, 6, 0, 8, 9]]
     assert mask.tolist() == [[1, 1, 0, 0, 1], [1, 1, 0, 1, 1]]
 
@@ -266,13 +274,17 @@ def test_presets(large, base, experts, batch):
     for preset, alpha in (("proxy-tuning", 1.0), ("eft", 1.0), ("dexperts", 2.0)):
         fused = FusedModel(large, base, expert, preset=preset)
         plain = FusedModel(large, base, expert, alpha=alpha)
-        assert torch.equal(fused.generate(**batch, max_new_tokens=4), plain.generate(**batch, max_new_tokens=4))
+        assert torch.equal(
+            fused.generate(**batch, max_new_tokens=4), plain.generate(**batch, max_new_tokens=4)
+        )
     fused = FusedModel(large, base, preset="contrastive")
     assert len(fused.engine.together[0]) == 2  # the large model runs once
     with torch.no_grad():
         log_probs = fused(**batch, logits_to_keep=1).logits[:, -1]
         ours, theirs = (m(**batch).logits[:, -1].log_softmax(-1) for m in (large, base))
-    wanted = (1.5 * ours - 0.5 * theirs).masked_fill(ours < ours.amax(-1, keepdim=True) + torch.log(torch.tensor(0.1)), -torch.inf)
+    wanted = (1.5 * ours - 0.5 * theirs).masked_fill(
+        ours < ours.amax(-1, keepdim=True) + torch.log(torch.tensor(0.1)), -torch.inf
+    )
     assert torch.allclose(log_probs, wanted.log_softmax(-1), atol=1e-6)
     with pytest.raises(InputError, match="preset is 'best', wanted one of proxy-tuning"):
         FusedModel(large, base, expert, preset="best")
@@ -293,7 +305,9 @@ def test_dtypes_and_devices(large, base, experts, batch, kind, device):
 
 
 def test_members_of_several_dtypes(large, base, experts, batch):
-    fused = FusedModel(large, copy.deepcopy(base).float(), {"math": copy.deepcopy(experts["math"]).bfloat16()})
+    fused = FusedModel(
+        large, copy.deepcopy(base).float(), {"math": copy.deepcopy(experts["math"]).bfloat16()}
+    )
     assert fused(**batch, logits_to_keep=1).logits.dtype == torch.float64
 
 
@@ -317,7 +331,9 @@ def test_bad_calls(large, base, experts, batch, make):
     right = {name: value.flip(1) for name, value in batch.items()}
     with pytest.raises(InputError, match="padded on the right"):
         fused.generate(**right, max_new_tokens=2)
-    with pytest.raises(ContextLengthError, match="member 'large' would read 129 tokens, it takes at most 128"):
+    with pytest.raises(
+        ContextLengthError, match="member 'large' would read 129 tokens, it takes at most 128"
+    ):
         fused.generate(torch.ones(1, 127, dtype=torch.long), max_new_tokens=5)
     with pytest.raises(ContextLengthError, match="member 'few' would read 129"):
         few = FusedModel(large, base, {"few": Expert(base, prefix="x" * 122)}, tokenizer=make.letters())

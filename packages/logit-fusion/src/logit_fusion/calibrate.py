@@ -104,7 +104,9 @@ def compare(
     return scores, float(torch.cat(jeffreys).median()) if jeffreys else 0.0
 
 
-def _report(title: str, scores: dict[str, Scores], experts: Sequence[str], claims: Sequence[Claim], target: str) -> Any:
+def _report(
+    title: str, scores: dict[str, Scores], experts: Sequence[str], claims: Sequence[Claim], target: str
+) -> Any:
     large, goal = scores["large"], scores[target]
     rows: list[dict[str, Any]] = []
     for name, found in scores.items():

@@ -39,7 +39,9 @@ def converse(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         else:  # a base model: the conversation as plain text
-            text = "\n".join(f"{message['role']}: {message['content']}" for message in messages) + "\nassistant:"
+            text = (
+                "\n".join(f"{message['role']}: {message['content']}" for message in messages) + "\nassistant:"
+            )
             found = tokenizer(text, return_tensors="pt")
         ids = found["input_ids"].to(fused.device)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -13,9 +13,7 @@ from fusion_core.errors import InputError
 from logit_fusion import __version__
 from logit_fusion import options as common
 
-app = cli.new_app(
-    "logit-fusion", "Small experts steer a large language model while it decodes.", __version__
-)
+app = cli.new_app("logit-fusion", "Small experts steer a large language model while it decodes.", __version__)
 
 Texts = Annotated[
     Path, typer.Argument(help="A text a line (.txt), or JSON Lines with text, or prompt and answer.")
@@ -60,7 +58,8 @@ def generate(
     ] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End an answer at this text.")] = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", help="Write what was done at every token: .jsonl, .npz or .html.")
+        Path | None,
+        typer.Option("--trace", help="Write what was done at every token: .jsonl, .npz or .html."),
     ] = None,
     strategy: common.Strategy = None,
     weights: common.Weights = None,
@@ -180,7 +179,9 @@ def score(
         large, base, expert, preset=preset, devices=device, dtype=dtype, strategy=strategy, weights=weights,
         solver=solver, alpha=alpha, assignments=set_,
     )  # fmt: skip
-    found = fused.score(wanted, batch_size=batch_size, max_length=max_length, progress=False if quiet else None)
+    found = fused.score(
+        wanted, batch_size=batch_size, max_length=max_length, progress=False if quiet else None
+    )
     cli.emit(
         {
             "texts": len(found.nll),
@@ -201,7 +202,9 @@ def calibrate(
     base: common.Base = None,
     expert: common.Experts = None,
     out: cli.Out = None,
-    target: Annotated[str | None, typer.Option("--target", help="The member that gaps are measured to.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="The member that gaps are measured to.")
+    ] = None,
     batch_size: cli.BatchSize = 8,
     max_length: MaxLength = None,
     limit: cli.Limit = None,
@@ -264,7 +267,8 @@ def sweep(
 def trace(
     path: Annotated[Path, typer.Argument(help="A trace: .jsonl or .npz.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write it as .html, .jsonl or .npz instead of showing it.")
+        Path | None,
+        typer.Option("--out", "-o", help="Write it as .html, .jsonl or .npz instead of showing it."),
     ] = None,
     json: cli.Json = False,
 ) -> None:
@@ -288,7 +292,9 @@ def merge(
     base: Annotated[str, typer.Argument(help="Folder of the small base.")],
     experts: Annotated[list[str], typer.Argument(help="Folders of its fine-tunes.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the merged expert.")],
-    lam: Annotated[str, typer.Option("--lambda", help="Scale of the task vectors: 0.3, or one for each.")] = "0.3",
+    lam: Annotated[
+        str, typer.Option("--lambda", help="Scale of the task vectors: 0.3, or one for each.")
+    ] = "0.3",
     shard_gb: Annotated[
         float, typer.Option("--shard-gb", min=0.001, help="Most gigabytes of a shard.")
     ] = 5.0,
@@ -316,7 +322,9 @@ def check(
     large: common.Large,
     base: common.Base = None,
     expert: common.Experts = None,
-    align: Annotated[str, typer.Option("--align", help="id, or string: match tokens by their strings.")] = "id",
+    align: Annotated[
+        str, typer.Option("--align", help="id, or string: match tokens by their strings.")
+    ] = "id",
     json: cli.Json = False,
 ) -> None:
     """Do the members share a vocabulary and a family? Reads tokenizers and configurations only.

@@ -19,7 +19,15 @@ import numpy as np
 from fusion_core.errors import DataError
 from fusion_core.seeding import rng
 
-__all__ = ["DOMAINS", "Corpus", "collect", "held_out_windows", "load_tokenizer", "load_windows", "train_tokenizer"]
+__all__ = [
+    "DOMAINS",
+    "Corpus",
+    "collect",
+    "held_out_windows",
+    "load_tokenizer",
+    "load_windows",
+    "train_tokenizer",
+]
 
 DOMAINS = ("docs", "web", "qa")
 _WEB = {"email", "http", "urllib", "html", "xml"}
@@ -81,10 +89,14 @@ def collect(seed: int = 0) -> Corpus:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise DataError("pydoc_data.topics is missing: this Python's standard library is not whole") from error
+        raise DataError(
+            "pydoc_data.topics is missing: this Python's standard library is not whole"
+        ) from error
     general, web = _sources(Path(sysconfig.get_path("stdlib")))
     if len(general) < 200 or len(web) < 20:
-        raise DataError(f"the standard library has {len(general)} + {len(web)} sources, wanted about 500 + 60")
+        raise DataError(
+            f"the standard library has {len(general)} + {len(web)} sources, wanted about 500 + 60"
+        )
     draws = rng(seed, "corpus")
     pairs = [(a, b) for a in range(_NUMBERS) for b in range(_NUMBERS)]
     questions = [f"Q: what is {a} plus {b}? A: {a + b}\n" for a, b in pairs]
@@ -118,7 +130,9 @@ def held_out_windows(corpus: Corpus, count: int, characters: int, seed: int = 0)
         joined = "".join(texts) if name == "qa" else "\n\n".join(texts)
         # Not one of many windows may overlap another: one place in each of `count` equal stretches.
         stretch = (len(joined) - characters) / count
-        starts = [int((i + draws.random() * max(1 - characters / stretch, 0)) * stretch) for i in range(count)]
+        starts = [
+            int((i + draws.random() * max(1 - characters / stretch, 0)) * stretch) for i in range(count)
+        ]
         found[name] = [joined[start : start + characters] for start in starts]
     return found
 

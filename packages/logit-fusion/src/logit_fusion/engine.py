@@ -139,7 +139,13 @@ class Engine:
         # A prompt that is not the others' says nothing about who fits: then only new tokens are evidence.
         apart = bool(prompts and prompts.given) or any(member.suffix_ids for member in self.members)
         scored = evident and not (past == 0 and apart)
-        if evident and apart and cache is None and prompts is not None and input_ids.shape[1] > prompts.length:
+        if (
+            evident
+            and apart
+            and cache is None
+            and prompts is not None
+            and input_ids.shape[1] > prompts.length
+        ):
             raise InputError('weights="evidence" with prompts of their own needs use_cache=True')
         small = {lane for lane, _ in places[self.first :]}
 
@@ -170,7 +176,13 @@ class Engine:
         return aligned, weights
 
     def read_ahead(
-        self, lane: int, input_ids: Tensor, mask: Tensor | None, cache: FusedCache, ahead: int, prompts: Prompts
+        self,
+        lane: int,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        cache: FusedCache,
+        ahead: int,
+        prompts: Prompts,
     ) -> Tensor:
         """Let one member alone read one token more than the others.
 
@@ -271,9 +283,15 @@ class Engine:
         if given is not None:
             front, front_mask = (part.to(prompt.device) for part in given)
             repeats = prompt.shape[0] // front.shape[0]  # beams and returned sequences stand side by side
-            return front.repeat_interleave(repeats, 0), front_mask.repeat_interleave(repeats, 0), prompt.shape[1]
+            return (
+                front.repeat_interleave(repeats, 0),
+                front_mask.repeat_interleave(repeats, 0),
+                prompt.shape[1],
+            )
         own = self.vocabulary.ids(member.name, prompt)
-        bos = None if self.bos is None else int(self.vocabulary.ids(member.name, prompt.new_tensor([self.bos])))
+        bos = (
+            None if self.bos is None else int(self.vocabulary.ids(member.name, prompt.new_tensor([self.bos])))
+        )
         front, front_mask = lead(member, own, mask, bos)
         return front, front_mask, prompt.shape[1]
 
@@ -306,15 +324,16 @@ class Engine:
             previous = torch.zeros_like(real[:, :1])
             if last is not None and seen is not None:
                 names = self.names[self.first :]
-                own = [self.vocabulary.ids(name, ids[:, 0]).to(x.device) for name, x in zip(names, last, strict=True)]
+                own = [
+                    self.vocabulary.ids(name, ids[:, 0]).to(x.device)
+                    for name, x in zip(names, last, strict=True)
+                ]
                 found = [token_log_probs(x, i).to(device) for x, i in zip(last, own, strict=True)]
                 first, previous = torch.stack(found, -1)[:, None], seen[:, None]
             whole = torch.cat([first.to(inner.dtype), inner], 1)
             usable = real & torch.cat([previous, real[:, :-1]], 1)
             whole = whole.masked_fill(~usable[..., None], 0.0)
-            history = scan_evidence(
-                whole.to(kind), gamma=settings.evidence_decay, mask=usable, initial=start
-            )
+            history = scan_evidence(whole.to(kind), gamma=settings.evidence_decay, mask=usable, initial=start)
         if cache is not None:
             self._remember(cache, start, history, real, logits, tokens)
         return evidence_weights(history[:, -keep:])
@@ -328,9 +347,7 @@ class Engine:
         if tokens <= _TRAIL and logits[0].shape[1] == tokens and cache.last_logits is not None:
             assert cache.seen is not None
             trail = [(start, cache.last_logits, cache.seen)]
-            trail += [
-                (history[:, i], [x[:, i] for x in logits], real[:, i]) for i in range(tokens)
-            ]
+            trail += [(history[:, i], [x[:, i] for x in logits], real[:, i]) for i in range(tokens)]
         cache.trail = trail
         cache.evidence, cache.last_logits, cache.seen = current
 

@@ -32,7 +32,9 @@ def left_padded(input_ids: Tensor, mask: Tensor | None) -> None:
     if mask.shape != input_ids.shape:
         raise InputError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}")
     if bool((mask[:, -1] == 0).any()):
-        raise InputError("input_ids is padded on the right; pad on the left (tokenizer.padding_side = 'left')")
+        raise InputError(
+            "input_ids is padded on the right; pad on the left (tokenizer.padding_side = 'left')"
+        )
 
 
 def own_prompts(

@@ -101,7 +101,9 @@ class Member:
         """Width of its logits."""
         head = self.module.get_output_embeddings()
         weight = getattr(head, "weight", None)
-        return int(weight.shape[0]) if weight is not None and weight.ndim == 2 else int(self.config.vocab_size)
+        return (
+            int(weight.shape[0]) if weight is not None and weight.ndim == 2 else int(self.config.vocab_size)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -229,7 +231,9 @@ def load_members(
             memory.
         MissingExtraError: an adapter without PEFT.
     """
-    places = dict(device_map) if isinstance(device_map, Mapping) else dict.fromkeys(named, device_map or device)
+    places = (
+        dict(device_map) if isinstance(device_map, Mapping) else dict.fromkeys(named, device_map or device)
+    )
     if unknown := sorted(set(places) - set(named)):
         raise InputError(f"device_map names {unknown}, the members are {list(named)}")
     loaded: dict[Any, Any] = {}
@@ -264,9 +268,7 @@ def load_members(
             )
         view_tokenizer = asked.tokenizer or tokenizers[key]
         members.append(
-            Member(
-                name, key, adapter=adapter, tokenizer=view_tokenizer, view=asked.view, source=place_of
-            )
+            Member(name, key, adapter=adapter, tokenizer=view_tokenizer, view=asked.view, source=place_of)
         )
     for member in members:  # an adapter wraps the module that earlier members hold
         member.module = loaded[member.module]

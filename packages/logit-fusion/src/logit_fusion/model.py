@@ -135,7 +135,10 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             vocab_size=large.width,
             num_hidden_layers=large.config.num_hidden_layers,
             max_position_embeddings=getattr(large.config, "max_position_embeddings", None),
-            **{key: getattr(large.config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+            **{
+                key: getattr(large.config, key, None)
+                for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+            },
         )
         super().__init__(config)
         self.members = nn.ModuleDict()
@@ -305,7 +308,10 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         return generate(self, inputs, args, trace, prompts, kwargs)
 
     def _no_memory(self, error: BaseException) -> FusionError:
-        rows = [f"{member.name} {member.bytes / 2**30:.2f} GiB on {member.device}" for member in self.engine.members]
+        rows = [
+            f"{member.name} {member.bytes / 2**30:.2f} GiB on {member.device}"
+            for member in self.engine.members
+        ]
         return FusionError(
             f"out of memory ({' '.join(str(error).split())[:160]}); weights: {', '.join(rows)}. Spread the members "
             "by device_map, take a half dtype, or fewer rows"

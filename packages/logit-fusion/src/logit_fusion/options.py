@@ -22,14 +22,18 @@ Large = Annotated[
 Base = Annotated[str | None, typer.Option("--base", help="The small model that the experts were tuned from.")]
 Experts = Annotated[
     list[str] | None,
-    typer.Option("--expert", help="name=path, name=path@adapter, or name=@adapter on the base; once for each."),
+    typer.Option(
+        "--expert", help="name=path, name=path@adapter, or name=@adapter on the base; once for each."
+    ),
 ]
 Strategy = Annotated[str | None, typer.Option("--strategy", help="pool, centroid, single (paper) or joint.")]
 Weights = Annotated[
     str | None, typer.Option("--weights", help="uniform, jeffreys, evidence, or numbers such as 0.7,0.3.")
 ]
 Solver = Annotated[str | None, typer.Option("--solver", help="exact, grid (paper) or newton.")]
-Alpha = Annotated[str | None, typer.Option("--alpha", help="Static strength instead of a search; 1 or 0.5,1.")]
+Alpha = Annotated[
+    str | None, typer.Option("--alpha", help="Static strength instead of a search; 1 or 0.5,1.")
+]
 Preset = Annotated[
     str | None, typer.Option("--preset", help="proxy-tuning, eft, dexperts or contrastive: a static rule.")
 ]
@@ -85,7 +89,9 @@ def settings_of(
     return made.override(assignments) if assignments else made
 
 
-def members(large: str, base: str | None, experts: list[str] | None) -> tuple[str, str | None, dict[str, Any]]:
+def members(
+    large: str, base: str | None, experts: list[str] | None
+) -> tuple[str, str | None, dict[str, Any]]:
     """The members of a command line.
 
     Raises:

@@ -31,7 +31,9 @@ PRESETS: dict[str, Preset] = {
     "eft": Preset(1.0, "Mitchell et al. 2023, emulated fine-tuning: small fine-tuned, small reference"),
     "dexperts": Preset(2.0, "Liu et al. 2021: expert, and the anti-expert as the base"),
     "contrastive": Preset(
-        0.5, "O'Brien and Lewis 2023 after Li et al.: the large model itself, and the amateur as the base", 0.1
+        0.5,
+        "O'Brien and Lewis 2023 after Li et al.: the large model itself, and the amateur as the base",
+        0.1,
     ),
 }
 

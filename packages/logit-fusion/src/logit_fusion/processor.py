@@ -61,7 +61,9 @@ class FusionLogitsProcessor(LogitsProcessor):
             raise InputError("experts is empty, wanted at least one")
         found = {"base": base, **listed}
         named = {name: x if isinstance(x, Expert) else Expert(x) for name, x in found.items()}
-        self.settings = (settings or FusionConfig()).replace(**changes) if changes else settings or FusionConfig()
+        self.settings = (
+            (settings or FusionConfig()).replace(**changes) if changes else settings or FusionConfig()
+        )
         self.members = load_members(named, device_map={})
         check_pairing(self.members[0], self.members[1:])
         self.tokenizer, self.pad_token_id = tokenizer, pad_token_id

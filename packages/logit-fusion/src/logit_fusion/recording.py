@@ -61,7 +61,9 @@ class Guard:
                 "numbers or -inf (Llama's eager attention in float64 gives NaN for padded rows: take sdpa)"
             )
         if bool(self._empty.any()):
-            raise EmptySupportError(f"row {int(self._empty.nonzero()[0])} has no token that every member allows")
+            raise EmptySupportError(
+                f"row {int(self._empty.nonzero()[0])} has no token that every member allows"
+            )
 
 
 class Recorder:
@@ -86,7 +88,11 @@ class Recorder:
         found = {name: getattr(passed.step, name)[:, -1] for name in _PER_TOKEN}
         fused = passed.step.log_probs[:, -1].float()
         large, base = (x[:, -1].float().log_softmax(-1) for x in (passed.large, passed.base))
-        found |= {"entropy_large": _entropy(large), "entropy_base": _entropy(base), "entropy": _entropy(fused)}
+        found |= {
+            "entropy_large": _entropy(large),
+            "entropy_base": _entropy(base),
+            "entropy": _entropy(fused),
+        }
         found |= {"top_large": large.argmax(-1), "top": fused.argmax(-1)}
         self.steps.append(found)
         self._last = fused, large
@@ -141,7 +147,9 @@ class Recorder:
                 else:
                     source = beam_indices[row, :length].clamp(min=0).cpu()
                     part = values[source, torch.arange(length)]
-                columns.setdefault(name, []).append(part.float().numpy() if part.is_floating_point() else part.numpy())
+                columns.setdefault(name, []).append(
+                    part.float().numpy() if part.is_floating_point() else part.numpy()
+                )
             columns.setdefault("sequence", []).append(np.full(length, row))
             columns.setdefault("position", []).append(np.arange(length))
             columns.setdefault("token", []).append(output[row, :length].cpu().numpy())

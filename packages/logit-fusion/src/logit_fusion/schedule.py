@@ -65,7 +65,8 @@ class Lane:
         """One pass; (rows, keep, vocab) for each member."""
         device, many = self.device, self.copies
         ids, mask, positions = (
-            None if part is None else part.to(device) for part in (reading.ids, reading.mask, reading.positions)
+            None if part is None else part.to(device)
+            for part in (reading.ids, reading.mask, reading.positions)
         )
         assert ids is not None
         if many > 1:

@@ -50,7 +50,7 @@ class Scores(Result):
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood."""
+        """Exp of the mean negative log-likelihood."""
         return float(np.exp(self.mean_nll))
 
     @classmethod
@@ -109,7 +109,9 @@ def encode(model: FusedModel, texts: Sequence[Text], max_length: int | None = No
         if max_length is not None:
             one = Encoded(one.prompt[:max_length], one.answer[: max(max_length - len(one.prompt), 0)])
         if not one.prompt or not one.answer:
-            raise DataError(f"text {number} has {len(one.prompt)} tokens to read and {len(one.answer)} to score")
+            raise DataError(
+                f"text {number} has {len(one.prompt)} tokens to read and {len(one.answer)} to score"
+            )
         found.append(one)
     return found
 
@@ -181,7 +183,9 @@ def _read_batch(
     ids = torch.zeros(len(rows), before + after, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for place, row in enumerate(rows):
-        ids[place, before - len(row.prompt) : before + len(row.answer)] = torch.tensor(row.prompt + row.answer)
+        ids[place, before - len(row.prompt) : before + len(row.answer)] = torch.tensor(
+            row.prompt + row.answer
+        )
         mask[place, before - len(row.prompt) : before + len(row.answer)] = 1
     ids, mask = ids.to(device), mask.to(device)
     text = torch.tensor(list(numbers), device=device)
@@ -191,7 +195,11 @@ def _read_batch(
     start = 0
     while start < before + after - 1:
         # The first pass takes the whole prompt: a member's own prompt stands in place of it.
-        stop = min(max(start, before - 1) + piece, before + after - 1) if start else before - 1 + min(piece, after)
+        stop = (
+            min(max(start, before - 1) + piece, before + after - 1)
+            if start
+            else before - 1 + min(piece, after)
+        )
         stop = max(stop, start + 1, min(before, before + after - 1))
         keep = stop - max(start, before - 1)
         part = mask[:, :stop]

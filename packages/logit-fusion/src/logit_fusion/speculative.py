@@ -138,7 +138,9 @@ def speculative_generate(
         padded=attention_mask is not None and bool((attention_mask == 0).any()),
     )
     with torch.no_grad():
-        output = _loop(run, input_ids, attention_mask, gamma, draft, max_new_tokens, listed, pad, criteria, streamer)
+        output = _loop(
+            run, input_ids, attention_mask, gamma, draft, max_new_tokens, listed, pad, criteria, streamer
+        )
     run.guard.check()
     return output if return_dict_in_generate else output.sequences
 
@@ -190,7 +192,9 @@ class _Run:
         self.guard.add(found.step)
         return found
 
-    def draft(self, member: int, ids: Tensor, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draft(
+        self, member: int, ids: Tensor, mask: Tensor | None, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (rows, count) of one member, their warped log-probabilities, and its raw logits (count + 1)."""
         engine = self.model.engine
         name = engine.names[member]

@@ -65,7 +65,9 @@ def merge_task_vectors(
     listed = list(listed)
     scales = [float(lam)] * len(listed) if isinstance(lam, int | float) else [float(x) for x in lam]
     if len(scales) != len(listed) or not all(map(math.isfinite, scales)):
-        raise InputError(f"lam is {lam!r}, wanted one finite number, or one for each of {len(listed)} experts")
+        raise InputError(
+            f"lam is {lam!r}, wanted one finite number, or one for each of {len(listed)} experts"
+        )
     kinds = {_kind(source) for source in (base, *listed)}
     if len(kinds) != 1:
         raise InputError(f"base and experts are {sorted(kinds)}; wanted one kind")
@@ -128,7 +130,8 @@ def _check_names(base: Sequence[str], experts: Sequence[Sequence[str]]) -> None:
 def _merged(base: State, experts: Sequence[State], scales: Sequence[float]) -> dict[str, Tensor]:
     _check_names(list(base), [list(expert) for expert in experts])
     return {
-        name: _one(name, tensor, [expert[name] for expert in experts], scales) for name, tensor in base.items()
+        name: _one(name, tensor, [expert[name] for expert in experts], scales)
+        for name, tensor in base.items()
     }
 
 
@@ -146,7 +149,12 @@ def _stream(
     for name in names:  # before anything is written
         shapes = {other.info(name).shape for other in others} | {reader.info(name).shape}
         if len(shapes) != 1:
-            _one(name, torch.empty(reader.info(name).shape), [torch.empty(o.info(name).shape) for o in others], scales)
+            _one(
+                name,
+                torch.empty(reader.info(name).shape),
+                [torch.empty(o.info(name).shape) for o in others],
+                scales,
+            )
     like = Path(base) if Path(base).is_dir() else None
     get: Callable[[str], Tensor] = lambda name: _one(
         name, reader.get(name), [other.get(name) for other in others], scales

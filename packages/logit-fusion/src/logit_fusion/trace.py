@@ -150,7 +150,9 @@ class FusionTrace(Result):
             "alpha. Hover or focus a token for its numbers."
         )
         spans = [
-            Markup('<span style="background:{};padding:0 .4em">{}</span>').format(_COLORS[n % len(_COLORS)], name)
+            Markup('<span style="background:{};padding:0 .4em">{}</span>').format(
+                _COLORS[n % len(_COLORS)], name
+            )
             for n, name in enumerate(self.experts)
         ]
         page.raw(Markup('<p class="legend">{}</p>').format(Markup(" ").join(spans)))
@@ -188,7 +190,9 @@ class FusionTrace(Result):
         try:
             import pandas as pd
         except ModuleNotFoundError as error:
-            raise MissingExtraError('pandas is not installed; to_dataframe needs: pip install "pandas"') from error
+            raise MissingExtraError(
+                'pandas is not installed; to_dataframe needs: pip install "pandas"'
+            ) from error
         return pd.DataFrame(self.flat_rows())
 
     def plot(self, ax: Any = None) -> Any:
@@ -239,7 +243,9 @@ class FusionTrace(Result):
                     return cls(tuple(found["experts"].tolist()), tuple(found["text"].tolist()), **arrays)
             lines = [json.loads(line) for line in source.read_text("utf-8").splitlines() if line.strip()]
             if not lines or any(line.get("schema") != _SCHEMA for line in lines):
-                raise DataError(f"{path} is no trace of logit-fusion, wanted schema {_SCHEMA!r} in every line")
+                raise DataError(
+                    f"{path} is no trace of logit-fusion, wanted schema {_SCHEMA!r} in every line"
+                )
             return _joined(lines)
         except (OSError, ValueError, KeyError, AttributeError) as error:
             if isinstance(error, DataError):
@@ -272,7 +278,9 @@ def _joined(lines: list[dict[str, Any]]) -> FusionTrace:
                 kind = bool if name == "certified" else np.int64 if name in _WHOLE else np.float32
                 values = np.array([np.nan if v is None else v for v in line[name]], kind)
                 columns[name].append(values.reshape(count, len(experts)) if name in _VECTORS else values)
-    return FusionTrace(experts, tuple(text), **{name: np.concatenate(parts) for name, parts in columns.items()})
+    return FusionTrace(
+        experts, tuple(text), **{name: np.concatenate(parts) for name, parts in columns.items()}
+    )
 
 
 def _words(tokens: list[int], tokenizer: Any) -> list[str]:
@@ -295,7 +303,9 @@ def _mixed(expert: int, amount: float, *, dark: bool) -> str:
 def _paragraph(part: FusionTrace) -> Markup:
     pieces: list[Markup] = []
     for i, word in enumerate(part.text):
-        alphas = ", ".join(f"{name} {value:.3f}" for name, value in zip(part.experts, part.alpha[i], strict=True))
+        alphas = ", ".join(
+            f"{name} {value:.3f}" for name, value in zip(part.experts, part.alpha[i], strict=True)
+        )
         numbers = (
             f"alpha: {alphas}; KL(fused, large) {part.kl_forward[i]:.3f}, KL(large, fused) {part.kl_reverse[i]:.3f}; "
             f"f {part.f[i].max():.3f}, r {part.r[i].max():.3f}; loss {part.loss[i]:.2e}; entropy large "
@@ -328,11 +338,11 @@ def _line(part: FusionTrace) -> Markup:
             for i, value in enumerate(part.alpha[:, number].tolist())
         )
         lines.append(
-            Markup('<polyline points="{}" fill="none" stroke="{}" stroke-width="1.5"><title>{}</title></polyline>').format(
-                points, _COLORS[number % len(_COLORS)], name
-            )
+            Markup(
+                '<polyline points="{}" fill="none" stroke="{}" stroke-width="1.5"><title>{}</title></polyline>'
+            ).format(points, _COLORS[number % len(_COLORS)], name)
         )
     label = f"alpha over {len(part)} tokens, greatest {top:.3f}"
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}" style="max-width:100%">{}</svg><p>{}</p>').format(
-        int(width), int(height), label, Markup("").join(lines), escape(label)
-    )
+    return Markup(
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" style="max-width:100%">{}</svg><p>{}</p>'
+    ).format(int(width), int(height), label, Markup("").join(lines), escape(label))

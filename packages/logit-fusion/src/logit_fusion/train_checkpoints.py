@@ -56,7 +56,9 @@ def train(seed: int = 0, *, threads: int = 1) -> tuple[dict[str, Any], Any, dict
                 )
         for name in DOMAINS:
             expert = copy.deepcopy(models["small"])
-            models[name] = fit(expert, lambda draws, name=name: draw(name, draws), **RECIPE["expert"], seed=seed)
+            models[name] = fit(
+                expert, lambda draws, name=name: draw(name, draws), **RECIPE["expert"], seed=seed
+            )
         return models, tokenizer, held_out_windows(corpus, WINDOWS, CHARACTERS)
     finally:
         torch.set_num_threads(before)

@@ -124,7 +124,9 @@ def check_vocabulary(
     strings = {name: _strings(found) for name, found in tokenizers.items() if found is not None}
     if align == "string":
         return _by_string(strings, tokenizers, widths, padded, min_overlap)
-    ends = [min(widths[name], max(strings[name]) + 1 if strings.get(name) else widths[name]) for name in widths]
+    ends = [
+        min(widths[name], max(strings[name]) + 1 if strings.get(name) else widths[name]) for name in widths
+    ]
     size = min(ends)
     whole = {i: s for i, s in strings.get(LARGE, {}).items() if i < widths[LARGE]}
     rows: list[dict[str, Any]] = []
@@ -157,7 +159,9 @@ def _by_string(
     min_overlap: float,
 ) -> Vocabulary:
     if lacking := [name for name in widths if name not in strings]:
-        raise VocabularyMismatchError(f'align="string" needs a tokenizer of every member; {lacking} have none')
+        raise VocabularyMismatchError(
+            f'align="string" needs a tokenizer of every member; {lacking} have none'
+        )
     whole = {i: s for i, s in strings[LARGE].items() if i < widths[LARGE]}
     size = min(widths[LARGE], max(whole) + 1)
     gather: dict[str, Tensor] = {}
