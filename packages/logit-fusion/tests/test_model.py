@@ -1,4 +1,4 @@
-"""The fusion as a model of transformers: caches, padding, beams, members with prompts of their own, adapters."""
+"""The fusion as a model of transformers: caches, padding, beams, own prompts, adapters."""
 
 import copy
 import itertools
@@ -318,7 +318,7 @@ def test_bad_members(large, base, experts, make, tmp_path):
         FusedModel(large, base, {"base": base})
     with pytest.raises(InputError, match=r"holds no fusion.json"):
         FusedModel.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="member 'large': .* cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"member 'large': .* cannot be loaded"):
         FusedModel.from_pretrained(tmp_path / "none", tmp_path / "none", {"x": tmp_path / "none"})
     with pytest.raises(InputError, match=r"device_map names \['mat'\]"):
         FusedModel.from_pretrained(large, base, {"math": base}, device_map={"mat": "cpu"})
@@ -335,8 +335,8 @@ def test_bad_calls(large, base, experts, batch, make):
         ContextLengthError, match="member 'large' would read 129 tokens, it takes at most 128"
     ):
         fused.generate(torch.ones(1, 127, dtype=torch.long), max_new_tokens=5)
+    few = FusedModel(large, base, {"few": Expert(base, prefix="x" * 122)}, tokenizer=make.letters())
     with pytest.raises(ContextLengthError, match="member 'few' would read 129"):
-        few = FusedModel(large, base, {"few": Expert(base, prefix="x" * 122)}, tokenizer=make.letters())
         few.generate(**batch, max_new_tokens=2)
     with pytest.raises(InputError, match="prompts names 'who'"):
         fused.generate(**batch, prompts={"who": batch})

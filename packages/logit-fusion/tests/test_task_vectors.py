@@ -27,7 +27,7 @@ def test_the_three_kinds_agree(base, experts, tmp_path):
     )  # fmt: skip
     reader = ShardReader(out)
     assert len(list(out.glob("*.safetensors"))) > 1
-    for name in reader.keys():
+    for name in reader:
         assert torch.equal(reader.get(name), state[name])
     from transformers import AutoModelForCausalLM
 

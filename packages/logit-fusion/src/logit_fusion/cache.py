@@ -46,15 +46,15 @@ class FusedCache(Cache):
     def __len__(self) -> int:
         return sum(len(lane) for lane in self.lanes)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Number of shared tokens read so far."""
         return self.length
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
         """-1: it grows."""
         return -1
 
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """-1: it grows (the name that transformers had before 5.23)."""
         return -1
 

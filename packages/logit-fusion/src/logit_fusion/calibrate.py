@@ -1,4 +1,4 @@
-"""Does fusion help on my texts, and with which settings? Members, static strengths and strategies side by side."""
+"""Does fusion help on my texts, and how? Members, static strengths and strategies side by side."""
 
 from __future__ import annotations
 
@@ -180,7 +180,8 @@ def calibrate(
     goal = target or min(experts, key=lambda name: scores[name].mean_nll)
     if jeffreys > _UNPAIRED:
         warnings.warn(
-            f"the median Jeffreys divergence of expert and base is {jeffreys:.1f} nats: they do not look like a "
+            f"the median Jeffreys divergence of expert and base is {jeffreys:.1f} nats: they do not look "
+            "like a "
             "model and its fine-tune",
             UnpairedExpertWarning,
             stacklevel=2,

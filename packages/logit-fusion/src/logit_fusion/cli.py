@@ -89,7 +89,8 @@ def generate(
     if gamma:
         ids = fused.speculative_generate(
             batch["input_ids"], batch.get("attention_mask"), gamma=gamma, max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, stop_strings=stop, seed=seed,
+            do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, stop_strings=stop,
+            seed=seed,
         )  # fmt: skip
     else:
         more: dict[str, Any] = {"stop_strings": stop, "tokenizer": fused.tokenizer} if stop else {}
@@ -345,7 +346,7 @@ def demo(
     seed: cli.Seed = 0,
     json: cli.Json = False,
 ) -> None:
-    """Tiny Llamas of the standard library's text: a large one is steered by three experts; nothing is downloaded.
+    """A tiny large model is steered by three tiny experts; nothing is downloaded.
 
     Example: logit-fusion demo --out results
     """

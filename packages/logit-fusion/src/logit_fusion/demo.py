@@ -32,11 +32,14 @@ BOTH = ("docs", "qa")  # the experts of the second table
 OTHERS = (*BOTH, "web", "general")
 COLORS = {"dynamic": "#c44e52", "pool, evidence": "#c44e52", PROXY: "#3b6ea5", "single (paper)": "#3b6ea5"}
 NOTES = (
-    "A small-scale task, not a 13B model: Llamas of 0.13 and 0.67 million parameters, trained on Python's standard "
+    "A small-scale task, not a 13B model: Llamas of 0.13 and 0.67 million parameters, trained on Python's "
+    "standard "
     "library, ship with the package. Nothing is downloaded.",
-    "docs: the language reference; web: source of email, http, urllib, html, xml; qa: sums in words. No model has "
+    "docs: the language reference; web: source of email, http, urllib, html, xml; qa: sums in words. No "
+    "model has "
     "seen the held-out windows.",
-    "Both gap measures take the expert as the target: the papers' 'gap closed' is a ratio of scores, here of top-1 "
+    "Both gap measures take the expert as the target: the papers' 'gap closed' is a ratio of scores, here "
+    "of top-1 "
     "shares; the other is (large - method) / (large - expert) of the loss.",
     "Top-1 shares of dynamic and static strengths differ by less than their spread.",
 )
@@ -211,7 +214,7 @@ def _tables(single: Any, multi: Any, seeds: list[int]) -> list[Comparison]:
             for i, number in enumerate(seeds):
                 losses.add(name, domain, number, loss[i])
                 hits.add(name, domain, number, hit[i])
-                if domain in ("docs", "qa") and (name.startswith("static") or name.startswith("dynamic")):
+                if domain in ("docs", "qa") and name.startswith(("static", "dynamic")):
                     gaps.add(name, f"{domain}_ratio_of_scores", number, hit[i] / expert[1][i])
                     share = (large[0][i] - loss[i]) / (large[0][i] - expert[0][i])
                     gaps.add(name, f"{domain}_gap_closed", number, share)

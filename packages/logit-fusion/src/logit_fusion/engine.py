@@ -114,7 +114,8 @@ class Engine:
 
         Args:
             settings: of the fusion.
-            input_ids: (rows, tokens) in the large model's ids; the new ones only, if ``cache`` holds the rest.
+            input_ids: (rows, tokens) in the large model's ids; the new ones only, if ``cache`` holds the
+                rest.
             mask: (rows, past + tokens), 0 for padding, None for none.
             positions: (rows or 1, tokens) of the shared tokens, None to derive them.
             cache: of the members; brought up to date.
@@ -265,7 +266,8 @@ class Engine:
             common = tokens - drop + 1 if own_prompt else tokens
             if keep > common:
                 raise InputError(
-                    f"logits_to_keep asks for {keep} positions, but member {member.name!r} reads a prompt of its "
+                    f"logits_to_keep asks for {keep} positions, but member {member.name!r} reads a prompt "
+                    "of its "
                     f"own and has {common} in common with the others"
                 )
         else:

@@ -51,7 +51,8 @@ def loss_bars(
     return Figure(
         path,
         "Bars of the loss per token of every method on held-out texts",
-        "Negative log-likelihood, lower is better; the line is the standard deviation over groups of windows.",
+        "Negative log-likelihood, lower is better; the line is the standard deviation over groups of "
+        "windows.",
     )
 
 

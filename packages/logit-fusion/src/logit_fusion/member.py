@@ -25,10 +25,11 @@ _MARK = "\u241eprompt\u241e"
 
 @dataclass(frozen=True)
 class Expert:
-    """One member, when a name alone does not say enough.
+    r"""One member, when a name alone does not say enough.
 
     Args:
-        source: a folder, a hub name, or a model of transformers; None is the small base's own weights, shared.
+        source: a folder, a hub name, or a model of transformers; None is the small base's own weights,
+            shared.
         adapter: folder or hub name of a LoRA adapter on ``source`` (extra ``peft``); members with one source
             share its weights, whatever their adapters.
         prefix: text that this member alone reads before every prompt: few-shot examples, retrieved context.
@@ -41,8 +42,8 @@ class Expert:
         options: further keyword arguments of ``from_pretrained``.
 
     Example:
-        >>> Expert(None, prefix="Q: what is 1 plus 1? A: 2\\n").view.prefix
-        'Q: what is 1 plus 1? A: 2\\n'
+        >>> Expert(None, prefix="Q: what is 1 plus 1? A: 2\n").view.prefix
+        'Q: what is 1 plus 1? A: 2\n'
     """
 
     source: Any = None
@@ -129,7 +130,8 @@ class Member:
         most = getattr(self.config, "max_position_embeddings", None)
         if most is not None and tokens > most:
             raise ContextLengthError(
-                f"member {self.name!r} would read {tokens} tokens, it takes at most {most}; shorten the prompt "
+                f"member {self.name!r} would read {tokens} tokens, it takes at most {most}; shorten the "
+                "prompt "
                 "or its view, or lower max_new_tokens"
             )
 

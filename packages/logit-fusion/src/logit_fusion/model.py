@@ -181,7 +181,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             settings: of the fusion.
             tokenizer: of the large model, if not in its folder.
             preset: see the class.
-            dtype: of the weights: ``"auto"`` (bfloat16 on a GPU that has it, else float32), a name or a dtype.
+            dtype: of the weights: ``"auto"`` (bfloat16 on a GPU that has it, else float32), a name or a
+                dtype.
             device: for all members.
             device_map: member -> device; ``"auto"`` lets accelerate spread a member.
             **changes: fields of :class:`FusionConfig`.
@@ -292,7 +293,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             trace: record at every token what the fusion did; costs no synchronization.
             prompts: member -> ``{"input_ids", "attention_mask"}``, read by it in place of the shared prompt,
                 padded on the left, one row per prompt.
-            **kwargs: as in transformers: ``max_new_tokens``, ``do_sample``, ``num_beams``, ``stop_strings`` ...
+            **kwargs: as in transformers: ``max_new_tokens``, ``do_sample``, ``num_beams``,
+                ``stop_strings`` ...
 
         Returns:
             Ids (rows, tokens), or a :class:`GenerateOutput` with ``trace=True`` or
@@ -313,7 +315,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             for member in self.engine.members
         ]
         return FusionError(
-            f"out of memory ({' '.join(str(error).split())[:160]}); weights: {', '.join(rows)}. Spread the members "
+            f"out of memory ({' '.join(str(error).split())[:160]}); weights: {', '.join(rows)}. Spread the "
+            "members "
             "by device_map, take a half dtype, or fewer rows"
         )
 

@@ -33,7 +33,8 @@ class FusionLogitsProcessor(LogitsProcessor):
         tokenizer: of the large model; with it ``align`` and the vocabulary checks work as in FusedModel.
         pad_token_id: padding on the left of the prompts, left out by the members. None: there is none.
         attention_mask: of the prompts, (rows, tokens), where the padding's id also stands inside them.
-        on_reorder: what to do when rows change places: ``"error"``, or ``"prefill"`` (reads everything anew at
+        on_reorder: what to do when rows change places: ``"error"``, or ``"prefill"`` (reads everything
+            anew at
             every step of a beam search).
         **changes: fields of :class:`FusionConfig`.
 
@@ -100,7 +101,8 @@ class FusionLogitsProcessor(LogitsProcessor):
             rows = ids.shape[0] // max(given.shape[0], 1)
             if given.shape[0] * rows != ids.shape[0] or given.shape[1] > ids.shape[1]:
                 raise InputError(
-                    f"attention_mask has shape {tuple(given.shape)}, the prompts {tuple(ids.shape)}; it belongs to "
+                    f"attention_mask has shape {tuple(given.shape)}, the prompts {tuple(ids.shape)}; it "
+                    "belongs to "
                     "another batch"
                 )
             grown = given.new_ones(ids.shape[0], ids.shape[1] - given.shape[1])
@@ -121,12 +123,11 @@ class FusionLogitsProcessor(LogitsProcessor):
         if torch.equal(ids[:, :-1], before):
             return True
         moved = (ids[:, None, :-1] == before[None]).all(-1).any(1)
-        if ids.shape[0] > 1 and bool(moved.all()):
-            if self.on_reorder == "error":
-                raise InputError(
-                    "the rows changed places, as in beam search, which a logits processor cannot follow; use "
-                    "FusedModel, or on_reorder='prefill'"
-                )
+        if ids.shape[0] > 1 and self.on_reorder == "error" and bool(moved.all()):
+            raise InputError(
+                "the rows changed places, as in beam search, which a logits processor cannot follow; use "
+                "FusedModel, or on_reorder='prefill'"
+            )
         return False
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:

@@ -57,7 +57,8 @@ class Guard:
         if bool(self._bad.any()):
             row, member = (int(x) for x in self._bad.nonzero()[0])
             raise NonFiniteLogitsError(
-                f"the logits of member {self.names[member]!r} hold NaN or +inf in row {row}; they take finite "
+                f"the logits of member {self.names[member]!r} hold NaN or +inf in row {row}; they take "
+                "finite "
                 "numbers or -inf (Llama's eager attention in float64 gives NaN for padded rows: take sdpa)"
             )
         if bool(self._empty.any()):
@@ -163,7 +164,7 @@ class Chosen(StoppingCriteria):
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
 
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:  # noqa: ARG002
         """False for every row."""
         self.recorder.chosen(input_ids[:, -1])
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -1,4 +1,4 @@
-"""Running the members: one pass per module, several adapters of one base in one pass, streams side by side."""
+"""Running the members: one pass per module, adapters of one base together, streams side by side."""
 
 from __future__ import annotations
 

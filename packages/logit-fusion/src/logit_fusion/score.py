@@ -1,4 +1,4 @@
-"""Log-likelihoods of texts under a fusion, and the logits of all members that they and the reports rest on."""
+"""Log-likelihoods of texts under a fusion, and the members' logits that they and the reports rest on."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class Read:
         found = log_probs.gather(-1, self.target[..., None])[..., 0]
         text = self.text[:, None].expand_as(self.target)
         hit = log_probs.argmax(-1) == self.target
-        return tuple(part[self.mask] for part in (found, text, self.target, hit))  # pyright: ignore[reportReturnType]
+        return tuple(part[self.mask] for part in (found, text, self.target, hit))  # pyright: ignore
 
 
 def read_texts(
@@ -226,7 +226,8 @@ def score(
 
     Args:
         model: a fusion.
-        texts: a text is scored from its second token on (its first where the tokenizer puts one before it); of
+        texts: a text is scored from its second token on (its first where the tokenizer puts one before
+            it); of
             a pair (prompt, answer) the answer alone is; lists of ids are taken as they are.
         batch_size: texts per pass.
         max_length: most tokens of a text.

@@ -1,6 +1,7 @@
-"""Lossless speculative decoding: an expert drafts, all members verify in one pass, the law stays that of fusion.
+"""Lossless speculative decoding: an expert drafts, all members verify in one pass, the law stays.
 
-The spec's own scheme (section 5.1). Per token, the large model's cost falls from one pass to one pass per round
+The spec's own scheme (section 5.1). Per token, the large model's cost falls from one pass to one pass per
+round
 of 1 + (accepted tokens).
 """
 
@@ -97,6 +98,7 @@ def speculative_generate(
         seed: of the draws.
         generator: of the draws instead, on the large model's device.
         return_dict_in_generate: return a :class:`SpeculativeOutput`.
+        **unknown: refused.
 
     Returns:
         Ids (rows, prompt + output), as ``generate`` would.
@@ -122,7 +124,7 @@ def speculative_generate(
 
         if model.tokenizer is None:
             raise InputError("stop_strings needs the model's tokenizer")
-        criteria.append(StopStringCriteria(model.tokenizer, stop_strings))  # pyright: ignore[reportArgumentType]
+        criteria.append(StopStringCriteria(model.tokenizer, stop_strings))  # pyright: ignore
     device = input_ids.device
     draws = generator
     if draws is None and do_sample:
@@ -195,7 +197,7 @@ class _Run:
     def draft(
         self, member: int, ids: Tensor, mask: Tensor | None, count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (rows, count) of one member, their warped log-probabilities, and its raw logits (count + 1)."""
+        """Tokens (rows, count) of one member, their warped log-probabilities, its raw logits (count + 1)."""
         engine = self.model.engine
         name = engine.names[member]
         new, tokens, laws, raw = ids[:, -1:], [], [], []

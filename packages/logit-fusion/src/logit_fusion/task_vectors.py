@@ -1,6 +1,7 @@
 """Task arithmetic: one small expert out of several, base + lambda * sum of (expert - base).
 
-The paper's section on task arithmetic (after Ilharco et al. 2023): merged once and used as the only expert, it
+The paper's section on task arithmetic (after Ilharco et al. 2023): merged once and used as the only
+expert, it
 brings a fusion of T experts from T + 2 members down to 3.
 """
 
@@ -42,7 +43,8 @@ def merge_task_vectors(
         experts: fine-tunes of it, of the same kind.
         lam: scale of every task vector, one number or one per expert. 0.3 is a common choice; the paper does
             not state its own.
-        out: folder of the merged model, for folders and files: tensors are streamed one by one, an interrupted
+        out: folder of the merged model, for folders and files: tensors are streamed one by one, an
+            interrupted
             call goes on, and the base's configuration and tokenizer are copied.
         shard_bytes: most bytes of a written shard.
         progress: a bar; None: on a terminal.
@@ -75,7 +77,7 @@ def merge_task_vectors(
     if kind == "folder":
         if out is None:
             raise InputError("out is missing: the folder of the merged model")
-        return _stream(base, listed, scales, Path(out), shard_bytes, progress)  # pyright: ignore[reportArgumentType]
+        return _stream(base, listed, scales, Path(out), shard_bytes, progress)  # pyright: ignore
     if out is not None:
         raise InputError("out is for folders and files; modules and state dicts are returned")
     if isinstance(base, nn.Module):
@@ -104,7 +106,8 @@ def _one(name: str, base: Tensor, experts: Sequence[Tensor], scales: Sequence[fl
     for number, expert in enumerate(experts):
         if expert.shape != base.shape:
             raise CheckpointError(
-                f"tensor {name!r} has shape {tuple(base.shape)} in the base and {tuple(expert.shape)} in expert "
+                f"tensor {name!r} has shape {tuple(base.shape)} in the base and {tuple(expert.shape)} in "
+                "expert "
                 f"{number}; task vectors need one architecture"
             )
     if not base.is_floating_point():
@@ -122,7 +125,8 @@ def _check_names(base: Sequence[str], experts: Sequence[Sequence[str]]) -> None:
         missing, extra = sorted(set(base) - set(names)), sorted(set(names) - set(base))
         if missing or extra:
             raise CheckpointError(
-                f"expert {number} lacks {missing[:5]} and has {extra[:5]} that the base has not; task vectors need "
+                f"expert {number} lacks {missing[:5]} and has {extra[:5]} that the base has not; task "
+                "vectors need "
                 "one architecture"
             )
 

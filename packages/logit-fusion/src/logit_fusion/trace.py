@@ -1,4 +1,4 @@
-"""What a fusion did at every token: colors in the terminal, one HTML file, JSON Lines, arrays, a data frame."""
+"""What a fusion did at every token: terminal colors, one HTML file, JSON Lines, arrays, a data frame."""
 
 from __future__ import annotations
 
@@ -146,7 +146,8 @@ class FusionTrace(Result):
             The document. Every text is escaped.
         """
         page = Page(title).text(
-            "Background: how strongly the token was steered (sum of alpha); hue: the expert with the greatest "
+            "Background: how strongly the token was steered (sum of alpha); hue: the expert with the "
+            "greatest "
             "alpha. Hover or focus a token for its numbers."
         )
         spans = [
@@ -307,9 +308,11 @@ def _paragraph(part: FusionTrace) -> Markup:
             f"{name} {value:.3f}" for name, value in zip(part.experts, part.alpha[i], strict=True)
         )
         numbers = (
-            f"alpha: {alphas}; KL(fused, large) {part.kl_forward[i]:.3f}, KL(large, fused) {part.kl_reverse[i]:.3f}; "
+            f"alpha: {alphas}; KL(fused, large) {part.kl_forward[i]:.3f}, KL(large, fused) "
+            f"{part.kl_reverse[i]:.3f}; "
             f"f {part.f[i].max():.3f}, r {part.r[i].max():.3f}; loss {part.loss[i]:.2e}; entropy large "
-            f"{part.entropy_large[i]:.2f}, fused {part.entropy[i]:.2f}; log-probability {part.log_prob[i]:.2f}, "
+            f"{part.entropy_large[i]:.2f}, fused {part.entropy[i]:.2f}; log-probability "
+            f"{part.log_prob[i]:.2f}, "
             f"large {part.log_prob_large[i]:.2f}"
         )
         color = _COLORS[max(int(part.expert[i]), 0) % len(_COLORS)]
@@ -339,7 +342,8 @@ def _line(part: FusionTrace) -> Markup:
         )
         lines.append(
             Markup(
-                '<polyline points="{}" fill="none" stroke="{}" stroke-width="1.5"><title>{}</title></polyline>'
+                '<polyline points="{}" fill="none" stroke="{}" stroke-width="1.5"><title>{}</title>'
+                "</polyline>"
             ).format(points, _COLORS[number % len(_COLORS)], name)
         )
     label = f"alpha over {len(part)} tokens, greatest {top:.3f}"

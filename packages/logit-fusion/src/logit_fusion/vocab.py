@@ -1,7 +1,8 @@
 """Do the members speak of the same tokens? Shared sizes, padded ids, and matching by strings.
 
 Models of one family often differ in the width of their logits only: an embedding padded to a multiple of 64,
-or a token added by a fine-tune. Those ids carry nothing to compare, so the shared vocabulary ends before them.
+or a token added by a fine-tune. Those ids carry nothing to compare, so the shared vocabulary ends before
+them.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def check_vocabulary(
         >>> class Words:
         ...     def __init__(self, *words): self.words = words
         ...     def get_vocab(self): return {word: i for i, word in enumerate(self.words)}
-        >>> check_vocabulary({"large": Words("a", "b"), "base": Words("a", "b")}, {"large": 64, "base": 2}).size
+        >>> words = Words("a", "b")
+        >>> check_vocabulary({"large": words, "base": words}, {"large": 64, "base": 2}).size
         2
     """
     strings = {name: _strings(found) for name, found in tokenizers.items() if found is not None}
@@ -211,6 +213,7 @@ def _too_few(
     name: str, common: float, wanted: float, count: int, missing: list[str]
 ) -> VocabularyMismatchError:
     return VocabularyMismatchError(
-        f"member {name!r} has {common:.1%} of the large model's {count} tokens, wanted at least {wanted:.1%}; "
+        f"member {name!r} has {common:.1%} of the large model's {count} tokens, wanted at least "
+        f"{wanted:.1%}; "
         f"it lacks {len(missing)}, such as {_examples(map(repr, missing))}"
     )
