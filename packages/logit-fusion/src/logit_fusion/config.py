@@ -75,6 +75,8 @@ class FusionConfig(Config):
         kl_temperature: divides all logits while alpha is sought, > 0.
         max_kl: greatest KL(fused, large) in nats at any step, >= 0; None sets no bound.
         outside: tokens that some member cannot say are forbidden, or keep the large model's logit.
+        plausibility: tokens below this share of the large model's greatest probability are forbidden, in
+            [0, 1); 0 forbids none (contrastive decoding takes 0.1).
         validate: NaN and +inf are reported at the end (``"lazy"``) or at once (``"eager"``).
         padded: ids above the shared vocabulary are forbidden, or kept unshifted.
         align: members' ids agree (``"id"``), or tokens are matched by their strings.
@@ -110,6 +112,7 @@ class FusionConfig(Config):
     kl_temperature: float = 1.0
     max_kl: float | None = None
     outside: Outside = "forbid"
+    plausibility: float = 0.0
     validate: Validate = "lazy"
     padded: Literal["forbid", "keep"] = "forbid"
     align: Literal["id", "string"] = "id"
@@ -130,6 +133,8 @@ class FusionConfig(Config):
         if not 0.0 < self.evidence_decay <= 1.0:
             raise ConfigError(f"evidence_decay is {self.evidence_decay!r}, wanted a number in (0, 1]")
         check_range("min_overlap", self.min_overlap, 0.0, 1.0)
+        if not 0.0 <= self.plausibility < 1.0:
+            raise ConfigError(f"plausibility is {self.plausibility!r}, wanted a number in [0, 1)")
 
     def fuse_arguments(self) -> dict[str, Any]:
         """The keyword arguments of :func:`logit_fusion.fuse_logits` that the settings hold.

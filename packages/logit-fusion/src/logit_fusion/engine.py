@@ -55,15 +55,10 @@ class Engine:
         members: large, base, experts; without a large one its logits come from elsewhere.
         vocabulary: of them.
         bos: the prompt's beginning-of-sequence id, hidden behind a member's own prefix.
-        plausibility: tokens below this share of the large model's greatest probability are forbidden
-            (contrastive decoding); 0 forbids none.
     """
 
-    def __init__(
-        self, members: Sequence[Member], vocabulary: Vocabulary, bos: int | None, plausibility: float = 0.0
-    ) -> None:
+    def __init__(self, members: Sequence[Member], vocabulary: Vocabulary, bos: int | None) -> None:
         self.members, self.vocabulary, self.bos = list(members), vocabulary, bos
-        self.plausibility = plausibility
         self.first = 1 if self.members[0].name == "large" else 0  # of the small members
         self.together = lanes_of(self.members)
         self.apart = [Lane([member]) for member in self.members], [(n, 0) for n in range(len(self.members))]
@@ -220,9 +215,9 @@ class Engine:
         kind = torch.float64 if any(x.dtype == torch.float64 for x in aligned) else torch.float32
         if self.vocabulary.partial:
             arguments["outside"] = "large"
-        if self.plausibility > 0:
+        if settings.plausibility > 0:
             top = large.amax(-1, keepdim=True)
-            arguments["mask"] = large >= top + torch.log(top.new_tensor(self.plausibility))
+            arguments["mask"] = large >= top + torch.log(top.new_tensor(settings.plausibility))
         step = fuse_logits(large, base, experts, compute_dtype=kind, **arguments)
         if settings.validate == "eager":
             step.check(["large", *self.names[self.first :]])

@@ -149,7 +149,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         self.tokenizer: Any = tokenizer if tokenizer is not None else large.tokenizer
         bos = getattr(self.tokenizer, "bos_token_id", None)
         bos = large.config.bos_token_id if bos is None else bos
-        self.engine = Engine(members, vocabulary, bos, PRESETS[preset].plausibility if preset else 0.0)
+        self.engine = Engine(members, vocabulary, bos)
         generation = getattr(large.module, "generation_config", None)
         self.generation_config = copy.deepcopy(generation) if generation is not None else GenerationConfig()
         if self.tokenizer is not None and getattr(self.tokenizer, "padding_side", "left") != "left":

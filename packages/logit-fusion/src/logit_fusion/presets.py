@@ -56,5 +56,6 @@ def preset_settings(name: str | None, settings: FusionConfig) -> FusionConfig:
         return settings
     if name not in PRESETS:
         raise InputError(f"preset is {name!r}, wanted one of {', '.join(PRESETS)}")
-    changes: dict[str, Any] = {"alpha": PRESETS[name].alpha}
+    found = PRESETS[name]
+    changes: dict[str, Any] = {"alpha": found.alpha, "plausibility": found.plausibility}
     return settings.replace(**changes)
