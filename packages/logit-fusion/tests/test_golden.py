@@ -11,8 +11,8 @@ from logit_fusion import fuse_logits
 from logit_fusion.arguments import expert_weights
 from logit_fusion.arrays import as_tensor
 from logit_fusion.family import divergences, normalized, tilted
-from logit_fusion.kernels import make_family, prepared
 from logit_fusion.grid import make_grid
+from logit_fusion.kernels import make_family, prepared
 from logit_fusion.solve import evaluate_nodes
 from logit_fusion.strategies import Search, aim_at, pool_targets
 from logit_fusion.targets import targets
@@ -24,7 +24,13 @@ class Record:
     """One case: its settings, its recorded values, and the comparison at the tolerances of cases.json."""
 
     def __init__(self, golden, settings, values, dtype, factor=1.0):
-        self.golden, self.settings, self.values, self.dtype, self.factor = golden, settings, values, dtype, factor
+        self.golden, self.settings, self.values, self.dtype, self.factor = (
+            golden,
+            settings,
+            values,
+            dtype,
+            factor,
+        )
         name = "tolerances" if dtype == torch.float64 else "tolerances_float32"
         self.limits = golden.settings[name]
         self.range = tuple(settings["alpha_range"])
@@ -190,8 +196,6 @@ def test_edge(golden, dtype, device):
         record.close(grid.alpha[0, 0], "alpha_grid", "alpha_grid")
         record.close(exact.alpha[0, 0], "alpha_exact", "alpha_exact")
         record.close(exact.loss[0], "loss_exact", "value")
-        if "both_minus_inf" != record.settings["case"]:
-            pass
         roots(record, members)
         if "local_minima" in record:
             assert_local_minima(record, members)

@@ -1,4 +1,4 @@
-"""Laws that hold for any logits: section 8 of the specification, numbers 1 to 12 and 18."""
+"""Laws that hold for any logits: section 8."""
 
 from __future__ import annotations
 
@@ -97,9 +97,7 @@ def test_divergences_grow_and_the_reverse_one_is_convex(drawn):
     (large, base, expert), _ = drawn
     ready, _ = prepared([large, base, expert], None, DOUBLE, differentiable=False)
     alphas = torch.linspace(0, 2, 41, dtype=DOUBLE)
-    found = [
-        divergences(tilted(ready.log_p, ready.shifts[0], a), a, 0.0) for a in alphas
-    ]
+    found = [divergences(tilted(ready.log_p, ready.shifts[0], a), a, 0.0) for a in alphas]
     forward, reverse = (torch.stack(x, -1) for x in zip(*found, strict=True))
     for value in (forward, reverse, forward + reverse):
         assert (value.diff(dim=-1) >= -1e-12).all()
@@ -145,7 +143,9 @@ def test_roots_meet_their_equations(drawn):
     for objective in ("forward", "reverse", "jeffreys"):
         step = fuse(logits, objective=objective)
         forward, reverse, f, r = plain_divergences(*logits, step.alpha)
-        gap = {"forward": forward - f, "reverse": reverse - r, "jeffreys": forward + reverse - f - r}[objective]
+        gap = {"forward": forward - f, "reverse": reverse - r, "jeffreys": forward + reverse - f - r}[
+            objective
+        ]
         at_end = step.alpha.squeeze(-1) == 2.0
         assert (gap[at_end] <= 1e-9).all()
         close(gap[~at_end] / (1 + f + r)[~at_end], torch.zeros_like(gap[~at_end]), 1e-8)
@@ -166,7 +166,9 @@ def test_copies_of_one_expert_are_one_expert(drawn, copies):
 
 
 @examples
-@given(members(experts=(2, 4)), st.sampled_from(["pool", "centroid"]), st.sampled_from(["uniform", "jeffreys"]))
+@given(
+    members(experts=(2, 4)), st.sampled_from(["pool", "centroid"]), st.sampled_from(["uniform", "jeffreys"])
+)
 def test_permuting_experts_permutes_alpha(drawn, strategy, weights):
     logits, rng = drawn
     order = rng.permutation(len(logits) - 2).tolist()
@@ -181,7 +183,10 @@ def test_permuting_experts_permutes_alpha(drawn, strategy, weights):
 def test_permuting_experts_permutes_the_single_one(drawn):
     logits, rng = drawn
     order = rng.permutation(len(logits) - 2).tolist()
-    a, b = fuse(logits, strategy="single"), fuse([*logits[:2], *[logits[2 + t] for t in order]], strategy="single")
+    a, b = (
+        fuse(logits, strategy="single"),
+        fuse([*logits[:2], *[logits[2 + t] for t in order]], strategy="single"),
+    )
     close(a.loss, b.loss, 1e-9)
     assert ((a.alpha != 0).sum(-1) <= 1).all()
 

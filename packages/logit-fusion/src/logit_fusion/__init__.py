@@ -1,6 +1,7 @@
 """Dynamic logits fusion: small experts steer a large language model while it decodes.
 
-Names load their module on first use: ``import logit_fusion`` and ``fuse_logits`` need PyTorch, no transformers.
+Names load their module on first use: ``import logit_fusion`` and ``fuse_logits`` need PyTorch, no
+transformers.
 """
 
 from typing import TYPE_CHECKING

@@ -80,7 +80,8 @@ def accept_sampled(
     p = target_log_probs[:, :-1].gather(-1, place).squeeze(-1)
     q = draft_log_probs.gather(-1, place).squeeze(-1)
     chance = torch.rand(draft.shape, generator=generator, device=draft.device, dtype=p.dtype)
-    # u < p / q without a division; where q is 0 the token cannot have been drawn, and is refused if p is 0 too.
+    # u < p / q without a division; where q is 0 the token cannot have been drawn, and is refused if p is 0
+    # too.
     kept = (chance * q.exp() < p.exp()) & (p > -torch.inf)
     rest = (target_log_probs[:, :-1].exp() - draft_log_probs.exp()).clamp(min=0.0)
     # p = q leaves nothing but rounding errors; nothing is refused there either, so p itself stands in.

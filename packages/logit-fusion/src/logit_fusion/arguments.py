@@ -13,9 +13,7 @@ from fusion_core.errors import InputError, ShapeError, check_range
 from logit_fusion.config import WeightRule, check_alpha_range, check_step
 from logit_fusion.errors import VocabularyMismatchError
 
-Weights = (
-    WeightRule | Sequence[float] | Float[Tensor, "*batch experts"] | Callable[[Tensor, Tensor], Tensor]
-)
+Weights = WeightRule | Sequence[float] | Float[Tensor, "*batch experts"] | Callable[[Tensor, Tensor], Tensor]
 Strengths = float | Sequence[float] | Float[Tensor, "*batch experts"]
 
 
@@ -81,7 +79,7 @@ def check_search(
         raise InputError(f"per_expert_range needs strategy='single', got strategy={strategy!r}")
     if len(per_expert_range) != experts:
         raise InputError(
-            f"per_expert_range has {len(per_expert_range)} pairs, wanted one for each of the {experts} experts"
+            f"per_expert_range has {len(per_expert_range)} pairs, wanted one for each of {experts} experts"
         )
     ranges = [check_alpha_range(f"per_expert_range[{t}]", pair) for t, pair in enumerate(per_expert_range)]
     for pair in ranges:
@@ -149,7 +147,9 @@ def strengths(alpha: Strengths, like: Float[Tensor, "rows experts"], batch: torc
         if len(numbers) == 1:
             numbers = numbers * experts
         if len(numbers) != experts:
-            raise InputError(f"alpha has {len(numbers)} numbers, wanted 1 or one for each of the {experts} experts")
+            raise InputError(
+                f"alpha has {len(numbers)} numbers, wanted 1 or one for each of the {experts} experts"
+            )
     if not all(math.isfinite(number) for number in numbers):
         raise InputError(f"alpha is {alpha!r}, wanted finite numbers")
     return torch.tensor(numbers, dtype=like.dtype, device=like.device).expand(rows, -1)
@@ -191,7 +191,7 @@ def expert_weights(
             return torch.where(total > 0.0, share, 1.0 / experts)
         if weights == "evidence":
             raise InputError(
-                "weights='evidence' needs the tokens seen so far, which fuse_logits does not have; wanted the "
+                "weights='evidence' needs the tokens seen so far, which fuse_logits has not; wanted the "
                 "(..., T) tensor of logit_fusion.evidence.evidence_weights, or FusedModel, which keeps it"
             )
         raise InputError(f"weights is {weights!r}, wanted 'uniform', 'jeffreys', T numbers or a tensor")

@@ -1,11 +1,12 @@
 """Scalars of a search, one or a few per row: NumPy on the CPU, where a call costs a third of a tensor's.
 
-The solver is written in what both libraries share, so that the same lines run on a device, in a compiled graph and
-under automatic differentiation.
+The solver is written in what both libraries share, so that the same lines run on a device, in a compiled
+graph and under automatic differentiation.
 """
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,20 @@ def pick(values: Array, index: Array) -> Array:
     if index.ndim > 1:
         return np.take_along_axis(values, index, -1)
     return values[np.arange(len(index)), index]
+
+
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The numbers as a tensor, copied to a device once, so that a step waits for no transfer."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _copied(values, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _copied(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # Outside of inference mode: a tensor born there could not be used for gradients later.
+    with torch.inference_mode(mode=False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def as_tensor(values: Array) -> torch.Tensor:

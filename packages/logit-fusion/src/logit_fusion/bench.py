@@ -48,9 +48,7 @@ def bandwidth(device: torch.device, size: int = 1 << 26) -> float:
     return 2.0 * size / best
 
 
-def solver_rows(
-    sizes: Sequence[tuple[int, int]] = SIZES, repeats: int = 5, device: str = "cpu"
-) -> list[Row]:
+def solver_rows(sizes: Sequence[tuple[int, int]] = SIZES, repeats: int = 5, device: str = "cpu") -> list[Row]:
     """Time one fused step of one expert, without any model, with every solver.
 
     Args:
@@ -81,16 +79,20 @@ def solver_rows(
         )  # fmt: skip
         rows.append(
             paired(
-                f"exact {tag}", exact, grid, against=TILED, target=EXACT_TARGET, note="<= 1.4x the tiled grid",
-                **shared,
+                f"exact {tag}", exact, grid, against=TILED, target=EXACT_TARGET,
+                note="<= 1.4x the tiled grid", **shared,
             )
         )  # fmt: skip
         rows.append(paired(f"exact {tag}, literal", exact, literal, against=LITERAL, **shared))
         rows.append(paired(f"newton {tag}", lambda: step("newton"), literal, against=LITERAL, **shared))  # noqa: B023
         static = lambda: (large + (expert - base)).log_softmax(-1)  # noqa: B023
         floor = 8.0 * batch * vocab / speed
-        note = f"reading shift and log-probabilities once takes {floor * 1e6:.0f} µs at {speed / 1e9:.1f} GB/s"
-        rows.append(paired(f"exact {tag}, static", exact, static, against="static softmax", note=note, **shared))
+        note = (
+            f"reading shift and log-probabilities once takes {floor * 1e6:.0f} µs at {speed / 1e9:.1f} GB/s"
+        )
+        rows.append(
+            paired(f"exact {tag}, static", exact, static, against="static softmax", note=note, **shared)
+        )
     return rows
 
 
@@ -113,7 +115,8 @@ def random_llama(hidden: int, layers: int, vocab: int, seed: int, device: torch.
             eos_token_id=None,
             pad_token_id=1,
         )
-        return LlamaForCausalLM(config).to(device).eval()
+        model: Any = LlamaForCausalLM(config)
+        return model.to(device).eval()
 
 
 def generation_rows(
@@ -164,7 +167,10 @@ def generation_rows(
     target = WHOLE_TARGET if where.type == "cpu" else GPU_TARGET
     note = "whole overhead <= 8 %" if where.type == "cpu" else "whole overhead <= 3 %"
     return [
-        paired(f"generate exact, {tag}", ours("exact"), alone, against="members alone", target=target, note=note, **shared),
+        paired(
+            f"generate exact, {tag}", ours("exact"), alone, against="members alone", target=target, note=note,
+            **shared,
+        ),
         paired(f"generate newton, {tag}", ours("newton"), alone, against="members alone", **shared),
         paired(
             f"generate exact against plain, {tag}", ours("exact"), plain,

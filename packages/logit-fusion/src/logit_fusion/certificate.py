@@ -1,9 +1,9 @@
-"""Proof that the minimum found is the global one, from the monotony of both divergences (section 2.5).
+"""Proof that the minimum found is the global one, from the monotony of both divergences.
 
-On a cell [a, b] F lies in [F(a), F(b)] and R in [R(a), R(b)], which bounds the objective from below; a cell whose
-bound is not under the loss found holds nothing better. The cells of the grid are divided by interpolation of
-degree 5, so the proof holds up to its error. Where only cells are left on which the objective is convex, the
-minimum among them is the only one.
+On a cell [a, b] F lies in [F(a), F(b)] and R in [R(a), R(b)], which bounds the objective from below; a cell
+whose bound is not under the loss found holds nothing better. The cells of the grid are divided by
+interpolation of degree 5, so the proof holds up to its error. Where only cells are left on which the
+objective is convex, the minimum among them is the only one.
 """
 
 from __future__ import annotations
@@ -71,8 +71,7 @@ def certify_rows(
     bends = curvature(target, places, stats) > 0.0
     forward, reverse = divergences(stats, places, 0.0)
     last = tuple(
-        x.clamp(min=0.0).unsqueeze(-1)
-        for x in (alphas[-1] * mean[:, -1] - log_norm[:, -1], log_norm[:, -1])
+        x.clamp(min=0.0).unsqueeze(-1) for x in (alphas[-1] * mean[:, -1] - log_norm[:, -1], log_norm[:, -1])
     )
     forward, reverse = (
         torch.cat([x, y], -1).cummax(-1).values for x, y in zip((forward, reverse), last, strict=True)

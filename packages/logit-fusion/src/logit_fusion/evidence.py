@@ -1,6 +1,6 @@
 """Which expert fits the text so far: running log-likelihoods, and the weights that follow from them.
 
-This package's rule (section 2.7 of its specification), not the paper's: ``e <- gamma * e + log q(token)`` for the small base and each
+This package's rule, not the paper's: ``e <- gamma * e + log q(token)`` for the small base and each
 expert, and a softmax over them. The base's share means "no expert".
 """
 
@@ -46,7 +46,8 @@ def update_evidence(
     """One token seen: ``gamma * evidence + log_probs``; rows that are not active keep theirs.
 
     Args:
-        evidence: running log-likelihoods of the small base (column 0) and the experts (1 to T); 0 at the start.
+        evidence: running log-likelihoods of the small base (column 0) and the experts (1 to T); 0 at the
+            start.
         log_probs: of the token just seen, under the same sources, in the same order.
         gamma: in (0, 1]; 1 never forgets.
         active: rows that saw a real token (not padding).

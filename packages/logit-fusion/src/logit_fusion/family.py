@@ -1,16 +1,15 @@
 r"""The one-parameter family that a shift spans: :math:`P_\alpha \propto P\,e^{\alpha d}`, and its statistics.
 
 Along any direction d it is an exponential family. With :math:`A(\alpha) = \log \sum P e^{\alpha d}`, its mean
-:math:`\mu = A'`, variance :math:`v = A''` and third cumulant :math:`\kappa = A'''`, the two divergences that the
-method matches are :math:`F = KL(P_\alpha \| P) = \alpha\mu - A` and
-:math:`R = KL(P \| P_\alpha) = A - \alpha\mu(0)`; both grow with alpha >= 0, and only R is convex.
+:math:`\mu = A'`, variance :math:`v = A''` and third cumulant :math:`\kappa = A'''`, the two divergences that
+the method matches are :math:`F = KL(P_\alpha \| P) = \alpha\mu - A` and :math:`R = KL(P \| P_\alpha) = A -
+\alpha\mu(0)`; both grow with alpha >= 0, and only R is convex.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -63,7 +62,7 @@ def tilted(
     shift: Float[Tensor, "*batch vocab"],
     alpha: Float[Tensor, "*batch"] | float,
 ) -> Tilted:
-    """Statistics of ``softmax(log_p + alpha * shift)`` with respect to the shift (section 2.5).
+    """Statistics of ``softmax(log_p + alpha * shift)`` with respect to the shift.
 
     Args:
         log_p: (..., vocab) log-probabilities, -inf allowed.

@@ -27,7 +27,7 @@ from logit_fusion.config import Objective, Outside, Pairing, Solver, Strategy, V
 from logit_fusion.errors import EmptySupportError, NonFiniteLogitsError
 from logit_fusion.joint import joint
 from logit_fusion.kernels import make_family, prepared
-from logit_fusion.objective import Target, loss
+from logit_fusion.objective import loss
 from logit_fusion.solve import Solution, solve
 from logit_fusion.strategies import Search, Steered, aim_at, centroid, mean_shift, pool, single, static
 from logit_fusion.targets import Prepared
@@ -79,7 +79,7 @@ class FusionStep:
             *row, member = (int(i) for i in self.non_finite.nonzero()[0])
             known = names or ["large", "base", *(f"experts[{t}]" for t in range(self.alpha.shape[-1]))]
             raise NonFiniteLogitsError(
-                f"logits of {known[member]} hold NaN or +inf in row {_row(row)}; wanted finite numbers or -inf"
+                f"logits of {known[member]} hold NaN or +inf in row {_row(row)}; wanted finite ones or -inf"
             )
         row = [int(i) for i in self.empty.nonzero()[0]]
         raise EmptySupportError(
@@ -232,7 +232,7 @@ def _finish(
         family = make_family(members.log_p, members.p, direction, differentiable=graph)
         log_norm = as_tensor(family.normalizer(length)[0])
     if max_kl is not None:
-        part, log_norm, bounded = _bound(members, direction, length, log_norm, max_kl, search)
+        part, log_norm, bounded = _bound(members, direction, length, max_kl, search)
         alpha, length = alpha * part.unsqueeze(-1), length * part
         if members is warm:
             found = bounded
@@ -243,20 +243,21 @@ def _finish(
             found = found._replace(forward=(mean - norm).clamp(min=0.0), reverse=norm.clamp(min=0.0))
         value = torch.zeros_like(part)
         if target is not None:
-            wanted = (as_tensor(x) for x in target[:3])
-            value = loss(Target(*wanted, *target[3:]), found.forward, found.reverse)
+            value = loss(target.tensors(), found.forward, found.reverse)
         found = found._replace(loss=value, certified=steered.found.certified & (part == 1.0))
     if active is not None:
         alpha = alpha * active.unsqueeze(-1)
         length, log_norm = torch.where(active, length, 0.0), torch.where(active, log_norm, 0.0)
-        found = Solution(*(x & active if x.dtype == torch.bool else torch.where(active, x, 0.0) for x in found))
+        found = Solution(
+            *(x & active if x.dtype == torch.bool else torch.where(active, x, 0.0) for x in found)
+        )
     dtype = direction.dtype
     shift = direction * length.to(dtype).unsqueeze(-1)
     return _Fused(members.log_p + shift - log_norm.to(dtype).unsqueeze(-1), alpha, found)
 
 
 def _bound(
-    members: Prepared, direction: Tensor, length: Tensor, log_norm: Tensor, max_kl: float, search: Search
+    members: Prepared, direction: Tensor, length: Tensor, max_kl: float, search: Search
 ) -> tuple[Tensor, Tensor, Solution]:
     """The share of the shift that keeps F within the bound, A there, and the solution there."""
     graph = search.differentiable
@@ -273,9 +274,7 @@ def _bound(
     return part, norm, root._replace(alpha=part, log_norm=norm, forward=forward, reverse=norm.clamp(min=0.0))
 
 
-def _keep_outside(
-    large: Tensor, mask: Tensor | None, support: Tensor, log_probs: Tensor
-) -> Tensor:
+def _keep_outside(large: Tensor, mask: Tensor | None, support: Tensor, log_probs: Tensor) -> Tensor:
     """The fused law on the support, scaled to the large model's mass there; its own law elsewhere."""
     seen = torch.isfinite(large) if mask is None else torch.isfinite(large) & mask
     own = large.masked_fill(~seen, -torch.inf).log_softmax(-1)

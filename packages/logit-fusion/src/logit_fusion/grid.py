@@ -21,7 +21,7 @@ class Grid(NamedTuple):
 
 
 def make_grid(low: float, high: float, step: float) -> Grid:
-    """``low + j * step`` up to ``high``, which is always the last node (section 2.3).
+    """``low + j * step`` up to ``high``, which is always the last node.
 
     Args:
         low: first node.

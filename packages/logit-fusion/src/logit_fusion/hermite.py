@@ -1,4 +1,4 @@
-"""The family between the grid's nodes: A is a smooth function whose value and slope are known at each node."""
+"""The family between the grid's nodes: A is smooth, and its value and slope are known at each node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All strengths free at once: the paper's stated problem, made well-posed where it has many answers (section 2.7)."""
+"""All strengths free at once: the paper's stated problem, made well-posed where it has many answers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _SLACK = 1e-6  # relative to the targets: the floor is followed to first order o
 def joint(members: Prepared, search: Search) -> Steered:
     """The best strengths in the box [low, high]^T.
 
-    ``"grid"`` tries all points, the first minimum in C order wins; ``"exact"`` and ``"newton"`` take the point of
-    least norm among the best (two equations determine no more), by projected, damped Gauss-Newton steps from the
-    uniform centroid. Alpha has no gradient.
+    ``"grid"`` tries all points, the first minimum in C order wins; ``"exact"`` and ``"newton"`` take the
+    point of least norm among the best (two equations determine no more), by projected, damped Gauss-Newton
+    steps from the uniform centroid. Alpha has no gradient.
 
     Args:
         members: of T experts.

@@ -1,4 +1,4 @@
-"""Which code computes the family's statistics: tiles in place on the CPU, Triton on CUDA, plain tensors elsewhere.
+"""Which code computes the family's statistics: tiles on the CPU, Triton on CUDA, plain tensors elsewhere.
 
 Plain tensors are also what ``torch.compile`` traces and what gradients flow through.
 """

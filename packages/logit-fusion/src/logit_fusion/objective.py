@@ -1,7 +1,7 @@
 r"""What alpha is to make equal: the paper's two divergences at once, or one of them, or their sum.
 
-:math:`L(\alpha) = \sum_t (F - f_t)^2 + (R - r_t)^2` depends on the experts' targets only through their means, but
-for a constant (section 2.5), so a target is two means, a constant and a count.
+:math:`L(\alpha) = \sum_t (F - f_t)^2 + (R - r_t)^2` depends on the experts' targets only through their means,
+but for a constant, so a target is two means, a constant and a count.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 
-from logit_fusion.arrays import Array, library
+from logit_fusion.arrays import Array, as_tensor, library
 from logit_fusion.config import Objective, Pairing
 from logit_fusion.family import Tilted, divergences
 
@@ -23,7 +23,7 @@ class Target(NamedTuple):
         forward: (N) mean of the values that F is compared with, nats.
         reverse: (N) the same for R.
         rest: (N) sum over experts of the squared deviations from these means: no alpha can reach less.
-        count: how many experts there are.
+        experts: how many there are.
         objective: which divergences count.
         tiny: forward + reverse below which only F + R can be told from rounding errors, nats.
         nothing: forward + reverse that is a rounding error itself, nats.
@@ -32,10 +32,16 @@ class Target(NamedTuple):
     forward: Float[Array, "rows"]
     reverse: Float[Array, "rows"]
     rest: Float[Array, "rows"]
-    count: int
+    experts: int
     objective: Objective
     tiny: float
     nothing: float
+
+    def tensors(self) -> Target:
+        """The same with tensors in place of NumPy's arrays."""
+        return self._replace(
+            forward=as_tensor(self.forward), reverse=as_tensor(self.reverse), rest=as_tensor(self.rest)
+        )
 
 
 def make_target(
@@ -93,19 +99,17 @@ def loss(
     match target.objective:
         case "paper":
             over, above = forward - f, reverse - r
-            return target.count * (over * over + above * above) + rest
+            return target.experts * (over * over + above * above) + rest
         case "forward":
             gap = forward - f
         case "reverse":
             gap = reverse - r
         case "jeffreys":
             gap = forward + reverse - f - r
-    return target.count * (gap * gap) + rest
+    return target.experts * (gap * gap) + rest
 
 
-def curvature(
-    target: Target, alpha: Float[Array, "*nodes"], stats: Tilted
-) -> Float[Array, "rows nodes"]:
+def curvature(target: Target, alpha: Float[Array, "*nodes"], stats: Tilted) -> Float[Array, "rows nodes"]:
     """Half the second derivative of the paper's objective per expert, at several alphas a row.
 
     Args:

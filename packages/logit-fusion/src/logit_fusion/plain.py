@@ -16,7 +16,7 @@ def plain_grid(
     step: float = 0.1,
     high: float = 2.0,
 ) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows vocab"]]:
-    """The paper's search as its pseudo-code has it: one softmax and two divergences per node, whole vocabulary.
+    """The paper's search as its pseudo-code has it: one softmax and two divergences per node.
 
     Args:
         large: logits.

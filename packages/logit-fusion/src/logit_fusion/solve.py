@@ -11,9 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
 
-from logit_fusion.arrays import Array, as_tensor, library, pick
+from logit_fusion.arrays import Array, as_tensor, constant, library, pick
 from logit_fusion.certificate import certify_rows
 from logit_fusion.config import Solver
 from logit_fusion.family import Tilted, divergences
@@ -24,7 +23,8 @@ from logit_fusion.objective import Target, loss, slope
 # Of the exact solver: on the interpolated family (scalars only), then on the vocabulary.
 SCALAR_STEPS = 2
 STEPS = {torch.float32: 2, torch.float64: 6}
-# A step below this share of the spacing ends the search where a look costs nothing: the next would change nothing.
+# A step below this share of the spacing ends the search where a look costs nothing: the next would change
+# nothing.
 SETTLED = {torch.float32: 1e-3, torch.float64: 1e-8}
 # A root of one divergence alone: steep where a shift is huge, so every other step may have to bisect.
 ROOT_STEPS = {torch.float32: 12, torch.float64: 40}
@@ -102,8 +102,8 @@ def solve(
         step: the grid's spacing.
         solver: ``"grid"``, ``"exact"`` or ``"newton"``.
         certify: prove the global minimum row by row (``"exact"`` only).
-        differentiable: let the result depend on the family and the target in the graph, alpha of ``"exact"`` and
-            ``"newton"`` by the implicit function theorem.
+        differentiable: let the result depend on the family and the target in the graph, alpha of ``"exact"``
+            and ``"newton"`` by the implicit function theorem.
 
     Returns:
         The solution; ``"grid"`` is never certified.
@@ -141,7 +141,7 @@ def evaluate_nodes(family: Family, target: Target, grid: Grid) -> Nodes:
     log_norm, mean = family.nodes(places)
     xp = library(log_norm)
     if xp is torch:
-        alphas = torch.tensor(grid.places, dtype=log_norm.dtype, device=log_norm.device)
+        alphas = constant(grid.places, log_norm.dtype, log_norm.device)
     else:
         alphas = np.array(grid.places)
     if not grid.even:
@@ -170,12 +170,18 @@ def choose_node(target: Target, nodes: Nodes) -> tuple[Int64[Array, "rows"], Boo
 
 
 def _at_node(nodes: Nodes, index: Int64[Array, "rows"]) -> Solution:
-    found = (pick(x, index) for x in (nodes.log_norm, nodes.forward, nodes.reverse, nodes.loss))
-    return Solution(nodes.alphas[index], *found, index < 0)
+    return Solution(
+        nodes.alphas[index],
+        pick(nodes.log_norm, index),
+        pick(nodes.forward, index),
+        pick(nodes.reverse, index),
+        pick(nodes.loss, index),
+        index < 0,
+    )
 
 
 def solve_grid(target: Target, nodes: Nodes) -> Solution:
-    """The paper's search: the best node (section 2.3)."""
+    """The paper's search: the best node."""
     return _at_node(nodes, choose_node(target, nodes)[0])
 
 
@@ -185,13 +191,15 @@ class _Bracket(NamedTuple):
     tried: Array  # whether the high end, or a place below it that became the end, has been looked at
 
     def step(self, target: Target, alpha: Array, stats: Tilted) -> tuple[_Bracket, Array]:
-        """One Newton step; where it would leave the bracket, a look at the end, and if that was taken a bisection."""
+        """One Newton step; beyond the bracket its end, and if that was tried before its middle."""
         g, bend = slope(target, alpha, stats)
         below = g < 0.0
         xp = library(g)
         low, high = xp.where(below, alpha, self.low), xp.where(below, self.high, alpha)
         new = alpha - g / bend
-        inside = (new >= low) & (new <= high)  # closed: an iterate that has converged is an end of its own bracket
+        inside = (new >= low) & (
+            new <= high
+        )  # closed: an iterate that has converged is an end of its own bracket
         beyond = (new > high) & ~self.tried
         new = xp.where(inside, new, xp.where(beyond, high, (low + high) / 2.0))
         return _Bracket(low, high, self.tried | beyond | ~below), new
@@ -200,10 +208,10 @@ class _Bracket(NamedTuple):
 def solve_exact(
     family: Family, target: Target, nodes: Nodes, grid: Grid, *, certify: bool = False
 ) -> Solution:
-    """The minimum itself: Newton steps in the bracket round the best node (section 2.6).
+    """The minimum itself: Newton steps in the bracket round the best node.
 
-    The first steps run on the family as interpolated between the nodes, which costs scalars only, the others on
-    the vocabulary; the last one ends in the Taylor series of the cumulants.
+    The first steps run on the family as interpolated between the nodes, which costs scalars only, the others
+    on the vocabulary; the last one ends in the Taylor series of the cumulants.
 
     Args:
         family: N rows.
@@ -229,18 +237,20 @@ def solve_exact(
     else:
         steps += SCALAR_STEPS
     limit = SETTLED[family.dtype] * grid.spacing
-    for turn in range(1, steps + 1):
-        wide = bracket.high - bracket.low
-        stats = family.moments(alpha)
-        bracket, new = bracket.step(target, alpha, stats)
-        if turn == steps or (xp is np and (abs(new - alpha) <= limit).all()):
+    stats = family.moments(alpha)
+    tighter, new = bracket.step(target, alpha, stats)
+    for turn in range(1, steps):
+        if xp is np and (abs(new - alpha) <= limit).all():
             break
         if target.objective != "paper" and turn % 2 == 0:
-            slow = bracket.high - bracket.low > 0.5 * wide
+            slow = tighter.high - tighter.low > 0.5 * (bracket.high - bracket.low)
             # Not near a root: there one end stays, and Newton's step is small.
-            slow = slow & (xp.minimum(new - bracket.low, bracket.high - new) > 1e-3 * wide)
-            new = xp.where(slow, (bracket.low + bracket.high) / 2.0, new)
-        alpha = new
+            reach = 1e-3 * (bracket.high - bracket.low)
+            slow = slow & (xp.minimum(new - tighter.low, tighter.high - new) > reach)
+            new = xp.where(slow, (tighter.low + tighter.high) / 2.0, new)
+        bracket, alpha = tighter, new
+        stats = family.moments(alpha)
+        tighter, new = bracket.step(target, alpha, stats)
     reach = 0.05 * grid.spacing  # where the series is as good as the statistics
     delta = (new - alpha).clip(-reach, reach)
     found = _evaluate(target, alpha + delta, stats.shifted(delta), best.certified)
@@ -296,9 +306,7 @@ def _certify(target: Target, nodes: Nodes, grid: Grid, found: Solution, flat: Ar
     if not grid.even or len(grid.places) < 3:
         return flat | small
     proven = certify_rows(
-        target._replace(
-            forward=as_tensor(target.forward), reverse=as_tensor(target.reverse), rest=as_tensor(target.rest)
-        ),
+        target.tensors(),
         as_tensor(nodes.alphas),
         grid.spacing,
         as_tensor(nodes.log_norm),
@@ -309,7 +317,7 @@ def _certify(target: Target, nodes: Nodes, grid: Grid, found: Solution, flat: Ar
 
 
 def solve_newton(family: Family, target: Target, alpha_range: tuple[float, float]) -> Solution:
-    """Newton steps from alpha = 1 on the whole range: the cheapest, without a guarantee (section 2.6).
+    """Newton steps from alpha = 1 on the whole range: the cheapest, without a guarantee.
 
     Args:
         family: N rows.

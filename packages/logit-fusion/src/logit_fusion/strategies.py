@@ -1,6 +1,6 @@
 r"""How several experts share the shift: one at a time (the paper), jointly, or as one virtual expert.
 
-The objective sees the experts' targets through two means only (section 2.5): a joint search has T unknowns for two
+The objective sees the experts' targets through two means only: a joint search has T unknowns for two
 equations, and which single expert wins is decided by rounding. ``centroid`` and ``pool`` fix the direction
 :math:`\sum_t w_t d_t` and search its length.
 """
@@ -56,9 +56,9 @@ def aim_at(
     f: Float[Tensor, "rows experts"], r: Float[Tensor, "rows experts"], members: Prepared, search: Search
 ) -> Target:
     """The target of f and r, in the arrays that the members' family computes with."""
-    if tiled(members.p, differentiable=search.differentiable):
-        f, r = f.numpy(), r.numpy()
-    return make_target(f, r, search.objective, search.pairing, members.p.dtype)
+    on_cpu = tiled(members.p, differentiable=search.differentiable)
+    values = (f.numpy(), r.numpy()) if on_cpu else (f, r)
+    return make_target(*values, search.objective, search.pairing, members.p.dtype)
 
 
 def _seek(members: Prepared, direction: Tensor, target: Target, search: Search) -> Solution:
@@ -74,10 +74,8 @@ def _seek(members: Prepared, direction: Tensor, target: Target, search: Search) 
     return Solution(*(as_tensor(x) for x in found))
 
 
-def single(
-    members: Prepared, search: Search, ranges: Sequence[tuple[float, float]] | None = None
-) -> Steered:
-    """The paper's rule: the one expert and alpha of least loss; ties go to the first expert (section 2.3).
+def single(members: Prepared, search: Search, ranges: Sequence[tuple[float, float]] | None = None) -> Steered:
+    """The paper's rule: the one expert and alpha of least loss; ties go to the first expert.
 
     Args:
         members: of T experts.
@@ -124,7 +122,7 @@ def _greatest(weights: Tensor) -> Tensor:
 
 
 def centroid(members: Prepared, search: Search, weights: Float[Tensor, "rows experts"]) -> Steered:
-    """Search along the weighted mean of the shifts against the experts' own targets (section 2.7).
+    """Search along the weighted mean of the shifts against the experts' own targets.
 
     Args:
         members: of T experts.
@@ -136,7 +134,7 @@ def centroid(members: Prepared, search: Search, weights: Float[Tensor, "rows exp
 
 
 def pool(members: Prepared, search: Search, weights: Float[Tensor, "rows experts"]) -> Steered:
-    """Search along a virtual expert, the log-linear pool J of the experts, against its own targets (section 2.7).
+    """Search along a virtual expert, the log-linear pool J of the experts, against its own targets.
 
     Args:
         members: of T experts.

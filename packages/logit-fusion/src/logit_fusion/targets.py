@@ -37,7 +37,7 @@ class Prepared(NamedTuple):
 def targets(
     base: Float[Tensor, "*batch vocab"], expert: Float[Tensor, "*batch vocab"]
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """f = KL(expert, base) and r = KL(base, expert) of two members' logits, in nats (section 2.1).
+    """F = KL(expert, base) and r = KL(base, expert) of two members' logits, in nats.
 
     Args:
         base: (..., vocab) logits of the small base.

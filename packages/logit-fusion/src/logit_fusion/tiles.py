@@ -1,7 +1,7 @@
-r"""The family's statistics on the CPU: in place, tile by tile, every node of the grid while a tile is in cache.
+r"""The family's statistics on the CPU: in place, all nodes of the grid while a tile is in cache.
 
-:math:`e^{(\alpha + jh)d} = e^{\alpha d}(e^{hd})^j`: one exponential for the weights and one for the ratio per token,
-then one product a node. Powers are built by doubling, so that a tile takes few calls.
+:math:`e^{(\alpha + jh)d} = e^{\alpha d}(e^{hd})^j`: one exponential for the weights and one for the ratio per
+token, then one product a node. Powers are built by doubling, so that a tile takes few calls.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from logit_fusion.arrays import Array, as_tensor
 from logit_fusion.family import Tilted
 from logit_fusion.targets import Prepared
 
-# Entries of a tile with its powers, and of one without: measured best on two-core machines with 0.5-1 MB of L2.
+# Entries of a tile with its powers, and of one without: measured best on two-core machines with 0.5-1 MB of
+# L2.
 NODE_TILE = 32_768
 TILE = 65_536
 
@@ -23,8 +24,10 @@ def _wide(rows: int, columns: int) -> Tensor:
 
 
 def exponent_limit(dtype: torch.dtype) -> float:
-    """The largest alpha * d that the products of powers bear: the normaliser is >= 1 as d is centred, so
-    neither overflow nor a weight that was lost at the first node can matter below it.
+    """The largest alpha * d that the products of powers bear.
+
+    The normaliser is >= 1 as d is centred, so below it neither an overflow nor a weight that was lost at the
+    first node can matter.
     """
     return 600.0 if dtype == torch.float64 else 60.0
 
