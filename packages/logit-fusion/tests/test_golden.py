@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusion_core.testing import array
+from fusion_core.testing import array, fill_state_dict
 from logit_fusion import fuse_logits
 from logit_fusion.arguments import expert_weights
 from logit_fusion.arrays import as_tensor
@@ -253,3 +253,104 @@ def test_large_vocab(golden, dtype, device):
             }.get(name, (None, None))
             if value is not None:
                 record.close(value, name, kind)
+
+
+def tiny_models(golden, dtype, device, attention):
+    """Large, base and experts as the README of the records describes them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rules = golden.settings["generate"]
+
+    def made(sizes, names=()):
+        config = LlamaConfig(**rules["config"], **sizes, attn_implementation=attention)
+        model = LlamaForCausalLM(config).to(torch.float64)
+        fill_state_dict(model)
+        state = model.state_dict()
+        for name in names:
+            for key, value in state.items():
+                if value.ndim == 2:
+                    scale = rules["expert_scale"] * value.shape[1] ** -0.5
+                    value.add_(torch.from_numpy(array(f"{name}.{key}", value.shape, scale)))
+        state["lm_head.weight"].mul_(rules["head_factor"])
+        return model.to(dtype).to(device).eval()
+
+    experts = [made(rules["small"], [f"expert{t}"]) for t in range(rules["experts"])]
+    return [made(rules["large"]), made(rules["small"]), *experts]
+
+
+def fused_model(models, rules):
+    from logit_fusion import FusedModel
+
+    experts = {f"expert{t}": models[2 + t] for t in rules["experts"]}
+    options = {key: value for key, value in rules.items() if key != "experts"}
+    return FusedModel(models[0], models[1], experts, **options)
+
+
+def prompts(record):
+    ends = np.cumsum(record["prompt_lengths"])
+    return [torch.from_numpy(x) for x in np.split(record["prompts_flat"], ends[:-1])]
+
+
+def compare_generated(golden, record, mode, tokens, alpha, log_probs, rules):
+    limits = golden.settings["tolerances"]
+    assert tokens.tolist() == record[f"{mode}/tokens"].tolist(), mode
+    whole = np.zeros_like(record[f"{mode}/alpha"])
+    whole[:, :, rules["experts"]] = alpha
+    for found, key, kind in ((whole, "alpha", "generate_alpha"), (log_probs, "logp", "generate_log_probs")):
+        golden.assert_close(found, record[f"{mode}/{key}"], what=f"{mode} {key}", **limits[kind])
+
+
+def test_generate_without_a_cache_one_by_one(golden, device):
+    record, rules = golden.load("generate.npz"), golden.settings["generate"]
+    models = tiny_models(golden, torch.float64, device, "eager")
+    given = prompts(record)
+    with torch.no_grad():
+        first = torch.stack([model(given[0][None].to(device)).logits[0, -1] for model in models])
+        golden.assert_close(first, record["first_logits"], **golden.settings["tolerances"]["first_logits"])
+        for mode, options in rules["modes"].items():
+            fused = fused_model(models, options)
+            found = [one_by_one(fused, x.to(device)[None], rules["max_new_tokens"]) for x in given]
+            tokens, alpha, log_probs = (torch.stack(x) for x in zip(*found, strict=True))
+            compare_generated(golden, record, mode, tokens, alpha.cpu().numpy(), log_probs, options)
+
+
+def one_by_one(fused, ids, count):
+    tokens, alphas, log_probs = [], [], []
+    for _ in range(count):
+        output = fused(ids, use_cache=False, logits_to_keep=1)
+        value, token = output.logits[:, -1].max(-1)
+        ids = torch.cat([ids, token[:, None]], 1)
+        tokens.append(int(token))
+        alphas.append(output.step.alpha[0, -1])
+        log_probs.append(value[0])
+    return torch.tensor(tokens), torch.stack(alphas), torch.stack(log_probs)
+
+
+@both_dtypes
+def test_generate_with_caches_in_one_padded_batch(golden, dtype, device):
+    record, rules = golden.load("generate.npz"), golden.settings["generate"]
+    models = tiny_models(golden, dtype, device, "sdpa")
+    given = prompts(record)
+    longest = max(len(x) for x in given)
+    pad = rules["config"]["pad_token_id"]
+    ids = torch.full((len(given), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(given):
+        ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+    for mode, options in rules["modes"].items():
+        output = fused_model(models, options).generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=rules["max_new_tokens"],
+            do_sample=False,
+            trace=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        tokens = output.sequences[:, longest:]
+        laws = torch.stack(output.logits, 1)
+        log_probs = laws.gather(-1, tokens[..., None]).squeeze(-1)
+        trace = output.trace
+        assert trace.sequence.tolist() == np.repeat(np.arange(len(given)), tokens.shape[1]).tolist()
+        alpha = np.asarray(trace.alpha).reshape(*tokens.shape, -1)
+        compare_generated(golden, record, mode, tokens, alpha, log_probs, options)
