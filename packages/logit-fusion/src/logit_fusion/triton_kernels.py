@@ -4,6 +4,8 @@ One program sums one tile of one row; the sums of the tiles, a few numbers each,
 A tile's weights are scaled by its own maximum, so no shift overflows.
 """
 
+# Triton reads the kernels' parameters itself, and adds some of its own.
+# pyright: reportMissingParameterType=false, reportCallIssue=false
 from __future__ import annotations
 
 import torch
