@@ -112,9 +112,11 @@ def test_html_is_whole_and_escaped(traced, tmp_path):
 
 def test_show_colors_the_text(traced):
     out = io.StringIO()
-    traced.trace.show(Console(file=out, force_terminal=True, color_system="truecolor", width=200))
+    traced.trace.show(
+        Console(file=out, force_terminal=True, color_system="truecolor", width=200, highlight=False)
+    )
     assert "\x1b[48;2;" in out.getvalue()
-    assert "sequence 2: 6 tokens" in out.getvalue()
+    assert "sequence 2: 6 tokens, mean strength" in out.getvalue()
 
 
 def test_plot(traced):

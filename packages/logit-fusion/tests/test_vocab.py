@@ -126,3 +126,7 @@ def test_padded_widths(base, experts, batch, make, padded):
     else:
         assert torch.allclose(log_probs[:, 97:], ours.log_softmax(-1)[:, 97:], atol=1e-9)
     assert fused.generate(**batch, max_new_tokens=3, num_beams=2).shape == (3, 10)
+    # A prompt may hold what a small member cannot read.
+    ids = batch["input_ids"].clone()
+    ids[:, -1] = 103
+    assert fused(ids, batch["attention_mask"], logits_to_keep=1).logits.isfinite()[..., :97].all()

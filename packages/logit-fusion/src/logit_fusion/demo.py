@@ -142,6 +142,15 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         seed: of the training; the quick mode trains nothing, its seeds number groups of held-out windows.
     """
     require_extra("matplotlib", "demo", "logit-fusion")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are so small that a second thread only waits
+    try:
+        return _demo(out, full, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _demo(out: Path, full: bool, seed: int) -> Demo:
     single: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     multi: dict[str, dict[str, list[float]]] = {}
     models: Models = {}

@@ -35,7 +35,8 @@ class Vocabulary:
         padded: what becomes of the large model's ids from ``size`` on.
         gather: member -> its own id for each of the large model's first ``size`` ids, -1 where it has none;
             members whose ids agree are not in it.
-        feed: member -> the id it reads for each of the large model's ids; same members as ``gather``.
+        feed: member -> the id it reads for each of the large model's ids, where that is not the same id or
+            it has fewer of them: its unknown, padding or end token stands for what it lacks.
         rows: one line per member, for :meth:`report`.
     """
 
@@ -150,7 +151,18 @@ def check_vocabulary(
                 missing = sorted(set(whole.values()) - set(own.values()))
                 raise _too_few(name, common, min_overlap, len(whole), missing)
         rows.append(row)
-    return Vocabulary(size, dict(widths), padded, rows=tuple(rows))
+    feed: dict[str, Tensor] = {}
+    for name, width in widths.items():
+        if width < widths[LARGE]:  # what a member cannot read is replaced, in prompts and outputs
+            own = torch.arange(widths[LARGE])
+            feed[name] = torch.where(own < width, own, _fallback(tokenizers.get(name)))
+    return Vocabulary(size, dict(widths), padded, feed=feed, rows=tuple(rows))
+
+
+def _fallback(tokenizer: Any) -> int:
+    """The id that stands for a token that a member lacks."""
+    kinds = ("unk_token_id", "pad_token_id", "eos_token_id")
+    return next((i for kind in kinds if (i := getattr(tokenizer, kind, None)) is not None), 0)
 
 
 def _by_string(
@@ -188,16 +200,8 @@ def _by_string(
         if name == LARGE or torch.equal(index, torch.arange(size)):
             continue
         gather[name] = index
-        fallback = next(
-            (
-                i
-                for kind in ("unk_token_id", "pad_token_id", "eos_token_id")
-                if (i := getattr(tokenizers[name], kind, None)) is not None
-            ),
-            0,
-        )
         wide = nn.functional.pad(index, (0, widths[LARGE] - size), value=-1)
-        feed[name] = torch.where(wide < 0, torch.full_like(wide, fallback), wide)
+        feed[name] = torch.where(wide < 0, _fallback(tokenizers[name]), wide)
     return Vocabulary(size, dict(widths), padded, gather, feed, tuple(rows))
 
 
