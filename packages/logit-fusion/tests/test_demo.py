@@ -1,0 +1,56 @@
+"""The demo on fewer windows, the texts behind it, and the shipped checkpoints."""
+
+import json
+
+import pytest
+
+from fusion_core.testing import run_cli
+from logit_fusion import demo as demo_module
+from logit_fusion.cli import main
+from logit_fusion.corpus import DOMAINS, load_tokenizer, load_windows
+from logit_fusion.tiny import load_model
+
+
+@pytest.mark.slow
+def test_demo_in_small(tmp_path, monkeypatch):
+    windows = {name: texts[:6] for name, texts in load_windows().items()}
+    monkeypatch.setattr(demo_module, "load_windows", lambda: windows)
+    monkeypatch.setattr(demo_module, "TOKENS", 65)
+    done = run_cli(main, "demo", "--out", tmp_path / "out", "--json")
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout)
+    losses = {(row["method"], row["metric"]): row["mean"] for row in found["tables"][0]["rows"]}
+    assert losses["dynamic", "docs"] < losses["large", "docs"]
+    assert losses["static 1.5", "qa"] < losses["dynamic", "qa"]  # printed though it beats the method
+    assert losses["dynamic", "docs"] == pytest.approx(losses["dynamic, grid (paper)", "docs"], abs=0.02)
+    assert len(found["claims"]) == 6
+    files = {"one_expert.png", "two_experts.png", "alpha.png", "paragraph.png"}
+    assert {figure["file"] for figure in found["figures"]} == files
+    assert (tmp_path / "out" / "trace.html").exists()
+
+
+def test_shipped_models_are_as_recorded():
+    tokenizer, windows = load_tokenizer(), load_windows()
+    assert len(tokenizer) == 512
+    assert {name: len(texts) for name, texts in windows.items()} == dict.fromkeys((*DOMAINS, "general"), 48)
+    expected = {"large": 4.599, "small": 4.769, "docs": 4.189, "web": 4.701, "qa": 6.454}
+    import torch
+
+    rows = [tokenizer(text)["input_ids"][:97] for text in windows["docs"]]
+    ids = torch.tensor(rows)
+    for name, loss in expected.items():
+        with torch.no_grad():
+            found = load_model(name)(input_ids=ids, labels=ids).loss
+        assert float(found) == pytest.approx(loss, abs=0.005), name
+
+
+def test_windows_are_held_out():
+    from logit_fusion.corpus import collect, held_out_windows
+
+    corpus = collect()
+    again = held_out_windows(corpus, 5, 200)
+    assert again == held_out_windows(corpus, 5, 200)
+    trained = "".join(corpus.train["docs"])
+    assert all(text not in trained for text in again["docs"])
+    assert all(len(text) == 200 for texts in again.values() for text in texts)
+    assert not set(corpus.train["qa"]) & set(corpus.held_out["qa"])
