@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fusion_core.errors import MissingExtraError
 
 Random = np.random.Generator
-Points = NDArray[np.float32]
+Points = NDArray[Any]
 
 _SERIF = ("DejaVuSerif", "STIXGeneral", "cmr10")
 _FILES = (
@@ -91,8 +91,16 @@ def _corpus() -> tuple[str, ...]:
 
 def _number(random: Random) -> str:
     value = int(random.integers(0, 10 ** int(random.integers(1, 7))))
-    forms = (f"{value}", f"{value / 100:.2f}", f"${value}", f"{value % 100}%", f"{value % 2400 // 100}:{value % 60:02d}",
-             f"{1900 + value % 150}", f"No.{value % 1000}", f"{value % 31 + 1}/{value % 12 + 1}")  # fmt: skip
+    forms = (
+        f"{value}",
+        f"{value / 100:.2f}",
+        f"${value}",
+        f"{value % 100}%",
+        f"{value % 2400 // 100}:{value % 60:02d}",
+        f"{1900 + value % 150}",
+        f"No.{value % 1000}",
+        f"{value % 31 + 1}/{value % 12 + 1}",
+    )
     return forms[int(random.integers(len(forms)))]
 
 
@@ -111,9 +119,9 @@ def words(random: Random, count: int) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Typeset text: ``ink`` uint8 (height, width), 255 = full, and the words' outlines ``(words, points, 2)``."""
+    """Typeset text: ``ink`` uint8 (height, width), 255 = full, the words' outlines ``(words, points, 2)``."""
 
-    ink: NDArray[np.uint8]
+    ink: NDArray[Any]
     outlines: Points
 
 
@@ -192,7 +200,7 @@ class _PillowPen:
         left, top, right, bottom = self.font.getbbox(text, anchor="ls", stroke_width=self.stroke)
         return x + left, y + top, x + right, y + bottom
 
-    def ink(self) -> NDArray[np.uint8]:
+    def ink(self) -> NDArray[Any]:
         return np.asarray(self.canvas)
 
 
@@ -216,7 +224,7 @@ class _OpenCVPen:
         np.maximum(self.array[rows, columns], glyphs, out=self.array[rows, columns])
         return x0, y0, x0 + w, y0 + h
 
-    def ink(self) -> NDArray[np.uint8]:
+    def ink(self) -> NDArray[Any]:
         return self.array
 
 

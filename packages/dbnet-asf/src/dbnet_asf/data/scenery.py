@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Random = np.random.Generator
-Picture = NDArray[np.uint8]
+Picture = NDArray[Any]
 Split = Literal["train", "test"]
 
 # Photographs with legible text are in neither list: they would be wrong labels.
@@ -26,7 +26,8 @@ _TRAIN = {
 }  # fmt: skip
 _TEST = {
     "skimage": (
-        "coffee.png", "chelsea.png", "camera.png", "hubble_deep_field.jpg", "moon.png", "retina.jpg", "ihc.png",
+        "coffee.png", "chelsea.png", "camera.png", "hubble_deep_field.jpg", "moon.png", "retina.jpg",
+        "ihc.png",
     ),
     "sklearn": ("china.jpg",),
 }  # fmt: skip
@@ -61,7 +62,7 @@ def _photograph(path: Path) -> Picture:
     return np.ascontiguousarray(image)
 
 
-def color(random: Random, low: float = 0, high: float = 255) -> NDArray[np.float32]:
+def color(random: Random, low: float = 0, high: float = 255) -> NDArray[Any]:
     """A color whose mean level lies in [low, high]; half of the draws are nearly gray."""
     base = random.uniform(low, high)
     hue = random.normal(0, 12 if random.random() < 0.5 else 70, 3)
@@ -69,13 +70,13 @@ def color(random: Random, low: float = 0, high: float = 255) -> NDArray[np.float
     return np.clip(base + hue, 0, 255).astype(np.float32)
 
 
-def noise(random: Random, size: tuple[int, int], cells: int) -> NDArray[np.float32]:
+def noise(random: Random, size: tuple[int, int], cells: int) -> NDArray[Any]:
     """Smooth noise (height, width) of unit deviation with ``cells`` grains along each side."""
     grid = random.normal(0, 1, (cells + 1, cells + 1)).astype(np.float32)
     return cv2.resize(grid, size[::-1], interpolation=cv2.INTER_CUBIC)
 
 
-def _photo(random: Random, size: tuple[int, int], photos: list[Path]) -> NDArray[np.float32]:
+def _photo(random: Random, size: tuple[int, int], photos: list[Path]) -> NDArray[Any]:
     source = _photograph(photos[int(random.integers(len(photos)))])
     height, width = source.shape[:2]
     share = min(random.uniform(0.35, 1.0) * min(height / size[0], width / size[1]), 3.0)
@@ -94,7 +95,7 @@ def _photo(random: Random, size: tuple[int, int], photos: list[Path]) -> NDArray
     return np.clip(image * random.uniform(0.6, 1.2) + random.uniform(-20, 30), 0, 255)
 
 
-def _gradient(random: Random, size: tuple[int, int]) -> NDArray[np.float32]:
+def _gradient(random: Random, size: tuple[int, int]) -> NDArray[Any]:
     y, x = np.mgrid[-1 : 1 : size[0] * 1j, -1 : 1 : size[1] * 1j].astype(np.float32)
     angle = random.uniform(0, 2 * np.pi)
     ramp = (
@@ -103,7 +104,7 @@ def _gradient(random: Random, size: tuple[int, int]) -> NDArray[np.float32]:
     return color(random) * ramp[..., None] + color(random) * (1 - ramp[..., None])
 
 
-def paper(random: Random, size: tuple[int, int]) -> NDArray[np.float32]:
+def paper(random: Random, size: tuple[int, int]) -> NDArray[Any]:
     """Paper: light, slightly tinted, with fibre and uneven light; one sheet in eight is dark."""
     base = color(random, 170, 250) if random.random() < 0.87 else color(random, 5, 70)
     base = 0.7 * base + 0.3 * base.mean()
@@ -112,7 +113,7 @@ def paper(random: Random, size: tuple[int, int]) -> NDArray[np.float32]:
     return np.clip(base + (light + fibre)[..., None], 0, 255)
 
 
-def _texture(random: Random, size: tuple[int, int]) -> NDArray[np.float32]:
+def _texture(random: Random, size: tuple[int, int]) -> NDArray[Any]:
     field = np.zeros(size, np.float32)
     for cells in (3, 9, 27, 81)[: int(random.integers(2, 5))]:
         field += noise(random, size, cells) * random.uniform(0.1, 1)
@@ -122,7 +123,7 @@ def _texture(random: Random, size: tuple[int, int]) -> NDArray[np.float32]:
     return color(random) * mix + color(random) * (1 - mix)
 
 
-def background(random: Random, size: tuple[int, int], photos: list[Path]) -> NDArray[np.float32]:
+def background(random: Random, size: tuple[int, int], photos: list[Path]) -> NDArray[Any]:
     """A background without text, float32 (height, width, 3) in [0, 255]."""
     kind = random.random()
     if kind < 0.5 and photos:
@@ -136,7 +137,7 @@ def background(random: Random, size: tuple[int, int], photos: list[Path]) -> NDA
     return np.broadcast_to(color(random), (*size, 3)).astype(np.float32)
 
 
-def clutter(random: Random, image: NDArray[np.float32], count: int) -> None:
+def clutter(random: Random, image: NDArray[Any], count: int) -> None:
     """Draw ``count`` things that are no text into ``image``: bars, grids, rings, waves, dots, edges."""
     height, width = image.shape[:2]
     reach = max(height, width)
@@ -193,9 +194,13 @@ def clutter(random: Random, image: NDArray[np.float32], count: int) -> None:
                 cv2.line(image, (x, y + at), (x + length, y + at), ink, 1 + thick // 3)
         elif kind == 5:  # a wave or scribble
             t = np.linspace(0, 1, 40)
-            wave = np.cumsum(random.normal(0, 1, (40, 2)), 0) * length / 12 if random.random() < 0.5 else np.stack(
-                [t * length, np.sin(t * random.uniform(4, 40)) * length * random.uniform(0.02, 0.2)], axis=1)  # fmt: skip
-            cv2.polylines(image, [(wave + (x, y)).astype(np.int32)], False, ink, min(thick, 3), cv2.LINE_AA)
+            if random.random() < 0.5:
+                wave = np.cumsum(random.normal(0, 1, (40, 2)), 0) * length / 12
+            else:
+                height_of = length * random.uniform(0.02, 0.2)
+                wave = np.stack([t * length, np.sin(t * random.uniform(4, 40)) * height_of], axis=1)
+            wave = (wave + np.array([x, y])).astype(np.int32)
+            cv2.polylines(image, [wave], False, ink, min(thick, 3), cv2.LINE_AA)
         elif kind == 6:  # scattered dots: leaves, stars, cells, stones
             for at in random.normal((x, y), length / 3, (int(random.integers(5, 60)), 2)).astype(int):
                 cv2.circle(
@@ -217,7 +222,7 @@ def clutter(random: Random, image: NDArray[np.float32], count: int) -> None:
                 )
 
 
-def _shadow(random: Random, image: NDArray[np.float32]) -> None:
+def _shadow(random: Random, image: NDArray[Any]) -> None:
     height, width = image.shape[:2]
     dark = np.ones((height, width), np.float32)
     corners = random.uniform(-0.3, 1.3, (4, 2)) * (width, height)
@@ -226,8 +231,8 @@ def _shadow(random: Random, image: NDArray[np.float32]) -> None:
     image *= cv2.blur(dark, (soft, soft))[..., None]
 
 
-def degrade(random: Random, image: NDArray[np.float32]) -> Picture:
-    """What light, lens, sensor and file do: shadow, gray, blur, resampling, noise and JPEG of quality 40-95."""
+def degrade(random: Random, image: NDArray[Any]) -> Picture:
+    """What light, lens, sensor and file do: shadow, gray, blur, resampling, noise, JPEG (40-95)."""
     size = image.shape[1::-1]
     if random.random() < 0.25:
         _shadow(random, image)
@@ -256,5 +261,5 @@ def degrade(random: Random, image: NDArray[np.float32]) -> Picture:
         _, data = cv2.imencode(
             ".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(random.integers(40, 96))]
         )
-        picture = cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
+        picture = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))[..., ::-1]
     return np.ascontiguousarray(picture)

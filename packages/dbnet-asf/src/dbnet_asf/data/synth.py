@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -34,13 +34,13 @@ class Rendered(NamedTuple):
 
     image: Picture
     polygons: list[Points]
-    ignore: NDArray[np.bool_]
+    ignore: NDArray[Any]
 
 
 class _Scene:
     """An image under construction: what is drawn, which places are taken, and the words so far."""
 
-    def __init__(self, random: Random, image: NDArray[np.float32]) -> None:
+    def __init__(self, random: Random, image: NDArray[Any]) -> None:
         self.random, self.image = random, image
         self.size = image.shape[:2]
         self.taken = np.zeros((self.size[0] // 4 + 1, self.size[1] // 4 + 1), np.uint8)
@@ -50,13 +50,13 @@ class _Scene:
         """Whether no word stands where the block's hull lies; takes the place if so."""
         hull = cv2.convexHull(outlines.reshape(-1, 2)).astype(np.int32) // 4
         place = cv2.fillConvexPoly(np.zeros_like(self.taken), hull, 1)
-        place = cv2.dilate(place, np.ones((2 * margin + 1, 2 * margin + 1), np.uint8))
+        place = np.asarray(cv2.dilate(place, np.ones((2 * margin + 1, 2 * margin + 1), np.uint8)), np.uint8)
         if (place & self.taken).any():
             return False
         self.taken |= place
         return True
 
-    def ink(self, alpha: NDArray[np.float32], tone: NDArray[np.float32], x: int, y: int) -> None:
+    def ink(self, alpha: NDArray[Any], tone: NDArray[Any], x: int, y: int) -> None:
         """Blend a color into the image where ``alpha`` (in [0, 1], its corner at x, y) says."""
         top, left = max(y, 0), max(x, 0)
         bottom, right = min(y + alpha.shape[0], self.size[0]), min(x + alpha.shape[1], self.size[1])
@@ -68,10 +68,10 @@ class _Scene:
 
 
 def _size(random: Random, low: float, high: float) -> int:
-    return int(round(float(np.exp(random.uniform(np.log(low), np.log(high))))))
+    return round(float(np.exp(random.uniform(np.log(low), np.log(high)))))
 
 
-def _contrast(random: Random, window: NDArray[np.float32]) -> NDArray[np.float32] | None:
+def _contrast(random: Random, window: NDArray[Any]) -> NDArray[Any] | None:
     """A color at least 45 levels from nine tenths of its ground, or None where the ground is too uneven."""
     step = 1 + max(window.shape[:2]) // 64
     low, high = np.percentile(window[::step, ::step].mean(2), (5, 95))
@@ -86,7 +86,7 @@ def _contrast(random: Random, window: NDArray[np.float32]) -> NDArray[np.float32
 
 def _homography(
     random: Random, block: Block, center: tuple[float, float], angle: float, tilt: float
-) -> NDArray[np.float64]:
+) -> NDArray[Any]:
     """The map that stands a block at ``center`` with rotation (degrees), shear, stretch and perspective."""
     height, width = block.ink.shape
     theta = np.deg2rad(angle)
@@ -101,12 +101,12 @@ def _homography(
     return shift @ matrix @ origin
 
 
-def _map(points: Points, matrix: NDArray[np.float64]) -> Points:
+def _map(points: Points, matrix: NDArray[Any]) -> Points:
     moved = points.astype(np.float64) @ matrix[:, :2].T + matrix[:, 2]
     return (moved[..., :2] / moved[..., 2:]).astype(np.float32)
 
 
-def _stand(scene: _Scene, block: Block, matrix: NDArray[np.float64], *, plain: bool = False) -> bool:
+def _stand(scene: _Scene, block: Block, matrix: NDArray[Any], *, plain: bool = False) -> bool:
     """Put a block into the scene, with its color, plate, outline and shadow, if its place is free."""
     random = scene.random
     outlines = _map(block.outlines, matrix)
@@ -171,9 +171,15 @@ def _sign(scene: _Scene, *, curved: bool) -> None:
         ]
     tracking = random.uniform(0.05, 0.25) if random.random() < 0.12 else 0.0
     block = typeset(
-        lines, _face(random), size, spacing=random.uniform(1.1, 1.7), gap=random.uniform(0.25, 0.6) + 2 * tracking,
-        align=float(random.choice([0.0, 0.5, 1.0])), tracking=tracking, stroke=int(random.random() < 0.1),
-    )  # fmt: skip
+        lines,
+        _face(random),
+        size,
+        spacing=random.uniform(1.1, 1.7),
+        gap=random.uniform(0.25, 0.6) + 2 * tracking,
+        align=float(random.choice([0.0, 0.5, 1.0])),
+        tracking=tracking,
+        stroke=int(random.random() < 0.1),
+    )
     if curved:
         radius = max(block.ink.shape[1] / random.uniform(0.5, 2.6), block.ink.shape[0] * 0.9)
         block = bend(block, radius * float(random.choice([-1, 1])))
@@ -227,14 +233,14 @@ def _curl(random: Random, block: Block) -> Block:
     ink = cv2.copyMakeBorder(block.ink, 8, 8, 0, 0, cv2.BORDER_CONSTANT)
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height + 16, dtype=np.float32))
     bow = (depth * np.sin(2 * np.pi * x / wave + phase)).astype(np.float32)
-    outlines = block.outlines + np.float32([0, 8])
+    outlines = block.outlines + np.array([0, 8], np.float32)
     outlines[..., 1] += depth * np.sin(2 * np.pi * outlines[..., 0] / wave + phase)
     return Block(
         np.asarray(cv2.remap(ink, x, y - bow, cv2.INTER_LINEAR), np.uint8), outlines.astype(np.float32)
     )
 
 
-def _ignored(polygons: list[Points], size: tuple[int, int]) -> NDArray[np.bool_]:
+def _ignored(polygons: list[Points], size: tuple[int, int]) -> NDArray[Any]:
     """Which words the border cuts off or which are too small."""
     flags = np.zeros(len(polygons), np.bool_)
     for at, polygon in enumerate(polygons):
@@ -271,7 +277,7 @@ def render(
 
     A quarter of the scenes holds no text at all, a third is page-like, the rest are signs and labels, a fifth
     of them curved; then come shadows, blur, noise and JPEG. The scene depends on the arguments only (and on
-    the installed versions of the libraries whose fonts and photographs it uses), so any worker renders it alike.
+    the installed versions of the libraries whose fonts and photographs it uses): any worker renders it alike.
 
     Args:
         index: number of the scene.
