@@ -171,9 +171,7 @@ class DBConfig(Config):
         if self.inner < 16 or self.inner % 16:
             raise ConfigError(f"inner is {self.inner!r}, wanted a positive multiple of 16")
         if self.attention is not None:
-            _member(
-                "attention", self.attention, ("scale_channel_spatial", "scale_spatial", "scale_channel")
-            )
+            _member("attention", self.attention, ("scale_channel_spatial", "scale_spatial", "scale_channel"))
         _member("dcn_offset", self.dcn_offset, ("strided", "official"))
         _member("color", self.color, ("rgb", "bgr"))
         _member("resize", self.resize, ("short", "height", "native"))

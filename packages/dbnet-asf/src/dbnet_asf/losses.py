@@ -81,7 +81,12 @@ def masked_l1(
 
 
 def mined_l1(
-    thresh: Map, thresh_map: Map, thresh_mask: Map, *, ratio: float = _RATIO, reduction: Reduction | None = None
+    thresh: Map,
+    thresh_map: Map,
+    thresh_mask: Map,
+    *,
+    ratio: float = _RATIO,
+    reduction: Reduction | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Mean L1 inside the mask, and of the hardest pixels outside it; both 0 where the mask is empty."""
     reduction = reduction or Reduction()
@@ -220,9 +225,7 @@ def _l1_dice(t: _Terms) -> tuple[Tensor, Parts]:
 
 def _full_l1_dice(t: _Terms) -> tuple[Tensor, Parts]:
     main, thresh = t.dice(t.prob), t.dice(t.binary)
-    l1, outside = mined_l1(
-        cast("Tensor", t.thresh), t.thresh_map, t.thresh_mask, reduction=t.reduction
-    )
+    l1, outside = mined_l1(cast("Tensor", t.thresh), t.thresh_map, t.thresh_mask, reduction=t.reduction)
     parts = {"main_loss": main, "thresh_loss": thresh, "l1_loss": l1, "nge_l1_loss": outside}
     return main + thresh + t.beta * (l1 + outside), parts
 

@@ -133,9 +133,7 @@ def clip_polygons(
     for index, polygon in enumerate(polygons):
         points = np.clip(polygon, 0, (width - 1, height - 1))
         following = np.roll(points, -1, 0)
-        signed = float(
-            ((following[:, 0] - points[:, 0]) * (following[:, 1] + points[:, 1])).sum() / 2
-        )
+        signed = float(((following[:, 0] - points[:, 0]) * (following[:, 1] + points[:, 1])).sum() / 2)
         flags[index] |= abs(signed) < 1
         clipped.append(points[::-1] if signed > 0 else points)
     return clipped, flags

@@ -153,7 +153,15 @@ def typeset(
     Returns:
         The ink and one quadrilateral a word, from the glyphs' extents padded by 6 % of the type size.
     """
-    runs = [[face.advance(word, size) + tracking * size * (len(word) - 1) for word in line] for line in lines]
+    runs = [
+        [
+            sum(face.advance(letter, size) + tracking * size for letter in word) - tracking * size
+            if tracking
+            else face.advance(word, size)
+            for word in line
+        ]
+        for line in lines
+    ]
     gaps = [gap * size] * len(lines)
     if width is not None:
         for row, run in enumerate(runs[:-1]):
@@ -216,8 +224,11 @@ class _OpenCVPen:
         cv2.putText(scratch, text, at, 255, self.font, self.size)  # type: ignore[call-overload]
         left, top, w, h = cv2.boundingRect(scratch)
         x0, y0 = int(x) + left - at[0], int(y) + top - at[1]
-        rows = slice(max(y0, 0), min(y0 + h, len(self.array)))
-        columns = slice(max(x0, 0), min(x0 + w, self.array.shape[1]))
+        (y_start, y_stop), (x_start, x_stop) = (
+            np.clip((start, start + length), 0, side).tolist()
+            for start, length, side in zip((y0, x0), (h, w), self.array.shape, strict=True)
+        )
+        rows, columns = slice(y_start, y_stop), slice(x_start, x_stop)
         glyphs = scratch[
             top + rows.start - y0 : top + rows.stop - y0, left + columns.start - x0 : left + columns.stop - x0
         ]

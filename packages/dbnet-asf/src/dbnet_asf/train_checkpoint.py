@@ -1,0 +1,244 @@
+"""Train the shipped checkpoint from rendered scenes, on one CPU core or a GPU.
+
+``python -m dbnet_asf.train_checkpoint render CACHE`` renders scenes and their labels into a cache (any number
+of processes may do so, each its own part), ``... train CACHE OUT`` learns from what is there and may be stopped
+and resumed, ``... export OUT DIRECTORY`` writes the averaged weights in half precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from dbnet_asf.config import DBConfig, LabelConfig, PostConfig
+from dbnet_asf.data.synth import render
+from dbnet_asf.losses import DBLoss
+from dbnet_asf.model.dbnet import DBNet
+from dbnet_asf.targets import Targets, make_targets
+from fusion_core.atomic import atomic_directory, atomic_write
+from fusion_core.checkpoint import save_tensors
+from fusion_core.device import environment, resolve_device
+from fusion_core.seeding import rng
+
+CONFIG = DBConfig(
+    backbone="nano",
+    channels=(16, 48, 96, 160),
+    blocks=(1, 1, 2, 1),
+    inner=64,
+    post=PostConfig(box_thresh=0.5, score="component"),
+)
+LABELS = LabelConfig(distance="exact", precise=True, pieces="all", min_text_size=5.0)
+SIDE, CROP, SHARD = 384, 256, 100
+LR, WEIGHT_DECAY, EMA, WARMUP, COOLDOWN = 3e-3, 1e-4, 0.998, 200, 0.35
+
+
+def render_shards(cache: Path, first: int, last: int, seed: int) -> None:
+    """Render shards ``first`` to ``last`` of the cache; those that are there already are left alone."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for shard in range(first, last):
+        target = cache / f"{shard:04d}.npy"
+        if target.exists():
+            continue
+        rows = np.zeros((SHARD, SIDE, SIDE, 5), np.uint8)
+        for row in range(SHARD):
+            image, polygons, ignore = render(shard * SHARD + row, seed, SIDE)
+            made = make_targets(polygons, ignore, (SIDE, SIDE), LABELS)
+            rows[row, :, :, :3] = image
+            rows[row, :, :, 3] = made.gt.numpy() + 2 * made.mask.numpy() + 4 * made.thresh_mask.numpy()
+            rows[row, :, :, 4] = np.rint(made.thresh_map.numpy() * 255)
+        with atomic_write(target) as file:
+            np.save(file, rows)
+
+
+class Scenes:
+    """Random crops of the scenes that the cache holds at the moment."""
+
+    def __init__(self, cache: Path, seed: int) -> None:
+        self.cache, self.seed = cache, seed
+        self.shards: list[NDArray[Any]] = []
+        self.look()
+
+    def look(self) -> None:
+        """Open the shards that have been rendered since."""
+        paths = sorted(self.cache.glob("[0-9]*.npy"))
+        self.shards += [np.load(path, mmap_mode="r") for path in paths[len(self.shards) :]]
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, Targets]:
+        """The batch of a step."""
+        random = rng(self.seed, "batch", step)
+        rows = np.stack([self._crop(random) for _ in range(size)])
+        jitter = random.uniform(0.75, 1.25, (size, 1, 1, 3)) * random.uniform(0.8, 1.2, (size, 1, 1, 1))
+        image = rows[..., :3].astype(np.float32)
+        turned = random.random((size, 1, 1, 1)) < 0.15
+        image = np.where(turned, 255 - image, image)
+        image = np.clip((image - 127.5) * jitter + 127.5 + random.uniform(-25, 25, (size, 1, 1, 1)), 0, 255)
+        mean, std = np.float32(CONFIG.mean), np.float32(CONFIG.std)
+        x = torch.from_numpy(((image - mean) / std).astype(np.float32)).permute(0, 3, 1, 2)
+        bits = torch.from_numpy(rows[..., 3].copy())
+        thresh = torch.from_numpy(rows[..., 4].astype(np.float32) / 255)
+        return x, Targets((bits & 1) > 0, (bits & 2) > 0, thresh, (bits & 4) > 0)
+
+    def _crop(self, random: np.random.Generator) -> NDArray[Any]:
+        shard = self.shards[int(random.integers(len(self.shards)))]
+        scene = shard[int(random.integers(len(shard)))]
+        side = int(random.integers(192, SIDE + 1)) if random.random() < 0.6 else CROP
+        top, left = random.integers(0, SIDE - side + 1, 2)
+        cut = np.asarray(scene[top : top + side, left : left + side])
+        if side != CROP:
+            method = cv2.INTER_AREA if side > CROP else cv2.INTER_LINEAR
+            image = cv2.resize(np.ascontiguousarray(cut[..., :3]), (CROP, CROP), interpolation=method)
+            labels = cv2.resize(
+                np.ascontiguousarray(cut[..., 3:]), (CROP, CROP), interpolation=cv2.INTER_NEAREST_EXACT
+            )
+            cut = np.concatenate([image, labels], -1)
+        if random.random() < 0.1:
+            cut = cut.transpose(1, 0, 2)
+        return cut[:, ::-1] if random.random() < 0.5 else cut
+
+
+def learning_rate(step: int, progress: float) -> float:
+    """Warm up by steps, stay, and fall to nothing over the last third of the time."""
+    return LR * min(1.0, (step + 1) / WARMUP, max(0.0, (1 - progress) / COOLDOWN))
+
+
+def train(
+    cache: Path, out: Path, *, steps: int, minutes: float, batch_size: int, seed: int, device: str, save_s: float
+) -> None:
+    """Train until ``steps`` are done or ``minutes`` of training have passed; resumes what ``out`` holds."""
+    where = resolve_device(device)
+    torch.manual_seed(seed)
+    net = DBNet(CONFIG).to(where, memory_format=torch.channels_last).train()
+    average = AveragedModel(net, avg_fn=_decay, use_buffers=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    loss_fn, scenes = DBLoss(), Scenes(cache, seed)
+    state_file, step, spent = out / "state.pt", 0, 0.0
+    out.mkdir(parents=True, exist_ok=True)
+    if state_file.exists():
+        state = torch.load(state_file, map_location=where, weights_only=True)
+        net.load_state_dict(state["net"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["seconds"]
+    started, saved = time.monotonic() - spent, time.monotonic()
+    running: dict[str, float] = {}
+    while True:
+        spent = time.monotonic() - started
+        progress = max(step / steps, spent / (60 * minutes))
+        done = progress >= 1
+        if done or time.monotonic() - saved > save_s:
+            save(out, net, average, optimizer, step, spent)
+            saved = time.monotonic()
+        if done:
+            return
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, progress)
+        images, targets = scenes.batch(step, batch_size)
+        images = images.to(where).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
+            output = net(images)
+        loss, parts = loss_fn(output, targets.to(where))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        optimizer.step()
+        average.update_parameters(net)
+        step += 1
+        if step % 10 == 0:
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                running[name] = running.get(name, float(value)) * 0.9 + float(value) * 0.1
+        if step % 50 == 0:
+            scenes.look()
+            line = {"step": step, "seconds": round(spent), "lr": optimizer.param_groups[0]["lr"], **running}
+            with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _decay(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+    decay = min(EMA, (1 + float(count)) / (10 + float(count)))
+    if not averaged.is_floating_point():
+        return current
+    return averaged + (1 - decay) * (current - averaged)
+
+
+def save(
+    out: Path, net: DBNet, average: AveragedModel, optimizer: torch.optim.Optimizer, step: int, spent: float
+) -> None:
+    """Write what resuming needs, and the averaged weights."""
+    state = {
+        "net": net.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "seconds": spent,
+    }
+    with atomic_write(out / "state.pt") as file:
+        torch.save(state, file)
+    weights = {key: value.contiguous() for key, value in average.module.state_dict().items()}
+    save_tensors(out / "average.safetensors", weights)
+
+
+def export(out: Path, directory: Path) -> None:
+    """Write the averaged weights without the threshold head, in half precision."""
+    state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+    weights = {
+        key.removeprefix("module."): value.half() if value.is_floating_point() else value
+        for key, value in state["average"].items()
+        if key.startswith("module.") and ".thresh." not in key
+    }
+    with atomic_directory(directory, overwrite=True) as made:
+        CONFIG.save(made / "config.json")
+        save_tensors(made / "model.safetensors", {k: v.contiguous() for k, v in weights.items()})
+        record = {
+            "steps": state["step"],
+            "seconds": round(state["seconds"]),
+            "parameters": sum(value.numel() for value in weights.values()),
+            "lr": LR,
+            "weight_decay": WEIGHT_DECAY,
+            "ema": EMA,
+            "crop": CROP,
+            "labels": LABELS.to_dict(),
+            "environment": environment(),
+        }
+        (made / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The three commands."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    rendering = verbs.add_parser("render")
+    rendering.add_argument("cache", type=Path)
+    rendering.add_argument("--first", type=int, default=0)
+    rendering.add_argument("--last", type=int, default=80)
+    rendering.add_argument("--seed", type=int, default=0)
+    training = verbs.add_parser("train")
+    training.add_argument("cache", type=Path)
+    training.add_argument("out", type=Path)
+    training.add_argument("--steps", type=int, default=12_000)
+    training.add_argument("--minutes", type=float, default=math.inf)
+    training.add_argument("--batch-size", type=int, default=8)
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--device", default="auto")
+    training.add_argument("--save-s", type=float, default=300.0, help="seconds between checkpoints")
+    exporting = verbs.add_parser("export")
+    exporting.add_argument("out", type=Path)
+    exporting.add_argument("directory", type=Path)
+    options = vars(parser.parse_args(arguments))
+    verb = options.pop("verb")
+    {"render": render_shards, "train": train, "export": export}[verb](**options)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
