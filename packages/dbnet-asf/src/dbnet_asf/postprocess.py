@@ -7,7 +7,7 @@ filters and scaling, is array code over all regions at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple, cast
 
 import cv2
@@ -150,7 +150,7 @@ def regions_from_map(
     if not outlines:
         return Regions([], scores, sharp)
     moved = _scale(np.concatenate(outlines), scale, limit, config)
-    return Regions(np.split(moved, np.cumsum([len(outline) for outline in outlines])[:-1]), scores, sharp)
+    return Regions(_cut(moved, [len(outline) for outline in outlines]), scores, sharp)
 
 
 def _size(size: Sequence[int]) -> tuple[int, int]:
@@ -250,12 +250,17 @@ def _polygons(
     of_contour = [contours[at] for at in kept] if config.score != "fast" else outlines
     scores = _scores(prob, bitmap, None, of_contour, config)
     offsetter = Offsetter(1 if config.compat == "official" else PRECISION)
+    good = np.flatnonzero(scores >= config.box_thresh).tolist()
+    paths = (np.concatenate([outlines[at][:, 0] for at in good]) * offsetter.scale).tolist() if good else []
     found: list[list[list[int]]] = []
     chosen: list[int] = []
-    for at in np.flatnonzero(scores >= config.box_thresh).tolist():
+    start = 0
+    for at in good:
         outline = outlines[at]
+        path = paths[start : start + len(outline)]
+        start += len(outline)
         distance = cv2.contourArea(outline) * config.ratio / cv2.arcLength(outline, True)
-        grown = offsetter((outline[:, 0] * offsetter.scale).tolist(), distance)
+        grown = offsetter(path, distance)
         if not grown or (len(grown) > 1 and config.several == "drop"):
             continue
         best = grown[0] if len(grown) == 1 else max(grown, key=_signless_area)
@@ -263,9 +268,14 @@ def _polygons(
             found.append(best)
             chosen.append(at)
     flat = np.fromiter(chain.from_iterable(chain.from_iterable(found)), np.float64).reshape(-1, 2)
-    ends = np.cumsum([len(outline) for outline in found])
-    grown_outlines = np.split((flat / offsetter.scale).astype(np.float32), ends[:-1]) if found else []
-    return grown_outlines, scores[chosen], np.asarray(kept, np.int64)[chosen]
+    parts = _cut((flat / offsetter.scale).astype(np.float32), [len(outline) for outline in found])
+    return parts, scores[chosen], np.asarray(kept, np.int64)[chosen]
+
+
+def _cut(points: Array, lengths: list[int]) -> list[Array]:
+    """Consecutive runs of ``points`` (views)."""
+    ends = list(accumulate(lengths, initial=0))
+    return [points[start:end] for start, end in pairwise(ends)]
 
 
 def _signless_area(outline: list[list[int]]) -> float:
