@@ -10,7 +10,8 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from fusion_core.images import read_image
 
 Random = np.random.Generator
 Picture = NDArray[Any]
@@ -55,7 +56,7 @@ def photographs(split: Split) -> list[Path]:
 @lru_cache(maxsize=64)
 def _photograph(path: Path) -> Picture:
     """A photograph as RGB, its long side at most 1280."""
-    image = np.asarray(Image.open(path).convert("RGB"))
+    image = read_image(path)
     scale = 1280 / max(image.shape[:2])
     if scale < 1:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

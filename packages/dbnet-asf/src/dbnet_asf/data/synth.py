@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_core.errors import InputError
+from fusion_core.images import list_images
 from fusion_core.seeding import rng
 
 from .glyphs import Block, Face, Points, bend, faces, typeset, words
@@ -19,7 +20,6 @@ from .scenery import Picture, Random, Split, background, clutter, color, degrade
 
 _MIN_SIDE = 5.0  # pixels: smaller words are marked as ignored
 _MIN_VISIBLE = 0.6
-_PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 class Rendered(NamedTuple):
@@ -257,12 +257,7 @@ def _ignored(polygons: list[Points], size: tuple[int, int]) -> NDArray[Any]:
 def _photos(folder: Path | None, split: Split) -> tuple[Path, ...]:
     if folder is None:
         return tuple(photographs(split))
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES)
-    if not found:
-        raise InputError(
-            f"photos is {str(folder)!r}, which holds no picture; it takes a folder of photographs"
-        )
-    return tuple(found)
+    return tuple(list_images(folder))
 
 
 def render(
