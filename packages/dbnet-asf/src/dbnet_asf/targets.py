@@ -15,8 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dbnet_asf.config import Distance, LabelConfig
-from dbnet_asf.errors import AnnotationError
-from dbnet_asf.offsetting import area, perimeter, vatti
+from dbnet_asf.geometry import PRECISION, area, check_polygon, offset, perimeter
 from fusion_core.errors import InputError, check_range
 
 Polygon = Float[np.ndarray, "points 2"]
@@ -81,7 +80,8 @@ def make_targets(
         training: clip to the image, drop areas below one pixel and mend the direction of the vertices.
 
     Raises:
-        AnnotationError: a polygon with fewer than three points, with NaN, or not of shape (points, 2).
+        ShapeError: a polygon with fewer than three points, or not of shape (points, 2).
+        NonFiniteError: a polygon with NaN.
         InputError: as many flags as polygons are wanted; a size below 1.
 
     Example:
@@ -92,7 +92,7 @@ def make_targets(
     """
     config = config if config is not None else LabelConfig()
     check_size(size)
-    outlines = check_polygons(polygons)
+    outlines = [check_polygon(f"polygons[{i}]", polygon) for i, polygon in enumerate(polygons)]
     flags = check_ignore(ignore, len(outlines))
     if training:
         outlines, flags = clip_polygons(outlines, flags, size)
@@ -141,8 +141,8 @@ def clip_polygons(
 
 def shrink_distance(polygon: Polygon, shrink_ratio: float = 0.4) -> float:
     """D = area (1 - r^2) / perimeter, by how much an outline is shrunk and grown (DBNet, equation 10)."""
-    around = perimeter(polygon)
-    return area(polygon) * (1 - shrink_ratio**2) / around if around > 0 else 0.0
+    around = float(perimeter(polygon))
+    return float(area(polygon)) * (1 - shrink_ratio**2) / around if around > 0 else 0.0
 
 
 def shrink_map(
@@ -175,9 +175,10 @@ def shrink_map(
     check_range("shrink_ratio", shrink_ratio, 0, 1, open=True)
     gt, mask = np.zeros(size, np.uint8), np.ones(size, np.uint8)
     flags = np.array(ignore, np.bool_).copy()
+    scale = PRECISION if precise else 1
     for index, polygon in enumerate(polygons):
         if not flags[index] and np.ptp(polygon, 0).min() >= min_text_size:
-            shrunk = vatti(polygon, -shrink_distance(polygon, shrink_ratio), precise=precise)
+            shrunk = offset(polygon, -shrink_distance(polygon, shrink_ratio), scale=scale)
             for piece in shrunk if pieces == "all" else shrunk[:1]:
                 _fill(gt, piece, 1)
             if shrunk:
@@ -221,9 +222,10 @@ def threshold_map(
     """
     settings = LabelConfig(shrink_ratio, thresh_min, thresh_max, distance=distance, pieces=pieces)
     canvas, mask = np.zeros(size, np.float32), np.zeros(size, np.uint8)
+    scale = PRECISION if precise else 1
     for polygon, ignored in zip(polygons, ignore, strict=True):
         reach = 0.0 if ignored else shrink_distance(polygon, shrink_ratio)
-        grown = vatti(polygon, reach, precise=precise) if reach > 0 else []
+        grown = offset(polygon, reach, scale=scale) if reach > 0 else []
         for piece in grown if settings.pieces == "all" else grown[:1]:
             _fill(mask, piece, 1)
             _raise_band(canvas, polygon, piece, reach, settings.distance)
@@ -314,30 +316,6 @@ def _raster_distance(polygon: Polygon, x: NDArray[Any], y: NDArray[Any]) -> NDAr
 
 
 _DISTANCES = {"official": _official_distance, "exact": _exact_distance, "raster": _raster_distance}
-
-
-def check_polygons(polygons: Sequence[ArrayLike]) -> list[Polygon]:
-    """The polygons as float64 arrays.
-
-    Raises:
-        AnnotationError: fewer than three points, NaN or infinity, or not of shape (points, 2).
-    """
-    found: list[Polygon] = []
-    for index, polygon in enumerate(polygons):
-        try:
-            points = np.asarray(polygon, np.float64)
-        except (TypeError, ValueError) as error:
-            raise AnnotationError(
-                f"polygons[{index}] is not an array of numbers, wanted shape (points, 2)"
-            ) from error
-        if points.ndim != 2 or points.shape[1] != 2:
-            raise AnnotationError(f"polygons[{index}] has shape {points.shape}, wanted (points, 2)")
-        if len(points) < 3:
-            raise AnnotationError(f"polygons[{index}] has {len(points)} points, wanted at least 3")
-        if not np.isfinite(points).all():
-            raise AnnotationError(f"polygons[{index}] holds NaN or infinity, wanted finite pixels")
-        found.append(points)
-    return found
 
 
 def check_ignore(ignore: Sequence[bool] | NDArray[Any] | None, count: int) -> NDArray[np.bool_]:

@@ -33,7 +33,7 @@ from fusion_core.seeding import rng
 
 CONFIG = DBConfig(
     backbone="nano",
-    channels=(16, 48, 96, 160),
+    channels=(16, 32, 64, 96),
     blocks=(1, 1, 2, 1),
     inner=64,
     post=PostConfig(box_thresh=0.5, score="component"),
