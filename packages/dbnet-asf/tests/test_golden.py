@@ -8,7 +8,7 @@ import torch
 
 from dbnet_asf.checkpoint import from_official
 from dbnet_asf.config import DBConfig, LabelConfig, TrainConfig
-from dbnet_asf.db import db, db_log
+from dbnet_asf.binarization import db, db_log
 from dbnet_asf.losses import DBLoss
 from dbnet_asf.model.asf import AdaptiveScaleFusion
 from dbnet_asf.model.dbnet import DBNet, DBOutput

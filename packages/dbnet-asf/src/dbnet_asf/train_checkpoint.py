@@ -40,7 +40,7 @@ CONFIG = DBConfig(
 )
 LABELS = LabelConfig(distance="exact", precise=True, pieces="all", min_text_size=5.0)
 SIDE, CROP, SHARD = 384, 256, 100
-LR, WEIGHT_DECAY, EMA, WARMUP, COOLDOWN = 3e-3, 1e-4, 0.998, 200, 0.35
+LR, WEIGHT_DECAY, EMA, WARMUP, COOLDOWN = 2.5e-3, 1e-4, 0.998, 200, 0.35
 
 
 def render_shards(cache: Path, first: int, last: int, seed: int) -> None:
@@ -157,7 +157,7 @@ def train(
         if step % 10 == 0:
             for name, value in {"loss": loss.detach(), **parts}.items():
                 running[name] = running.get(name, float(value)) * 0.9 + float(value) * 0.1
-        if step % 50 == 0:
+        if step % 25 == 0:
             scenes.look()
             line = {"step": step, "seconds": round(spent), "lr": optimizer.param_groups[0]["lr"], **running}
             with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     training.add_argument("out", type=Path)
     training.add_argument("--steps", type=int, default=12_000)
     training.add_argument("--minutes", type=float, default=math.inf)
-    training.add_argument("--batch-size", type=int, default=8)
+    training.add_argument("--batch-size", type=int, default=4)
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--device", default="auto")
     training.add_argument("--save-s", type=float, default=300.0, help="seconds between checkpoints")

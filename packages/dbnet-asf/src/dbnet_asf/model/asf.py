@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from dbnet_asf.config import Attention
 
@@ -63,14 +64,16 @@ class AdaptiveScaleFusion(nn.Module):
             return self.fc2(torch.relu(self.bn(squeezed))).softmax(1)
         level, mean = self.level(s), s.mean(1, keepdim=True)
         if self.attention == "scale_channel_spatial":
-            gate = self._gate(s.mean((-2, -1), keepdim=True))
+            gate = self.gate(s.mean((-2, -1), keepdim=True))
             level, mean = level + self.level(gate), mean + gate.mean(1, keepdim=True)
-        return torch.sigmoid(level + self._spatial(mean) * self.level_sum())
+        return torch.sigmoid(level + self.place(mean) * self.level_sum())
 
-    def _gate(self, squeezed: Tensor) -> Tensor:
+    def gate(self, squeezed: Tensor) -> Tensor:
+        """Weights of the channels in (0, 1), of their means over space."""
         return torch.sigmoid(self.channel[1](torch.relu(self.channel[0](squeezed))))
 
-    def _spatial(self, mean: Tensor) -> Tensor:
+    def place(self, mean: Tensor) -> Tensor:
+        """Weights of the places in (0, 1), of the means over channels."""
         return torch.sigmoid(self.spatial[1](torch.relu(self.spatial[0](mean))))
 
     def level_sum(self) -> Float[Tensor, "1 4 1 1"]:
@@ -119,9 +122,9 @@ class FoldedFusion(nn.Module):
         found = self.conv(x)
         level, mean, fusion = found[:, :LEVELS], found[:, LEVELS:], self.inner
         if self.attention == "scale_channel_spatial":
-            gate = fusion._gate(self._mean_over_space(x))  # noqa: SLF001 - its other half
+            gate = fusion.gate(self._mean_over_space(x))
             level, mean = level + fusion.level(gate), mean + gate.mean(1, keepdim=True)
-        weights = torch.sigmoid(level + fusion._spatial(mean) * fusion.level_sum())  # noqa: SLF001
+        weights = torch.sigmoid(level + fusion.place(mean) * fusion.level_sum())
         return weigh(levels, weights), weights
 
     def _mean_over_space(self, x: Tensor) -> Tensor:
@@ -131,6 +134,41 @@ class FoldedFusion(nn.Module):
         weight = self.inner.conv.weight
         mean = torch.einsum("niyx,ciyx->nc", sums, weight.to(sums.dtype)) / (x.shape[-2] * x.shape[-1])
         return (mean + cast("Tensor", self.inner.conv.bias).to(mean.dtype))[:, :, None, None].to(weight.dtype)
+
+
+class PlainFusion(nn.Module):
+    """The same weights made of operators that both engines of OpenCV run, for export.
+
+    Means over channels and the spread of the spatial term are 1x1 convolutions with constant weights, means
+    over space are poolings, and no convolution is followed by the addition of a smaller tensor, which the
+    newer engine would fuse wrongly.
+
+    Args:
+        fusion: any attention; its batch norm, if any, has been folded.
+    """
+
+    def __init__(self, fusion: AdaptiveScaleFusion) -> None:
+        super().__init__()
+        self.inner = fusion
+        if fusion.attention != "scale_channel":
+            width = fusion.level.weight.shape[1]
+            self.mean, self.spread = nn.Conv2d(width, 1, 1, bias=False), nn.Conv2d(1, LEVELS, 1, bias=False)
+            self.mean.weight = nn.Parameter(torch.full_like(self.mean.weight, 1 / width))
+            self.spread.weight = nn.Parameter(fusion.level_sum().detach().mT.reshape(LEVELS, 1, 1, 1))
+        self.requires_grad_(False)
+
+    def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """As :class:`AdaptiveScaleFusion`."""
+        fusion = self.inner
+        s = fusion.conv(torch.cat(list(levels), 1))
+        if fusion.attention == "scale_channel":
+            hidden = torch.relu(fusion.bn(fusion.fc1(adaptive_avg_pool2d(s, 1))))
+            weights = fusion.fc2(hidden).softmax(1)
+        else:
+            if fusion.attention == "scale_channel_spatial":
+                s = s + fusion.gate(adaptive_avg_pool2d(s, 1))
+            weights = torch.sigmoid(fusion.level(s) + self.spread(fusion.place(self.mean(s))))
+        return weigh(levels, weights), weights
 
 
 def _windows(total: Tensor, first: Tensor, last: Tensor) -> Tensor:

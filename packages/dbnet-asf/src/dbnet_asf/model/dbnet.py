@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dbnet_asf.config import DBConfig
-from dbnet_asf.db import db
+from dbnet_asf.binarization import db
 from dbnet_asf.model.asf import AdaptiveScaleFusion, FoldedFusion
 from dbnet_asf.model.backbone import build_backbone
 from dbnet_asf.model.head import Head, ShuffledDouble
