@@ -220,7 +220,12 @@ def _folders(root: PathLike, labels: PathLike | None) -> tuple[Path, Path]:
     )
 
 
-def _annotation(picture: Path, labels: Path) -> Path:
+def find_annotation(picture: Path, labels: Path) -> Path:
+    """The annotation of a picture in a folder, under one of the usual names.
+
+    Raises:
+        InputError: there is none.
+    """
     stem = picture.stem
     names = (
         f"gt_{stem}.txt",
@@ -242,7 +247,7 @@ def _per_picture(
 ) -> TextDataset:
     images, annotations = _folders(root, labels)
     pictures = _pictures(images)
-    samples = [read(_annotation(picture, annotations)).sample(picture, exif=exif) for picture in pictures]
+    samples = [read(find_annotation(picture, annotations)).sample(picture, exif=exif) for picture in pictures]
     return TextDataset(samples, name)
 
 
@@ -365,8 +370,6 @@ def _guess(path: Path) -> str:
     if (path / "gt.mat").is_file():
         return "synthtext"
     images, labels = _folders(path, None)
-    first = _annotation(_pictures(images)[0], labels)
-    line = next((text for text in formats.read_text(first).splitlines() if text.strip()), "")
-    head = line.split(",", 8)
-    four = len(head) == 9 and not head[8].split(",")[0].strip().lstrip("-").isdecimal()
-    return "icdar2015" if four else "totaltext"
+    first = [find_annotation(picture, labels) for picture in _pictures(images)[:20]]
+    lines = [line for path in first for line in formats.read_text(path).splitlines() if line.strip()]
+    return "icdar2015" if all(formats.has_four_points(line) for line in lines) else "totaltext"

@@ -112,7 +112,8 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 def totaltext(path: PathLike) -> Words:
     """Total-Text: the original form, or lines of 2K numbers and the text.
 
-    The original form is ``x: [[..]], y: [[..]], ornt: [..], transcriptions: [..]``; ``#`` and ``###`` mean don't care.
+    The original form is ``x: [[..]], y: [[..]], ornt: [..], transcriptions: [..]``; ``#`` and ``###``
+    mean don't care.
 
     Raises:
         AnnotationError: a line of another form; file and line are named.
@@ -156,6 +157,11 @@ def _leading_numbers(line: str) -> tuple[list[str], str]:
         count += 1
     count -= count % 2
     return fields[:count], ",".join(fields[count:]).strip()
+
+
+def has_four_points(line: str) -> bool:
+    """Whether a line begins with exactly the eight numbers of a quadrilateral."""
+    return len(_leading_numbers(line)[0]) == 8
 
 
 def paddleocr(path: PathLike) -> list[tuple[str, Words]]:
