@@ -228,11 +228,11 @@ def make_valid(points: ArrayLike) -> Array | None:
     return np.asarray(max(parts, key=lambda part: part.area).exterior.coords[:-1], np.float64)
 
 
-def fold(points: ArrayLike, samples: int = 128) -> tuple[Array, Array]:
+def fold(points: ArrayLike, samples: int = 96) -> tuple[Array, Array]:
     """The two long sides of a band of text, paired across it.
 
-    The outline is folded at the point for which the halves lie closest to each other, that is at an end of
-    the band; what belongs to the two ends is cut off.
+    Two ends cut the outline into two sides. They are chosen so that the sides, each walked at its own even
+    pace, stay closest to each other; what belongs to the ends themselves is cut off.
 
     Args:
         points: outline (points, 2) of a straight or curved band; any start and orientation.
@@ -241,21 +241,31 @@ def fold(points: ArrayLike, samples: int = 128) -> tuple[Array, Array]:
     Returns:
         Upper and lower side, both (count, 2), in reading direction (left to right, or down where the band is
         much taller than wide).
+
+    Raises:
+        ShapeError, NonFiniteError, InputError: see :func:`check_polygon`; or an outline without length.
     """
     array = check_polygon("points", points)
     closed = np.concatenate([array, array[:1]])
     steps = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(closed, axis=0), axis=1))])
     if steps[-1] <= 0:
         raise InputError("points has no length, wanted an outline that surrounds something")
-    at = np.linspace(0, steps[-1], samples, endpoint=False)
-    outline = np.stack([np.interp(at, steps, closed[:, axis]) for axis in (0, 1)], axis=1)
-    half = samples // 2
-    k = np.arange(half + 1)
-    start = np.arange(half)[:, None]
-    across = np.linalg.norm(outline[(start + k) % samples] - outline[start - k], axis=2)
-    end = int((across**2).sum(1).argmin())
-    one, two = outline[(end + k) % samples], outline[end - k]
-    width = across[end]
+
+    def at(position: Array) -> Array:
+        walked = position / samples % 1.0 * steps[-1]
+        return np.stack([np.interp(walked, steps, closed[:, axis]) for axis in (0, 1)], axis=-1)
+
+    first, span = np.meshgrid(np.arange(samples), np.arange(samples // 4, samples // 2 + 1), indexing="ij")
+    first, span = first.reshape(-1, 1), span.reshape(-1, 1)
+    share = np.linspace(0, 1, 17)
+    outline = at(np.arange(samples))
+    one = outline[np.rint(first + share * span).astype(int) % samples]
+    two = outline[np.rint(first - share * (samples - span)).astype(int) % samples]
+    best = int(((one - two) ** 2).sum((1, 2)).argmin())
+    fine = np.linspace(0, 1, samples)
+    one = at(first[best] + fine * span[best])
+    two = at(first[best] - fine * (samples - span[best]))
+    width = np.linalg.norm(one - two, axis=1)
     inside = np.flatnonzero(width >= 0.9 * np.median(width))
     one, two = one[inside[0] : inside[-1] + 1], two[inside[0] : inside[-1] + 1]
     middle = (one + two) / 2

@@ -65,7 +65,8 @@ def check_map(prob: Any) -> Array:
         raise ShapeError(f"prob has shape {np.shape(prob)}, wanted (height, width) or (1, 1, height, width)")
     if array.dtype.kind not in "fbiu":
         raise InputError(f"prob has dtype {array.dtype}, wanted floating point in [0, 1]")
-    array = np.ascontiguousarray(array, np.float32)
+    with np.errstate(over="ignore"):  # what float32 does not hold is no probability either
+        array = np.ascontiguousarray(array, np.float32)
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):
         raise InputError(f"prob has values from {low:g} to {high:g}, wanted probabilities in [0, 1]")
@@ -224,7 +225,8 @@ def _clipped_rectangles(corners: Array, ratio: float) -> Array:
     """The authors' unclipping: clipper on truncated corners, then the smallest rectangle round the result."""
     sides = np.linalg.norm(np.roll(corners, -1, 1) - corners, axis=2).astype(np.float64)
     areas = np.array([cv2.contourArea(quad) for quad in corners])
-    distances = areas * ratio / sides.sum(1)
+    lengths = sides.sum(1)
+    distances = np.divide(areas * ratio, lengths, out=np.zeros_like(areas), where=lengths > 0)
     found: list[tuple[float, ...]] = []
     for quad, distance in zip(corners.astype(np.int64).tolist(), distances.tolist(), strict=True):
         grown = clip_offset(quad, distance, 1)
