@@ -61,7 +61,8 @@ def ramps(length: int, starts: Sequence[int], tile: int) -> list[Array]:
             weight[:shared] = np.minimum(weight[:shared], (np.arange(shared) + 0.5) / shared)
         if at + 1 < len(starts):
             shared = stop - starts[at + 1]
-            weight[-shared:] = np.minimum(weight[-shared:], (np.arange(shared, 0, -1) - 0.5) / shared)
+            rest = stop - start - shared
+            weight[rest:] = np.minimum(weight[rest:], (np.arange(shared, 0, -1) - 0.5) / shared)
         rows[at, start:stop] = weight
     rows /= rows.sum(0)
     stops = [min(start + tile, length) for start in starts]
