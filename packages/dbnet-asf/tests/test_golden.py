@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from dbnet_asf.binarization import db, db_log
 from dbnet_asf.checkpoint import from_official
 from dbnet_asf.config import DBConfig, LabelConfig, TrainConfig
-from dbnet_asf.binarization import db, db_log
 from dbnet_asf.losses import DBLoss
 from dbnet_asf.model.asf import AdaptiveScaleFusion
-from dbnet_asf.model.dbnet import DBNet, DBOutput
+from dbnet_asf.model.dbnet import DBOutput
 from dbnet_asf.schedule import learning_rate, polynomial_lr
 from dbnet_asf.targets import Targets, make_targets
 from fusion_core.checkpoint import load_strict
@@ -199,7 +199,11 @@ def test_models(golden, dtype, official_state):
             if double:
                 trained = net.train()(x)
                 for key in ("binary", "thresh", "thresh_binary"):
-                    found = {"binary": trained.prob, "thresh": trained.thresh, "thresh_binary": trained.binary}
+                    found = {
+                        "binary": trained.prob,
+                        "thresh": trained.thresh,
+                        "thresh_binary": trained.binary,
+                    }
                     check_array(golden, record, f"train.{key}", found[key], settings, double)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dbnet_asf.model.asf import AdaptiveScaleFusion, FoldedFusion, PlainFusion
 from dbnet_asf.model.dbnet import DBNet
 from dbnet_asf.model.deform import DeformConv2d
-from fusion_core.atomic import PathLike
-from fusion_core.errors import InputError
+from fusion_core.atomic import PathLike, atomic_write
+from fusion_core.errors import InputError, require_extra
 from fusion_core.onnx import export_onnx as _export
 
 INPUT, OUTPUT = "images", "prob"
@@ -80,7 +80,7 @@ def export_onnx(
     module = _Probability(fused, opencv).to(memory_format=torch.contiguous_format).eval()
     height, width = (64, 96) if dynamic else size
     example = torch.zeros(1 if opencv or not dynamic else 2, 3, height, width)
-    return _export(
+    written = _export(
         module,
         [example],
         path,
@@ -94,6 +94,21 @@ def export_onnx(
             "config": net.config.to_dict(),
         },
     )
+    if opencv:
+        _pool(written)
+    return written
+
+
+def _pool(path: Path) -> None:
+    """Write means over space as poolings: OpenCV's classic engine does not know them as reductions."""
+    onnx: Any = require_extra("onnx", "onnx", "dbnet-asf")
+    model = onnx.load(str(path))
+    for node in model.graph.node:
+        if node.op_type == "ReduceMean":
+            del node.attribute[:], node.input[1:]
+            node.op_type = "GlobalAveragePool"
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString())
 
 
 def _dynamic(opencv: bool) -> dict[int, Any]:

@@ -9,9 +9,7 @@ from dbnet_asf.config import TrainConfig
 _WARMUP, _FIRST, _LAST = 0.1, 1 / 25, 1e-4
 
 
-def polynomial_lr(
-    epoch: float, *, lr: float = 0.007, epochs: float = 1200, power: float = 0.9
-) -> float:
+def polynomial_lr(epoch: float, *, lr: float = 0.007, epochs: float = 1200, power: float = 0.9) -> float:
     """Polynomial decay lr (1 - epoch / (epochs + 1))^power, as the authors' code has it (section 2.4).
 
     Args:

@@ -121,7 +121,11 @@ class Trainer:
             self.net.config.save(Path(out) / CONFIG)
             config.save(Path(out) / SETTINGS)
         validate = None if self.test is None else self._validate
-        return loop.run(loader, Step(DBLoss(config.alpha, config.beta, config.loss, global_ohem=config.global_ohem)), validate)
+        return loop.run(
+            loader,
+            Step(DBLoss(config.alpha, config.beta, config.loss, global_ohem=config.global_ohem)),
+            validate,
+        )
 
     def _prepared(self, processes: int) -> nn.Module:
         net: nn.Module = self.net

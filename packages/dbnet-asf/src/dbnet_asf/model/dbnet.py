@@ -14,8 +14,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dbnet_asf.config import DBConfig
 from dbnet_asf.binarization import db
+from dbnet_asf.config import DBConfig
 from dbnet_asf.model.asf import AdaptiveScaleFusion, FoldedFusion
 from dbnet_asf.model.backbone import build_backbone
 from dbnet_asf.model.head import Head, ShuffledDouble
@@ -140,7 +140,9 @@ class DBNet(
                 f"images has shape {shape}, wanted (batch, 3, height, width) with multiples of 32"
             )
         if self.training and "thresh" not in self.head:
-            raise ConfigError("the network has no threshold head and cannot train; take the one before fuse()")
+            raise ConfigError(
+                "the network has no threshold head and cannot train; take the one before fuse()"
+            )
         if self.config.dcn and not self.training and images.device.type == "cpu":
             warnings.warn(
                 "deformable convolutions take several times longer on a CPU; the presets 'resnet18' and "
@@ -186,9 +188,7 @@ class DBNet(
         save_tensors(save_directory / WEIGHTS, dict(self.state_dict()))
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: PathLike = "nano", **hub: Any
-    ) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: PathLike = "nano", **hub: Any) -> Self:
         """Load a network that :meth:`save_pretrained` wrote, in evaluation mode.
 
         Args:

@@ -59,9 +59,7 @@ class ShuffledDouble(nn.Module):
         super().__init__()
         weight = layer.weight.detach()  # inputs, outputs, 2, 2
         self.conv = nn.Conv2d(weight.shape[0], weight.shape[1] * 4, 1, bias=layer.bias is not None)
-        self.conv.weight = nn.Parameter(
-            weight.permute(1, 2, 3, 0).reshape(-1, weight.shape[0], 1, 1).clone()
-        )
+        self.conv.weight = nn.Parameter(weight.permute(1, 2, 3, 0).reshape(-1, weight.shape[0], 1, 1).clone())
         if layer.bias is not None:
             self.conv.bias = nn.Parameter(layer.bias.detach().repeat_interleave(4))
         self.requires_grad_(False)
