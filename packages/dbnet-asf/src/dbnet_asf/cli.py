@@ -57,6 +57,9 @@ def detect(
 
     Example: dbnet-asf detect photo.jpg --out found
     """
+    from fusion_core.images import list_images
+
+    paths = list_images(images)  # before the model is loaded: a wrong name is told at once
     detector = options.detector(
         model,
         device,
@@ -80,7 +83,7 @@ def detect(
 
         found, failed = detect_files(
             detector,
-            images,
+            paths,
             out,
             format=format,
             pictures=pictures,
@@ -93,7 +96,7 @@ def detect(
             progress=_bar(quiet),
         )
     else:
-        found = _on_screen(detector, images, shard, limit, num_workers, failed)
+        found = _on_screen(detector, paths, shard, limit, num_workers, failed)
     if json:
         documents = [result.to_dict() for result in found]
         cli.emit(documents[0] if len(documents) == 1 else {"results": documents}, True)
@@ -121,20 +124,19 @@ def _flat(polygon: Any) -> str:
 
 def _on_screen(
     detector: Any,
-    images: list[Path],
+    paths: list[Path],
     shard: str | None,
     limit: int | None,
     workers: int,
     failed: dict[str, str],
 ) -> list[Any]:
-    from fusion_core.images import list_images
     from fusion_core.store import take_shard
 
     def note(path: Any, error: InputError) -> None:
         failed[str(path)] = str(error)
 
-    paths = take_shard(list_images(images), shard)[:limit]
-    return list(detector.stream(paths, num_workers=workers, failed=note))
+    chosen = take_shard(paths, shard)[:limit]
+    return list(detector.stream(chosen, num_workers=workers, failed=note))
 
 
 @app.command()
