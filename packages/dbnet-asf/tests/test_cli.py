@@ -14,7 +14,8 @@ from dbnet_asf.cli import main
 from dbnet_asf.jobs import names_of
 from fusion_core.testing import run_cli
 
-VERBS = ["detect", "train", "evaluate", "tune", "diagnose", "labels", "export", "convert", "render", "bench", "demo"]
+VERBS = ("detect", "train", "evaluate", "tune", "diagnose", "labels")
+VERBS += ("export", "convert", "render", "bench", "demo")
 
 
 @pytest.fixture(scope="module")
