@@ -56,8 +56,7 @@ class PostConfig(Config):
             (``"official"``).
         contours: outer contours only, or those of holes too (``"official"``).
         min_size: shortest side of a region before it is grown, in pixels of the map; after it 2 more.
-        epsilon: tolerance of a polygon's outline as a share of its length; at least half a pixel, which the
-            authors' code does not have.
+        epsilon: tolerance of a polygon's outline as a share of its length.
         several: what is done where growing gives more than one polygon.
         dilation: dilate the bitmap by 2x2 before its contours are taken.
         round: round coordinates to whole pixels of the image.

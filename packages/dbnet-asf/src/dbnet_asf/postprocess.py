@@ -28,7 +28,6 @@ from .geometry import (
     unclip_rectangles,
 )
 
-_RASTER = 0.5  # pixels
 _NO_POINTS = np.zeros((0, 4, 2), np.float32)
 
 
@@ -241,13 +240,10 @@ def _polygons(
     """Grown polygons, scores and which contours they come from, in map coordinates."""
     kept: list[int] = []
     outlines: list[Array] = []
-    # Steps of one pixel are the raster's, not the text's; they only make work for the clipper.
-    least = 0.0 if config.compat == "official" else _RASTER
     for at, contour in enumerate(contours):
         if len(contour) < 4:  # its outline would have no more
             continue
-        tolerance = max(config.epsilon * cv2.arcLength(contour, True), least)
-        outline = cv2.approxPolyDP(contour, tolerance, True)
+        outline = cv2.approxPolyDP(contour, config.epsilon * cv2.arcLength(contour, True), True)
         if len(outline) >= 4:
             kept.append(at)
             outlines.append(outline)
