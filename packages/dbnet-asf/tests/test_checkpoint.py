@@ -67,7 +67,8 @@ def test_offset_rule_is_set_by_itself(official_state):
 
 
 def test_saved_again_it_keeps_its_rule(official_state, tmp_path):
-    net = from_official(official_state(config_of(backbone="resnet50", dcn=True, dcn_offset="official"))).float()
+    config = config_of(backbone="resnet50", dcn=True, dcn_offset="official")
+    net = from_official(official_state(config)).float()
     net.save_pretrained(tmp_path / "converted")
     assert DBNet.from_pretrained(tmp_path / "converted").config == net.config
 
@@ -84,7 +85,7 @@ def test_refusals(official_state, tmp_path):
         from_official(missing)
     with pytest.raises(CheckpointError, match=r"1 extra: decoder.more"):
         from_official({**state, "decoder.more": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="of another shape: neck.smooth.0.weight"):
+    with pytest.raises(CheckpointError, match=r"of another shape: neck\.smooth\.0\.weight"):
         from_official({**state, "decoder.out2.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"no network of DBNet's authors: \(0, 0, 0, 0\)"):
         from_official({"a.weight": torch.zeros(1)})
@@ -93,7 +94,7 @@ def test_refusals(official_state, tmp_path):
     with pytest.raises(CheckpointError, match="holds more than tensors"):
         load_official(path)
     path.write_bytes(b"\x80\x02cut")
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match=r"objects\.pth"):
         load_official(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_official(tmp_path / "nowhere.pth")

@@ -69,7 +69,7 @@ def test_dice_is_a_share(seed):
 
 
 def test_threshold_outside_its_mask_has_no_gradient():
-    p, t, targets = make()
+    _p, t, targets = make()
     t = t.requires_grad_()
     masked_l1(t[:, 0], targets.thresh_map, targets.thresh_mask.double()).backward()
     assert (t.grad[:, 0][~targets.thresh_mask] == 0).all()
@@ -82,7 +82,7 @@ def test_empty_masks_keep_the_graph():
     empty = torch.zeros(SIZE, dtype=torch.bool)
     nothing = Targets(empty, empty, targets.thresh_map, empty)
     for name in NAMES:
-        total, parts = DBLoss(loss=name)(DBOutput.from_maps(p, t), nothing)
+        total, _parts = DBLoss(loss=name)(DBOutput.from_maps(p, t), nothing)
         for grad in torch.autograd.grad(total, (p, t), allow_unused=True, materialize_grads=True):
             assert torch.isfinite(grad).all(), name
     assert masked_l1(t[:, 0], targets.thresh_map, empty.double()).requires_grad
@@ -123,7 +123,7 @@ def test_paper_and_code_differ_as_they_say():
 
 
 def test_without_threshold_map():
-    p, t, targets = make()
+    p, _t, targets = make()
     total, parts = DBLoss()(DBOutput.from_maps(p), targets)
     torch.testing.assert_close(
         total, balanced_bce(torch.logit(p[:, 0]), targets.gt.double(), targets.mask.double())

@@ -92,7 +92,7 @@ def test_labels_commute_with_flips_and_rotation(name, word):
 @settings(max_examples=25, deadline=None)
 def test_ignored_polygons_elsewhere_change_the_mask_alone(word):
     other = rectangle((20, 85), (16, 10), 0)
-    word = word * 0.5 + np.array([60, 5])
+    word = word * 0.8 + np.array([25, 0])
     one = make_targets([word], None, (HEIGHT, WIDTH))
     two = make_targets([word, other], [False, True], (HEIGHT, WIDTH))
     for key in ("gt", "thresh_map", "thresh_mask"):

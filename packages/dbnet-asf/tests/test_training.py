@@ -143,7 +143,8 @@ def test_presets():
 def case(count=4):
     generator = torch.Generator().manual_seed(3)
     p, t = torch.rand(2, count, 1, 8, 12, generator=generator, dtype=torch.float64).clamp(0.02, 0.98)
-    gt, mask, thresh_mask = (torch.rand(count, 8, 12, generator=generator) > level for level in (0.9, 0.1, 0.6))
+    shape = (count, 8, 12)
+    gt, mask, thresh_mask = (torch.rand(shape, generator=generator) > level for level in (0.9, 0.1, 0.6))
     thresh_map = torch.rand(count, 8, 12, generator=generator, dtype=torch.float64)
     return p, t, (gt, mask, thresh_map, thresh_mask)
 
@@ -165,7 +166,7 @@ def share(rank, world):
 
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one():
-    parts = spawn(share, 2, 2)
+    parts = spawn(share, 2, 2, timeout=240)
     p, t, maps = case()
     p, t = p.requires_grad_(), t.requires_grad_()
     for name in NAMES:

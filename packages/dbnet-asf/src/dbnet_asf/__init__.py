@@ -1,8 +1,8 @@
 """DBNet++: find text in photographs and scans by differentiable binarization and adaptive scale fusion.
 
 ``TextDetector.from_pretrained()`` is a detector that works; ``DBNet``, ``DBLoss``, ``make_targets`` and
-``Trainer`` make others; ``db``, ``shrink_map``, ``quads_from_map``, ``iou_protocol`` and the rest are the method's
-equations on arrays. Names are loaded on first use.
+``Trainer`` make others; ``db``, ``shrink_map``, ``quads_from_map``, ``iou_protocol`` and the rest are the
+equations of the method on arrays. Names are loaded on first use.
 """
 
 from typing import TYPE_CHECKING
@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dbnet_asf import datasets, losses
+    from dbnet_asf.binarization import db
     from dbnet_asf.checkpoint import load_official
     from dbnet_asf.config import DBConfig, PostConfig, TrainConfig
-    from dbnet_asf.binarization import db
     from dbnet_asf.detect import TextDetector
     from dbnet_asf.detection import Detection, Region
     from dbnet_asf.diagnosing import diagnose

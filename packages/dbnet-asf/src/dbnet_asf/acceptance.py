@@ -73,13 +73,8 @@ def classical(image: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
     ink = cv2.adaptiveThreshold(gray, 255, cv2.ADAPTIVE_THRESH_MEAN_C, cv2.THRESH_BINARY_INV, 25, 12)
     joined = cv2.morphologyEx(ink, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_RECT, (9, 3)))
     contours, _ = cv2.findContours(joined, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    boxes: list[NDArray[np.float32]] = []
-    for contour in contours:
-        rectangle = cv2.minAreaRect(contour)
-        short, long = sorted(rectangle[1])
-        if short >= 5 and long >= 8 and long < 0.9 * max(gray.shape) and cv2.contourArea(contour) > 40:
-            boxes.append(np.asarray(cv2.boxPoints(rectangle), np.float32))
-    return boxes
+    rectangles = [cv2.minAreaRect(contour) for contour in contours]
+    return [np.asarray(cv2.boxPoints(r), np.float32) for r in rectangles if min(r[1]) >= 3]
 
 
 def synthetic_score(

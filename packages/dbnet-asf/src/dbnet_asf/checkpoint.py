@@ -1,4 +1,4 @@
-"""Reading the checkpoints of the authors, whose names EasyOCR uses too, and ImageNet weights for a backbone."""
+"""Reading the authors' checkpoints (EasyOCR uses their names too), and ImageNet weights for a backbone."""
 
 from __future__ import annotations
 

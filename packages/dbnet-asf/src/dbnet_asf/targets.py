@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dbnet_asf.config import Distance, LabelConfig
-from dbnet_asf.geometry import PRECISION, area, check_polygon, offset, perimeter
+from dbnet_asf.geometry import PRECISION, Offsetter, area, check_polygon, perimeter
 from fusion_core.errors import InputError, check_range
 
 Polygon = Float[np.ndarray, "points 2"]
@@ -129,14 +130,53 @@ def clip_polygons(
         New polygons and new flags (section 2.2, step 1).
     """
     height, width = size
-    flags, clipped = ignore.copy(), list[Polygon]()
-    for index, polygon in enumerate(polygons):
-        points = np.clip(polygon, 0, (width - 1, height - 1))
-        following = np.roll(points, -1, 0)
-        signed = float(((following[:, 0] - points[:, 0]) * (following[:, 1] + points[:, 1])).sum() / 2)
-        flags[index] |= abs(signed) < 1
-        clipped.append(points[::-1] if signed > 0 else points)
-    return clipped, flags
+    flags = ignore.copy()
+    if not len(polygons):
+        return [], flags
+    pack = _Pack(polygons)
+    np.clip(pack.points, 0, (width - 1.0, height - 1.0), out=pack.points)
+    signed = pack.signed_areas()
+    flags |= np.abs(signed) < 1
+    return [part[::-1] if turned else part for part, turned in zip(pack, signed > 0, strict=True)], flags
+
+
+class _Pack:
+    """Polygons end to end in one array, so that what is summed over their vertices is summed at once."""
+
+    def __init__(self, polygons: Sequence[Polygon]) -> None:
+        counts = [len(polygon) for polygon in polygons]
+        # Beyond this, OpenCV's fixed-point coordinates would wrap.
+        self.points = np.clip(np.concatenate(list(polygons)).astype(np.float64), -1e6, 1e6)
+        self.ends = np.cumsum(counts)
+        self.starts = self.ends - counts
+        self._next = np.arange(1, len(self.points) + 1)
+        self._next[self.ends - 1] = self.starts
+
+    def __iter__(self) -> Iterator[Polygon]:
+        return (self.points[a:b] for a, b in zip(self.starts.tolist(), self.ends.tolist(), strict=True))
+
+    def signed_areas(self) -> NDArray[np.float64]:
+        """Net areas, negative where the vertices run clockwise on the screen."""
+        here, there = self.points, self.points[self._next]
+        return np.add.reduceat((there[:, 0] - here[:, 0]) * (there[:, 1] + here[:, 1]), self.starts) / 2
+
+    def distances(self, shrink_ratio: float) -> NDArray[np.float64]:
+        """D of each polygon: area (1 - r^2) / perimeter; 0 where there is no outline."""
+        steps = self.points[self._next] - self.points
+        around = np.add.reduceat(np.hypot(steps[:, 0], steps[:, 1]), self.starts)
+        areas = np.abs(self.signed_areas()) * (1 - shrink_ratio**2)
+        return np.divide(areas, around, out=np.zeros_like(areas), where=around > 0)
+
+    def sides(self) -> NDArray[np.float64]:
+        """The shorter side of each polygon's upright box."""
+        highest = np.maximum.reduceat(self.points, self.starts)
+        return (highest - np.minimum.reduceat(self.points, self.starts)).min(1)
+
+    def paths(self, scale: int) -> list[list[list[int]]]:
+        """Vertices as integers at ``scale``; at 1 truncated toward zero."""
+        scaled = np.rint(self.points * scale) if scale > 1 else np.trunc(self.points)
+        whole: list[list[int]] = scaled.astype(np.int64).tolist()
+        return [whole[a:b] for a, b in zip(self.starts.tolist(), self.ends.tolist(), strict=True)]
 
 
 def shrink_distance(polygon: Polygon, shrink_ratio: float = 0.4) -> float:
@@ -175,15 +215,20 @@ def shrink_map(
     check_range("shrink_ratio", shrink_ratio, 0, 1, open=True)
     gt, mask = np.zeros(size, np.uint8), np.ones(size, np.uint8)
     flags = np.array(ignore, np.bool_).copy()
-    scale = PRECISION if precise else 1
-    for index, polygon in enumerate(polygons):
-        if not flags[index] and np.ptp(polygon, 0).min() >= min_text_size:
-            shrunk = offset(polygon, -shrink_distance(polygon, shrink_ratio), scale=scale)
+    if not len(polygons):
+        return gt, mask, flags
+    pack, scale = _Pack(polygons), PRECISION if precise else 1
+    shrink, whole = Offsetter(scale), pack.paths(1)
+    small = pack.sides() < min_text_size
+    reaches = pack.distances(shrink_ratio).tolist()
+    for index, path in enumerate(pack.paths(scale)):
+        if not (flags[index] or small[index]):
+            shrunk = shrink(path, -reaches[index])
             for piece in shrunk if pieces == "all" else shrunk[:1]:
-                _fill(gt, piece, 1)
+                cv2.fillPoly(gt, [_pixels(piece, scale)], 1)
             if shrunk:
                 continue
-        _fill(mask, polygon, 0)
+        cv2.fillPoly(mask, [np.array(whole[index], np.int32)], 0)
         flags[index] = True
     return gt, mask, flags
 
@@ -220,101 +265,114 @@ def threshold_map(
     Raises:
         ConfigError: ``shrink_ratio`` outside (0, 1) or ``thresh_min`` not below ``thresh_max``.
     """
-    settings = LabelConfig(shrink_ratio, thresh_min, thresh_max, distance=distance, pieces=pieces)
+    LabelConfig(shrink_ratio, thresh_min, thresh_max, distance=distance, pieces=pieces)  # checks them
     canvas, mask = np.zeros(size, np.float32), np.zeros(size, np.uint8)
-    scale = PRECISION if precise else 1
-    for polygon, ignored in zip(polygons, ignore, strict=True):
-        reach = 0.0 if ignored else shrink_distance(polygon, shrink_ratio)
-        grown = offset(polygon, reach, scale=scale) if reach > 0 else []
-        for piece in grown if settings.pieces == "all" else grown[:1]:
-            _fill(mask, piece, 1)
-            _raise_band(canvas, polygon, piece, reach, settings.distance)
+    if len(polygons):
+        pack, scale = _Pack(polygons), PRECISION if precise else 1
+        reaches, grow = pack.distances(shrink_ratio).tolist(), Offsetter(scale)
+        measure = _DISTANCES[distance]
+        for polygon, path, reach, ignored in zip(pack, pack.paths(scale), reaches, ignore, strict=True):
+            grown = [] if ignored or reach <= 0 else grow(path, reach)
+            for piece in grown if pieces == "all" else grown[:1]:
+                outline = _pixels(piece, scale)
+                cv2.fillPoly(mask, [outline], 1)
+                _raise_band(canvas, polygon, outline, reach, measure)
     canvas *= thresh_max - thresh_min
     canvas += thresh_min
+    np.minimum(canvas, np.float32(thresh_max), out=canvas)  # the sum may round above it
     return canvas, mask
 
 
-def _fill(image: Image, polygon: NDArray[Any], value: int) -> None:
-    height, width = image.shape
-    # Far outside, 16-bit coordinates would wrap inside OpenCV's fixed-point arithmetic.
-    points = np.clip(np.trunc(polygon), -2 * width - 2 * height - 64, 3 * (width + height) + 64)
-    cv2.fillPoly(image, [points.astype(np.int32)], value)
+def _pixels(outline: list[list[int]], scale: int) -> NDArray[np.int32]:
+    points = np.array(outline)
+    return (points if scale == 1 else np.trunc(points / scale)).astype(np.int32)
 
 
 def _raise_band(
     canvas: Float32[np.ndarray, "height width"],
     polygon: Polygon,
-    grown: NDArray[Any],
+    grown: NDArray[np.int32],
     reach: float,
-    distance: Distance,
+    measure: Callable[[Polygon, int, int, int, int], NDArray[Any]],
 ) -> None:
     """Raise the canvas to 1 - distance / reach in the grown polygon's box (its part inside the image)."""
     height, width = canvas.shape
-    left, top = np.trunc(grown.min(0)).astype(int)
-    right, bottom = np.trunc(grown.max(0)).astype(int)
+    (left, top), (right, bottom) = grown.min(0).tolist(), grown.max(0).tolist()
     x0, x1, y0, y1 = max(left, 0), min(right, width - 1), max(top, 0), min(bottom, height - 1)
     if x0 > x1 or y0 > y1:
         return
-    grid = (np.arange(x0, x1 + 1.0), np.arange(y0, y1 + 1.0))
-    found = _DISTANCES[distance](polygon, *grid)
-    found /= -reach
+    found = measure(polygon, x0, x1 + 1, y0, y1 + 1)
+    found *= -1 / reach
     found += 1
-    np.maximum(found, 0, out=found)
     box = canvas[y0 : y1 + 1, x0 : x1 + 1]
-    np.maximum(box, found, out=box)
+    np.maximum(box, found, out=box)  # the canvas is never negative, so this clips too
 
 
-def _edges(polygon: Polygon) -> zip[tuple[Any, Any]]:
-    return zip(polygon, np.roll(polygon, -1, 0), strict=True)
+_CHUNK = 1 << 18  # entries of an array that is made at once
 
 
-def _official_distance(polygon: Polygon, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+def _chunks(polygon: Polygon, x0: int, x1: int, y0: int, y1: int) -> Iterator[tuple[Any, ...]]:
+    """Edges by the few: start, step, and the pixels' columns and rows from the start."""
+    ends = np.concatenate([polygon[1:], polygon[:1]])
+    columns, rows = np.arange(x0, x1, dtype=np.float64), np.arange(y0, y1, dtype=np.float64)
+    count = max(1, _CHUNK // (len(columns) * len(rows)))
+    for first in range(0, len(polygon), count):
+        start, end = polygon[first : first + count], ends[first : first + count]
+        yield end - start, columns - start[:, :1], rows - start[:, 1:]
+
+
+def _official_distance(polygon: Polygon, x0: int, x1: int, y0: int, y1: int) -> NDArray[Any]:
     best: NDArray[Any] | None = None
-    for start, end in _edges(polygon):
-        x1, y1, x2, y2 = x - start[0], y - start[1], x - end[0], y - end[1]
-        a = y1[:, None] ** 2 + x1**2
-        b = y2[:, None] ** 2 + x2**2
-        square = float(((end - start) ** 2).sum())
-        dx, dy = end - start
-        nearest = np.minimum(a, b)
-        if square > 0:
-            across = (y1 * dx)[:, None] - x1 * dy
-            across *= across
-            across /= square
-            np.copyto(nearest, across, where=a + b <= square)
-        best = nearest if best is None else np.minimum(best, nearest, out=best)
+    for step, x, y in _chunks(polygon, x0, x1, y0, y1):
+        dx, dy = step[:, :1], step[:, 1:]
+        square = (dx * dx + dy * dy)[..., None]
+        a = (y * y)[:, :, None] + (x * x)[:, None, :]
+        b = ((y - dy) ** 2)[:, :, None] + ((x - dx) ** 2)[:, None, :]
+        across = (y * dx)[:, :, None] - (x * dy)[:, None, :]
+        across *= across
+        across /= np.maximum(square, 1e-300)
+        # Where the ends are seen under less than a right angle, the authors take the nearer end.
+        blunt = a + b <= square
+        nearest = np.minimum(a, b, out=a)
+        np.copyto(nearest, across, where=blunt & (square > 0))
+        found = nearest.min(0)
+        best = found if best is None else np.minimum(best, found, out=best)
     return np.sqrt(cast("NDArray[Any]", best)).astype(np.float32)
 
 
-def _exact_distance(polygon: Polygon, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+def _exact_distance(polygon: Polygon, x0: int, x1: int, y0: int, y1: int) -> NDArray[Any]:
     best: NDArray[Any] | None = None
-    for start, end in _edges(polygon):
-        length = float(np.hypot(*(end - start)))
-        dx, dy = (end - start) / length if length > 0 else (1.0, 0.0)
-        x1, y1 = x - start[0], y - start[1]
-        along = (y1 * dy).astype(np.float32)[:, None] + (x1 * dx).astype(np.float32)
-        across = (y1 * dx).astype(np.float32)[:, None] - (x1 * dy).astype(np.float32)
-        along -= np.clip(along, 0, np.float32(length))
+    for step, x, y in _chunks(polygon, x0, x1, y0, y1):
+        length = np.hypot(step[:, :1], step[:, 1:])
+        unit = np.divide(step, length, out=np.ones_like(step), where=length > 0)
+        dx, dy, half = unit[:, :1], unit[:, 1:], length / 2
+        narrow = np.float32
+        along = (y * dy - half).astype(narrow)[:, :, None] + (x * dx).astype(narrow)[:, None, :]
+        across = (y * dx).astype(narrow)[:, :, None] - (x * dy).astype(narrow)[:, None, :]
+        np.abs(along, out=along)
+        along -= half.astype(narrow)[..., None]
+        np.maximum(along, 0, out=along)  # how far beyond the nearer end
         along *= along
         across *= across
         along += across
-        best = along if best is None else np.minimum(best, along, out=best)
+        found = along.min(0)
+        best = found if best is None else np.minimum(best, found, out=best)
     return np.sqrt(cast("NDArray[Any]", best))
 
 
-def _raster_distance(polygon: Polygon, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
-    # The outline may pass beside the image: it is drawn on a canvas that holds all of it.
-    low = np.floor(np.minimum(polygon.min(0), (x[0], y[0]))).astype(int)
-    high = np.ceil(np.maximum(polygon.max(0), (x[-1], y[-1]))).astype(int)
-    drawn = np.ones((high - low + 1)[::-1], np.uint8)
-    shift = 4
-    points = np.rint((polygon - low) * (1 << shift)).astype(np.int32)
-    cv2.polylines(drawn, [points], True, 0, shift=shift)
-    found = cv2.distanceTransform(drawn, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    rows, columns = int(y[0]) - low[1], int(x[0]) - low[0]
-    return found[rows : rows + len(y), columns : columns + len(x)]
+def _raster_distance(polygon: Polygon, x0: int, x1: int, y0: int, y1: int) -> NDArray[Any]:
+    # The outline may pass beside the box: it is drawn on a canvas that holds all of it.
+    (left, top), (right, bottom) = polygon.min(0).tolist(), polygon.max(0).tolist()
+    left, top = min(math.floor(left), x0), min(math.floor(top), y0)
+    right, bottom = max(math.ceil(right), x1), max(math.ceil(bottom), y1)
+    drawn = np.ones((bottom - top + 1, right - left + 1), np.uint8)
+    points = np.rint((polygon - (left, top)) * (1 << _SHIFT)).astype(np.int32)
+    cv2.polylines(drawn, [points], True, 0, shift=_SHIFT)
+    found = cv2.distanceTransform(drawn, cv2.DIST_L2, cv2.DIST_MASK_5)
+    return found[y0 - top : y1 - top, x0 - left : x1 - left]
 
 
+_SHIFT = 4  # the outline is drawn at 1/16 pixel
 _DISTANCES = {"official": _official_distance, "exact": _exact_distance, "raster": _raster_distance}
 
 

@@ -37,7 +37,7 @@ class Trainer:
         net: trained in place; it needs its threshold head.
         train: a data set of :mod:`dbnet_asf.datasets`, or anything indexable that gives ``(image, polygons,
             ignore, name)``.
-        test: one to validate on after each epoch (the score is the harmonic mean of the IoU protocol), or None.
+        test: one to validate on after each epoch (by the harmonic mean of the IoU protocol), or None.
         config: :class:`TrainConfig`; its defaults are the authors'.
         device: ``"auto"`` or ``"cpu"``.
         **settings: fields of :class:`TrainConfig` to change, such as ``epochs=100, batch_size=8, crop=640``.

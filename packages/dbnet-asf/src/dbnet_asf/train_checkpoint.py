@@ -1,8 +1,9 @@
 """Train the shipped checkpoint from rendered scenes, on one CPU core or a GPU.
 
-``python -m dbnet_asf.train_checkpoint render CACHE`` renders scenes and their labels into a cache (any number
-of processes may do so, each its own part), ``... train CACHE OUT`` learns from what is there and may be stopped
-and resumed, ``... export OUT DIRECTORY`` writes the averaged weights in half precision.
+``python -m dbnet_asf.train_checkpoint render CACHE`` renders scenes and their labels into a cache (any
+number of processes may do so, each its own part), ``... negatives CACHE`` adds pictures without text, ``...
+train CACHE OUT`` learns from what is there and may be stopped and resumed, ``... export OUT DIRECTORY``
+writes the averaged weights in half precision.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ CONFIG = DBConfig(
 )
 LABELS = LabelConfig(distance="exact", precise=True, pieces="all", min_text_size=5.0)
 SIDE, CROP, SHARD = 384, 256, 100
+NEGATIVES = 0.25  # share of crops without text, beside the quarter of the scenes that hold none
 LR, WEIGHT_DECAY, EMA, WARMUP, COOLDOWN = 2.5e-3, 1e-4, 0.998, 200, 0.35
 
 
@@ -62,18 +64,113 @@ def render_shards(cache: Path, first: int, last: int, seed: int) -> None:
             np.save(file, rows)
 
 
+def render_negatives(cache: Path, first: int, last: int, seed: int) -> None:
+    """Render shards of pictures without text: stars, blobs, fur, leaves, windows, fences."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for shard in range(first, last):
+        target = cache / f"n{shard:04d}.npy"
+        if target.exists():
+            continue
+        rows = np.full((SHARD, SIDE, SIDE, 5), (0, 0, 0, 2, 77), np.uint8)  # mask 1, threshold 0.3
+        for row in range(SHARD):
+            rows[row, :, :, :3] = negative(rng(seed, "negative", shard * SHARD + row), SIDE)
+        with atomic_write(target) as file:
+            np.save(file, rows)
+
+
+def negative(random: np.random.Generator, side: int) -> NDArray[np.uint8]:
+    """A picture of none but what photographs are full of and what is no text."""
+    gray = _octaves(random, side) * random.uniform(10, 60) + random.uniform(5, 180)
+    kind = random.integers(6)
+    if kind == 0:  # stars and galaxies
+        gray = gray * random.uniform(0.05, 0.5)
+        for _ in range(int(random.integers(20, 500))):
+            _blob(random, gray, random.uniform(40, 255), float(random.uniform(0.5, 1.5) ** 4))
+    elif kind == 1:  # blobs, dark or bright
+        for _ in range(int(random.integers(5, 120))):
+            _blob(random, gray, random.uniform(-120, 120), float(random.uniform(1, 14)))
+    elif kind == 2:  # fur, grass, ripples: noise smeared along a direction
+        turn, length = random.uniform(0, np.pi), int(random.integers(5, 40))
+        kernel = np.zeros((2 * length + 1,) * 2, np.float32)
+        step = (length * np.cos(turn), length * np.sin(turn))
+        ends = [
+            (int(length - step[0]), int(length - step[1])),
+            (int(length + step[0]), int(length + step[1])),
+        ]
+        cv2.line(kernel, ends[0], ends[1], 1.0)
+        grain = random.standard_normal((side, side)).astype(np.float32)
+        gray = gray + cv2.filter2D(grain, -1, kernel / np.sqrt(kernel.sum())) * random.uniform(10, 60)
+    elif kind == 3:  # leaves and rubble: octaves cut at levels
+        cut = np.tanh(_octaves(random, side, 5) * random.uniform(2, 20))
+        gray = gray + cut * random.uniform(20, 80)
+    else:  # windows, tiles, fences: rows of rectangles with frames, roofs and shadows
+        gray = _facade(random, gray)
+    tint = random.uniform(0.7, 1.1, 3) * (
+        1 + 0.1 * _octaves(random, side)[..., None] * random.standard_normal(3)
+    )
+    picture = gray[..., None] * tint + random.normal(0, random.uniform(0, 8), (side, side, 3))
+    sigma = random.uniform(0, 1.2)
+    picture = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), sigma) if sigma > 0.3 else picture
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def _octaves(random: np.random.Generator, side: int, count: int = 4) -> NDArray[np.float32]:
+    total = np.zeros((side, side), np.float32)
+    start = int(random.integers(2, 24))
+    for octave in range(count):
+        cells = min(start << octave, side)
+        grid = random.standard_normal((cells, cells)).astype(np.float32)
+        total += cv2.resize(grid, (side, side), interpolation=cv2.INTER_CUBIC) / (1.6**octave)
+    return total
+
+
+def _blob(random: np.random.Generator, gray: NDArray[Any], level: float, size: float) -> None:
+    x, y = random.uniform(0, gray.shape[1]), random.uniform(0, gray.shape[0])
+    stretch, turn = random.uniform(0.3, 1), random.uniform(0, np.pi)
+    reach = int(3 * size + 2)
+    left, top = max(int(x) - reach, 0), max(int(y) - reach, 0)
+    part = gray[top : int(y) + reach, left : int(x) + reach]
+    if not part.size:
+        return
+    v, u = np.mgrid[top : top + part.shape[0], left : left + part.shape[1]]
+    a = (u - x) * np.cos(turn) + (v - y) * np.sin(turn)
+    b = ((v - y) * np.cos(turn) - (u - x) * np.sin(turn)) / stretch
+    part += level * np.exp(-(a * a + b * b) / (2 * size * size))
+
+
+def _facade(random: np.random.Generator, gray: NDArray[Any]) -> NDArray[np.float32]:
+    side = len(gray)
+    gray = np.ascontiguousarray(gray, np.float32)
+    for _ in range(int(random.integers(1, 5))):
+        x0, y0 = random.integers(-20, side, 2)
+        w, h = random.integers(3, 40), random.integers(4, 60)
+        gap_x, gap_y = random.uniform(1.1, 2.5), random.uniform(1.1, 2.5)
+        level, frame = random.uniform(0, 255), random.uniform(0, 255)
+        for row in range(int(random.integers(1, 8))):
+            for column in range(int(random.integers(2, 24))):
+                x, y = int(x0 + column * w * gap_x), int(y0 + row * h * gap_y)
+                corners = (x, y), (x + int(w), y + int(h))
+                cv2.rectangle(gray, *corners, float(level + random.normal(0, 15)), -1)
+                cv2.rectangle(gray, *corners, float(frame), int(random.integers(1, 3)))
+    turn = cv2.getRotationMatrix2D((side / 2, side / 2), float(random.normal(0, 10)), 1.0)
+    return cv2.warpAffine(gray, turn, (side, side), borderMode=cv2.BORDER_REFLECT)
+
+
 class Scenes:
     """Random crops of the scenes that the cache holds at the moment."""
 
     def __init__(self, cache: Path, seed: int) -> None:
         self.cache, self.seed = cache, seed
         self.shards: list[NDArray[Any]] = []
+        self.negatives: list[NDArray[Any]] = []
         self.look()
 
     def look(self) -> None:
         """Open the shards that have been rendered since."""
         paths = sorted(self.cache.glob("[0-9]*.npy"))
         self.shards += [np.load(path, mmap_mode="r") for path in paths[len(self.shards) :]]
+        paths = sorted(self.cache.glob("n*.npy"))
+        self.negatives += [np.load(path, mmap_mode="r") for path in paths[len(self.negatives) :]]
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Targets]:
         """The batch of a step."""
@@ -91,7 +188,8 @@ class Scenes:
         return x, Targets((bits & 1) > 0, (bits & 2) > 0, thresh, (bits & 4) > 0)
 
     def _crop(self, random: np.random.Generator) -> NDArray[Any]:
-        shard = self.shards[int(random.integers(len(self.shards)))]
+        source = self.negatives if self.negatives and random.random() < NEGATIVES else self.shards
+        shard = source[int(random.integers(len(source)))]
         scene = shard[int(random.integers(len(shard)))]
         side = int(random.integers(192, SIDE + 1)) if random.random() < 0.6 else CROP
         top, left = random.integers(0, SIDE - side + 1, 2)
@@ -111,8 +209,8 @@ class Scenes:
 def fresh() -> DBNet:
     """A network that starts small where the authors' start is large.
 
-    Their first logits have a deviation of 3 and their gates' of 30, made for pretrained features and SGD; from
-    scratch Adam gets rid of the noise by shutting the gates for good.
+    Their first logits have a deviation of 3 and their gates' of 30, made for pretrained features and SGD;
+    from scratch Adam gets rid of the noise by shutting the gates for good.
     """
     net = DBNet(CONFIG)
     for part in net.neck.modules():
@@ -250,11 +348,12 @@ def main(arguments: list[str] | None = None) -> None:
     """The three commands."""
     parser = argparse.ArgumentParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    rendering = verbs.add_parser("render")
-    rendering.add_argument("cache", type=Path)
-    rendering.add_argument("--first", type=int, default=0)
-    rendering.add_argument("--last", type=int, default=80)
-    rendering.add_argument("--seed", type=int, default=0)
+    for name, count in (("render", 80), ("negatives", 20)):
+        rendering = verbs.add_parser(name)
+        rendering.add_argument("cache", type=Path)
+        rendering.add_argument("--first", type=int, default=0)
+        rendering.add_argument("--last", type=int, default=count)
+        rendering.add_argument("--seed", type=int, default=0)
     training = verbs.add_parser("train")
     training.add_argument("cache", type=Path)
     training.add_argument("out", type=Path)
@@ -269,7 +368,8 @@ def main(arguments: list[str] | None = None) -> None:
     exporting.add_argument("directory", type=Path)
     options = vars(parser.parse_args(arguments))
     verb = options.pop("verb")
-    {"render": render_shards, "train": train, "export": export}[verb](**options)
+    jobs = {"render": render_shards, "negatives": render_negatives, "train": train, "export": export}
+    jobs[verb](**options)
 
 
 if __name__ == "__main__":
