@@ -1,0 +1,1 @@
+"""The network: backbone, neck with adaptive scale fusion, heads, and their assembly."""
