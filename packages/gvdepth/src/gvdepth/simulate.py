@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_core.errors import check_range
+from gvdepth.errors import CameraError
 
 Array = NDArray[np.float64]
 
@@ -45,7 +46,7 @@ class Rig(Protocol):
     @property
     def height(self) -> int: ...
     @property
-    def camera_height(self) -> float: ...
+    def camera_height(self) -> float | None: ...
     @property
     def pitch_deg(self) -> float: ...
     @property
@@ -165,6 +166,12 @@ def make_scene(seed: int = 0, index: int = 0, *, size: float = 1.0) -> Scene:
     return Scene(boxes, colors, kinds, seed, index)
 
 
+def _above(camera: Rig) -> float:
+    if camera.camera_height is None:
+        raise CameraError("camera_height is not known, and a street cannot be seen without it; give it in metres")
+    return camera.camera_height
+
+
 def rotation(camera: Rig) -> Array:
     """(3, 3), world from camera axes; its second row is the unit vector to the ground in camera axes."""
     cp, sp = np.cos(np.deg2rad(camera.pitch_deg)), np.sin(np.deg2rad(camera.pitch_deg))
@@ -191,8 +198,9 @@ def _trace(scene: Scene, camera: Rig, scale: int) -> _Pixels:
     turn = rotation(camera)
     grid = turn[:, :1, None] * u + (turn[:, 1:2, None] * v[:, None]) + turn[:, 2:, None]
     rays = grid.reshape(3, -1)
+    up = _above(camera)
     with np.errstate(divide="ignore"):
-        depth = np.where(rays[1] > 0, camera.camera_height / np.where(rays[1] > 0, rays[1], 1.0), np.inf)
+        depth = np.where(rays[1] > 0, up / np.where(rays[1] > 0, rays[1], 1.0), np.inf)
     box = np.full(rays.shape[1], -1)
     face = np.ones(rays.shape[1], np.int64)
     found = _Pixels(rays, depth, box, face)
@@ -201,7 +209,7 @@ def _trace(scene: Scene, camera: Rig, scale: int) -> _Pixels:
     groups = np.cumsum(area) // _PAIRS
     for group in np.unique(groups):  # one group, unless the image is large
         here = groups == group
-        _hit(found, scene.boxes, chosen[here], rectangles[here], columns, camera.camera_height)
+        _hit(found, scene.boxes, chosen[here], rectangles[here], columns, up)
     return found
 
 
@@ -211,7 +219,7 @@ def _rectangles(
     """The boxes in view, nearest last, and the pixels each may cover: row, column, height, width."""
     corners = np.stack(
         [boxes[:, [i, 2 + j, 4 + k]] for i in (0, 1) for j in (0, 1) for k in (0, 1)], axis=1
-    ) + np.array([0.0, camera.camera_height, 0.0])
+    ) + np.array([0.0, _above(camera), 0.0])
     seen = corners @ turn  # camera axes: the transpose of `turn` from the left
     z = seen[..., 2]
     front = z.max(axis=1) > _BEHIND
@@ -314,7 +322,7 @@ def _color(scene: Scene, camera: Rig, pixels: _Pixels) -> Array:
     color[ground] = _ground_color(np.clip(x, -1e5, 1e5), np.clip(z, -1e5, 1e5), salt)
     solid = np.flatnonzero(pixels.box >= 0)
     place = rays[:, solid] * pixels.depth[solid]
-    above = camera.camera_height - place[1]
+    above = _above(camera) - place[1]
     cells = np.floor(place / 0.5 + 0.123).sum(0)
     shade = _SHADES[pixels.face[solid]] * np.where(np.mod(cells, 2) == 0, 1.0, 0.8)
     color[solid] = scene.colors[pixels.box[solid]] * (shade * np.where(above < 0.25, 0.3, 1.0))[:, None]
@@ -332,6 +340,7 @@ def render(scene: Scene, camera: Rig, *, supersample: int = 1, noise: float = 0.
 
     Raises:
         ConfigError: ``supersample`` or ``noise`` out of range.
+        CameraError: the camera's height is not known.
 
     Example:
         >>> from gvdepth import Camera
