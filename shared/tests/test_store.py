@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion_core.errors import InputError, StoreError
-from fusion_core.store import ShardStore
+from fusion_core.store import Manifest, ShardStore, parse_shard, take_shard
 
 PRINT = {"teacher": {"name": "vit", "sha": "abc"}, "seed": 0, "sizes": (1, 2)}
 SCHEMA = {"logits": ("float16", (3,)), "label": ("int64", ())}
@@ -240,7 +240,7 @@ def test_stop_between_any_two_steps_is_resumed(tmp_path, monkeypatch, name, stop
 
 KILLED = """
 import sys, numpy as np
-from fusion_core.store import ShardStore
+from fusion_core.store import Manifest, ShardStore, parse_shard, take_shard
 store = ShardStore.create(sys.argv[1], {}, {"x": ("int64", (100,))})
 for i in range(10**6):
     store.append({"x": np.full((2, 100), i)}, (2 * i, 2 * i + 2))
@@ -292,3 +292,48 @@ def test_damaged_stores(tmp_path):
         manifest.write_text(text.replace(old, new, 1))
         with pytest.raises(StoreError, match=words):
             ShardStore.open(tmp_path)
+
+
+def test_manifest_survives_a_kill_in_the_middle_of_a_line(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    manifest = Manifest(path)
+    manifest.add("a", seconds=1.5)
+    manifest.add("b", error="broken")
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        read = Manifest(path)
+        assert ("a" in read) == (cut > whole.index(b"\n"))
+        read.add("c")
+        assert "c" in Manifest(path)
+        assert set(Manifest(path).entries) <= {"a", "b", "c"}
+    path.write_bytes(whole)
+    read = Manifest(path)
+    assert read.done == {"a"}
+    assert read.failures() == {"b": "broken"}
+    read.add("b", seconds=2)
+    assert (Manifest(path).done, Manifest(path).failures()) == ({"a", "b"}, {})
+    assert dict(Manifest(path))["a"] == {"seconds": 1.5}
+
+
+def test_manifest_refuses_what_it_cannot_say_or_read(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    with pytest.raises(InputError, match="JSON"):
+        Manifest(path).add("a", value=object())
+    assert not path.exists()
+    path.write_text('{"key": "a"}\n[1]\n{"key": "b"}\n')
+    with pytest.raises(StoreError, match="line 2"):
+        Manifest(path)
+
+
+@given(st.lists(st.text(max_size=5), unique=True), st.integers(1, 5))
+def test_shards_cover_the_work_once(items, n):
+    parts = [take_shard(items, f"{i}/{n}") for i in range(n)]
+    assert sorted(x for part in parts for x in part) == sorted(items)
+    assert take_shard(items, None) == sorted(items)
+
+
+@pytest.mark.parametrize("shard", ["", "1", "2/2", "-1/2", "a/b", "0/0", "1/2/3"])
+def test_bad_shards_are_named(shard):
+    with pytest.raises(InputError, match=f"shard is {shard!r}"):
+        parse_shard(shard)

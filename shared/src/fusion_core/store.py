@@ -1,12 +1,13 @@
-"""Stores of arrays on disk: written shard by shard, resumed after a kill, read by the row."""
+"""Results on disk that survive a kill: stores of arrays, lists of what was done, and shares of the work."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -296,3 +297,110 @@ class ShardStore:
             for name, array in self._map(self._shards[number]).items():
                 out[name][here] = array[local]
         return out
+
+
+class Manifest:
+    """An append-only list of what a run has done, one JSON line for each key, which a kill cannot break.
+
+    A last line that was cut off is dropped when the file is opened again; of several lines with one key the
+    last counts. A key with an ``error`` among its facts counts as failed and not as done, so that a resumed
+    run tries it again.
+
+    Args:
+        path: the file, made on the first :meth:`add`; its directory must be there.
+
+    Raises:
+        StoreError: a line before the last is no JSON object with a ``key``.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     manifest = Manifest(f"{folder}/manifest.jsonl")
+        ...     manifest.add("a.png", seconds=0.5)
+        ...     manifest.add("b.png", error="cut off")
+        ...     "a.png" in Manifest(manifest.path), "b.png" in manifest, manifest.failures()
+        (True, False, {'b.png': 'cut off'})
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        self.path = Path(path)
+        self.entries: dict[str, dict[str, Any]] = {}
+        text = self.path.read_bytes() if self.path.exists() else b""
+        whole, _, cut = text.rpartition(b"\n")
+        for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
+            try:
+                entry = json.loads(line)
+                self.entries[entry.pop("key")] = entry
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise StoreError(f"{path}, line {number}: no JSON object with a key") from error
+        if cut:
+            with self.path.open("r+b") as file:
+                file.truncate(len(text) - len(cut))
+
+    def add(self, key: str, **facts: Any) -> None:
+        """Note that a key is done, or failed where ``error`` is among the facts; on disk when it returns.
+
+        Raises:
+            InputError: facts that JSON cannot say.
+        """
+        facts = _plain("facts", facts)
+        line = json.dumps({"key": key, **facts}).encode() + b"\n"
+        with self.path.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries[key] = facts
+
+    @property
+    def done(self) -> frozenset[str]:
+        """The keys that are done."""
+        return frozenset(key for key, facts in self.entries.items() if "error" not in facts)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.entries and "error" not in self.entries[key]  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        return iter(self.entries.items())
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def failures(self) -> dict[str, str]:
+        """The keys that failed, with their errors."""
+        return {key: str(facts["error"]) for key, facts in self.entries.items() if "error" in facts}
+
+
+Item = TypeVar("Item")
+
+
+def parse_shard(shard: str | None) -> tuple[int, int]:
+    """The two numbers of ``"i/n"``: share ``i`` of ``n``, counted from 0; None is the whole, ``(0, 1)``.
+
+    Raises:
+        InputError: no such pair, or not 0 <= i < n.
+
+    Example:
+        >>> parse_shard("1/4")
+        (1, 4)
+    """
+    if shard is None:
+        return 0, 1
+    left, slash, right = shard.partition("/")
+    if not (slash and left.isdecimal() and right.isdecimal() and int(left) < int(right)):
+        raise InputError(f"shard is {shard!r}, wanted i/n with 0 <= i < n, such as 0/4")
+    return int(left), int(right)
+
+
+def take_shard(items: Sequence[Item], shard: str | None) -> list[Item]:
+    """The share of the work that ``shard`` names: every n-th of the sorted items, from the i-th on.
+
+    Args:
+        items: things that can be sorted, such as paths.
+        shard: ``"i/n"``; None takes all.
+
+    Example:
+        >>> take_shard(["c", "a", "b"], "0/2")
+        ['a', 'c']
+    """
+    i, n = parse_shard(shard)
+    return sorted(items)[i::n]  # type: ignore[type-var]

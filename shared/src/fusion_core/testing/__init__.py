@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from fusion_core.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from fusion_core.testing import detfill, strategies
+    from fusion_core.testing import detfill, strategies, tiny
     from fusion_core.testing.detfill import array, fill_state_dict, parameter
     from fusion_core.testing.plugin import Golden
-    from fusion_core.testing.processes import heed_ctrl_c, kill_when, run_cli
+    from fusion_core.testing.processes import heed_ctrl_c, kill_when, run_cli, spawn
 
 __all__ = [
     "Golden",
@@ -19,7 +19,9 @@ __all__ = [
     "kill_when",
     "parameter",
     "run_cli",
+    "spawn",
     "strategies",
+    "tiny",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -33,6 +35,8 @@ __getattr__, __dir__ = lazy_exports(
         "kill_when": "processes",
         "parameter": "detfill",
         "run_cli": "processes",
+        "spawn": "processes",
         "strategies": "strategies",
+        "tiny": "tiny",
     },
 )

@@ -1,4 +1,4 @@
-"""Command lines run inside the test process, and processes killed at a chosen moment."""
+"""Command lines run inside the test process, processes killed at a chosen moment, and groups of processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import glob
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -98,3 +101,84 @@ def kill_when(
         process.kill()
         process.wait()
     return process.returncode
+
+
+def spawn(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: float = 60.0) -> list[Any]:
+    """Run a function in several processes that form one ``torch.distributed`` group (gloo, on the CPU).
+
+    The environment is that of ``torchrun``, so accelerate finds the group too.
+
+    Args:
+        fn: a function at the top of a module; called as ``fn(rank, *args)`` with the group set up.
+        world_size: number of processes.
+        *args: what pickle can carry.
+        timeout: seconds until all are killed.
+
+    Returns:
+        Each rank's value, in the order of ranks.
+
+    Raises:
+        RuntimeError: a process failed; its traceback is the message.
+        TimeoutError: not done in time.
+    """
+    import torch
+    import torch.multiprocessing as multiprocessing
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("spawn")
+        job = (fn, world_size, port, folder, args)
+        processes: list[Any] = [
+            context.Process(target=_member, args=(rank, *job), daemon=True) for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + timeout
+        try:
+            while any(process.is_alive() for process in processes):
+                failed = sorted(Path(folder).glob("*.error"))
+                if failed:
+                    raise RuntimeError(failed[0].read_text(encoding="utf-8"))
+                if time.monotonic() > end:
+                    raise TimeoutError(f"{world_size} processes were not done within {timeout:g} s")
+                time.sleep(0.02)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        values: list[Any] = []
+        for rank, process in enumerate(processes):
+            error, value = (Path(folder) / f"{rank}.{what}" for what in ("error", "value"))
+            if error.exists() or not value.exists():
+                told = (
+                    error.read_text(encoding="utf-8") if error.exists() else f"exit code {process.exitcode}"
+                )
+                raise RuntimeError(f"rank {rank}: {told}")
+            values.append(torch.load(value, weights_only=False))  # written by the processes above
+        return values
+
+
+def _member(
+    rank: int, fn: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as distributed
+
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in group.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"})
+    torch.set_num_threads(1)
+    try:
+        distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+        value = fn(rank, *args)
+        distributed.barrier()
+        torch.save(value, Path(folder) / f"{rank}.value")
+        distributed.destroy_process_group()
+    except BaseException:
+        temporary = Path(folder) / f"{rank}.failed"
+        temporary.write_text(traceback.format_exc(), encoding="utf-8")
+        temporary.rename(Path(folder) / f"{rank}.error")
+        raise
