@@ -1,7 +1,7 @@
 """GVDepth: metric depth from one camera on a ground vehicle, by probabilistic fusion of two cues.
 
-Names load their module on first use, so ``import gvdepth`` costs little more than PyTorch; the geometry needs no
-weights.
+Names load their module on first use, so ``import gvdepth`` costs little more than PyTorch; the geometry
+needs no weights.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,8 @@
 """The camera: intrinsics, height above the road and attitude, and how they change with the image.
 
-Pixel centres are at integers; camera axes are x right, y down, z forward; depth is the z coordinate in metres.
-**Pitch > 0 means that the optical axis points ABOVE the horizon** (many rigs use the opposite sign, see
-``pitch_sign="down"`` of the importers); roll > 0 means that the right side of the camera dips.
+Pixel centres are at integers; camera axes are x right, y down, z forward; depth is the z coordinate in
+metres. **Pitch > 0 means that the optical axis points ABOVE the horizon** (many rigs use the opposite sign,
+see ``pitch_sign="down"`` of the importers); roll > 0 means that the right side of the camera dips.
 """
 
 from __future__ import annotations
@@ -118,13 +118,25 @@ class Camera:
                     "decimals if they are degrees)"
                 )
 
-    def _derived(self, **changes: Any) -> Camera:
-        # Computed numbers may look like radians; only what a person wrote is suspected.
-        made = object.__new__(Camera)
-        for field in dataclasses.fields(self):
-            object.__setattr__(made, field.name, changes.get(field.name, getattr(self, field.name)))
+    @classmethod
+    def exact(cls, **numbers: Any) -> Camera:
+        """A camera of numbers that were computed or stored, whose units are not suspected.
+
+        Raises:
+            CameraError: as the constructor.
+        """
+        made = object.__new__(cls)
+        for field in dataclasses.fields(cls):
+            if field.name not in numbers and field.default is dataclasses.MISSING:
+                raise CameraError(f"{field.name} is missing")
+            object.__setattr__(made, field.name, numbers.get(field.name, field.default))
         made._check()
         return made
+
+    def computed(self, **changes: Any) -> Camera:
+        """A copy with computed numbers, whose units are not suspected (see :meth:`replace`)."""
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Camera.exact(**(kept | changes))
 
     # What follows from the numbers
 
@@ -211,7 +223,7 @@ class Camera:
         fx, fy, cx, cy, camera_height, pitch, roll = numbers.detach().double().cpu().tolist()
         plain = cls(fx=fx, fy=fy, cx=cx, cy=cy, height=size[0], width=size[1])
         angles = {"pitch_deg": math.degrees(pitch), "roll_deg": math.degrees(roll)}
-        return plain._derived(camera_height=camera_height, **angles)
+        return plain.computed(camera_height=camera_height, **angles)
 
     # What happens to the image happens to the camera; height and attitude stay (section 2.7)
 
@@ -221,12 +233,12 @@ class Camera:
         Raises:
             CameraError: the rectangle is empty or too far outside.
         """
-        return self._derived(cx=self.cx - x0, cy=self.cy - y0, width=width, height=height)
+        return self.computed(cx=self.cx - x0, cy=self.cy - y0, width=width, height=height)
 
     def resize(self, width: int, height: int) -> Camera:
-        """The camera of the image resized to ``width`` x ``height``: ``f *= s``, ``c = (c + 1/2) s - 1/2``."""
+        """The camera of the resized image: ``f *= s``, ``c = (c + 1/2) s - 1/2``."""
         sx, sy = width / self.width, height / self.height
-        return self._derived(
+        return self.computed(
             fx=self.fx * sx,
             fy=self.fy * sy,
             cx=(self.cx + 0.5) * sx - 0.5,
@@ -237,7 +249,7 @@ class Camera:
 
     def flip(self) -> Camera:
         """The camera of the image mirrored left to right: ``cx = width - 1 - cx``, roll negated."""
-        return self._derived(cx=self.width - 1 - self.cx, roll_deg=-self.roll_deg)
+        return self.computed(cx=self.width - 1 - self.cx, roll_deg=-self.roll_deg)
 
     def rotate(self, pitch_deg: float = 0.0, roll_deg: float = 0.0) -> Camera:
         """The camera turned in place by so many degrees; :func:`rotation_homography` gives the pixels' map.
@@ -245,7 +257,7 @@ class Camera:
         Raises:
             CameraError: the new angles are out of range.
         """
-        return self._derived(pitch_deg=self.pitch_deg + pitch_deg, roll_deg=self.roll_deg + roll_deg)
+        return self.computed(pitch_deg=self.pitch_deg + pitch_deg, roll_deg=self.roll_deg + roll_deg)
 
     def for_image(self, height: int, width: int) -> Camera:
         """The camera for an image of this size: itself, or resized where the aspect agrees within 1 %.
@@ -283,7 +295,7 @@ class Camera:
         from gvdepth.cameras import preset
 
         found = preset(name)
-        return self._derived(
+        return self.computed(
             camera_height=found.camera_height, pitch_deg=found.pitch_deg, roll_deg=found.roll_deg
         )
 

@@ -1,7 +1,7 @@
 """The two canonical transforms: of the row of the ground projection (VCT) and of the focal length (FCT).
 
-Rows are counted from the bottom, as in the paper: ``y = H - v``. ``depth = fy h / (n_y (y_horizon - y))`` with
-``n_y = cos p cos r`` and the horizon of the pixel's column (section 2.2, Eq. 3 and 10).
+Rows are counted from the bottom, as in the paper: ``y = H - v``. ``depth = fy h / (n_y (y_horizon - y))``
+with ``n_y = cos p cos r`` and the horizon of the pixel's column (section 2.2, Eq. 3 and 10).
 """
 
 from __future__ import annotations

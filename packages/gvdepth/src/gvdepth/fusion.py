@@ -26,8 +26,8 @@ class Fused:
         weight_focal: share of the focal cue, in [0, 1].
         uncertainty: of the rule itself, metres.
         disagreement: ``|depth_focal - depth_vertical|``, metres.
-        total: mean of the cues' uncertainties plus ``2 w (1 - w) disagreement``, metres; it grows where the cues
-            contradict each other.
+        total: mean of the cues' uncertainties plus ``2 w (1 - w) disagreement``, metres; it grows where the
+            cues contradict each other.
     """
 
     depth: Float[Tensor, "..."]
@@ -84,8 +84,9 @@ def fuse(
         depth_vertical: D_Y, metres.
         log_uncertainty_focal: s_F; the uncertainty exp(s_F) is the scale of a Laplace density, metres.
         log_uncertainty_vertical: s_Y.
-        fusion: ``"scale"`` (the paper's weights 1/uncertainty), ``"variance"`` (1/uncertainty^2, least variance),
-            ``"mean"``, ``"select"`` (the surer cue; the mean of equals), ``"focal"``, ``"vertical"``.
+        fusion: ``"scale"`` (the paper's weights 1/uncertainty), ``"variance"`` (1/uncertainty^2, least
+            variance), ``"mean"``, ``"select"`` (the surer cue; the mean of equals), ``"focal"``,
+            ``"vertical"``.
 
     Returns:
         Depth, weight and uncertainties, in float32 or wider.

@@ -1,8 +1,8 @@
 """The road as every camera sees it: ground depth, horizon, height above the road (sections 2.1 and 2.2).
 
-With the unit vector to the ground ``n`` and the ray ``r(u, v) = ((u - cx)/fx, (v - cy)/fy, 1)`` a pixel sees the
-road at the depth ``h / (n . r)``. ``n . r`` is a row vector plus, with roll, a column vector: no matrix product
-and no grid of coordinates is ever formed. Products of camera numbers are formed in double precision.
+With the unit vector to the ground ``n`` and the ray ``r(u, v) = ((u - cx)/fx, (v - cy)/fy, 1)`` a pixel sees
+the road at the depth ``h / (n . r)``. ``n . r`` is a row vector plus, with roll, a column vector: no matrix
+product and no grid of coordinates is ever formed. Products of camera numbers are formed in double precision.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _EMBEDDING_SCALE = 8.0
 
 
 def camera_numbers(camera: CameraLike, like: Tensor | None = None) -> Float[Tensor, "... 7"]:
-    """The numbers ``(fx, fy, cx, cy, camera_height, pitch, roll)`` in double precision (single where a device has none).
+    """The numbers ``(fx, fy, cx, cy, camera_height, pitch, roll)``, in double precision where there is one.
 
     Args:
         camera: a camera, several of them, or a tensor (..., 7) with angles in radians.
@@ -72,7 +72,7 @@ def _dtype(like: Tensor) -> torch.dtype:
 
 
 def pixel_centers(count: int, stride: int = 1, device: Any = None) -> Float[Tensor, " count"]:
-    """Full-resolution positions of the cells of a map that is ``stride`` times coarser: ``stride j + (stride - 1)/2``.
+    """Full-resolution positions of the cells of a coarser map: ``stride j + (stride - 1)/2``.
 
     Example:
         >>> pixel_centers(3, stride=2).tolist()
@@ -257,7 +257,8 @@ def horizon(camera: CameraLike, columns: Float[Tensor, " w"] | None = None) -> F
             but a factor.
 
     Returns:
-        Rows in pixels, (...) or (..., w), in double precision: ``cy + fy tan p / cos r - fy tan r (u - cx)/fx``.
+        Rows in pixels, (...) or (..., w), in double precision: ``cy + fy tan p / cos r - fy tan r (u -
+        cx)/fx``.
 
     Example:
         >>> camera = Camera(fx=50, fy=50, cx=20, cy=10, width=40, height=24, camera_height=1.5, pitch_deg=-45)
@@ -303,7 +304,7 @@ def ground_embedding(
     roll: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "batch 2 h w"]:
-    """What the network is told of the camera: inverse ground depth and the ray's angle to the road (section 2.6).
+    """What the network is told of the camera: inverse ground depth and angle to the road (section 2.6).
 
     Args:
         camera: a tensor (batch, 7), or cameras.

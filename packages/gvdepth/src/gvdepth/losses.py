@@ -66,13 +66,13 @@ class _SumOverRanks(torch.autograd.Function):
     """Sum over ranks; its gradient is scaled so that averaging gradients over ranks gives the pooled one."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
+    def forward(ctx: Any, local: Tensor) -> Tensor:  # noqa: ARG004 - the signature of torch
         total = local.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
         return grads[0] * dist.get_world_size()
 
 
@@ -90,7 +90,8 @@ def pooled_mean(
     Args:
         x: values; those where the mask is False count neither in value nor in gradient.
         mask: True takes part.
-        across_ranks: pool over the ranks of ``torch.distributed``, for gradients that are averaged over ranks.
+        across_ranks: pool over the ranks of ``torch.distributed``, for gradients that are averaged over
+            ranks.
 
     Returns:
         The mean in float32 or wider; 0 (with gradient 0) without pixels.

@@ -20,7 +20,14 @@ from fusion_core.errors import ConfigError
 from gvdepth.camera import Camera
 from gvdepth.canonical import horizon_map
 from gvdepth.errors import GeometryError
-from gvdepth.geometry import CameraLike, aligned, camera_numbers, pixel_centers, unit_normal
+from gvdepth.geometry import (
+    CameraLike,
+    aligned,
+    camera_numbers,
+    horizon,
+    pixel_centers,
+    unit_normal,
+)
 
 __all__ = [
     "VERTICAL",
@@ -30,6 +37,7 @@ __all__ = [
     "VerticalHead",
     "VerticalParam",
     "bounded_depth",
+    "check_ground",
     "focal_canonical",
     "offset_depth",
     "row_depth",
@@ -64,8 +72,8 @@ def soft_bound(
         ``max_depth / (1 + softplus(k (x - 1)) / k)``, metres in (0, max_depth].
 
     Example:
-        >>> soft_bound(torch.tensor([4.0, 1.0, -9.0])).round(decimals=2).tolist()
-        [20.0, 73.62, 80.0]
+        >>> soft_bound(torch.tensor([4.0, 1.0, -9.0]))
+        tensor([20.0000, 73.6212, 80.0000])
     """
     return max_depth / (1.0 + softplus(softness * (x - 1.0)) / softness)
 
@@ -146,9 +154,7 @@ def bounded_depth(
     dtype = torch.promote_types(z.dtype, torch.float32)
     numbers = camera_numbers(camera, z)
     scale = horizon_map(numbers, None, z.ndim)[1]
-    highest = y_max(
-        numbers, image_height, extend=extend, max_depth=max_depth, columns=columns, ndim=z.ndim
-    )
+    highest = y_max(numbers, image_height, extend=extend, max_depth=max_depth, columns=columns, ndim=z.ndim)
     # 1/D is affine in sigmoid(-z); the horizon, where digits would be lost, has cancelled.
     return 1.0 / (1.0 / max_depth + (highest / scale).to(dtype) * (-z.to(dtype)).sigmoid())
 
@@ -163,7 +169,7 @@ def row_depth(
     max_depth: float = 80.0,
     softness: float = 8.0,
 ) -> Float[Tensor, "..."]:
-    """The form with one map from ``z`` to rows for all cameras: ``y = (1 + rho) H sigmoid(z)``, softly bounded.
+    """The form whose map from ``z`` to rows is every camera's: ``y = (1 + rho) H sigmoid(z)``.
 
     Arguments as of :func:`bounded_depth`; ``softness`` as of :func:`soft_bound`.
 
@@ -190,7 +196,7 @@ def offset_depth(
     softness: float = 8.0,
     offset_scale: float = 0.125,
 ) -> Float[Tensor, "... h w"]:
-    """The form relative to the pixel: its ground projection lies ``row_offset(z)`` rows below it, softly bounded.
+    """The form relative to the pixel: ``row_offset(z)`` rows below it lies its ground projection.
 
     Args:
         z: network output, (h, w) of one camera or (batch, ..., h, w).
@@ -221,7 +227,13 @@ class Bounded:
     max_depth: float = 80.0
 
     def __call__(
-        self, z: Tensor, camera: CameraLike, image_height: float | Tensor, *, stride: int = 2, roll: bool = True
+        self,
+        z: Tensor,
+        camera: CameraLike,
+        image_height: float | Tensor,
+        *,
+        stride: int = 2,
+        roll: bool = True,
     ) -> Tensor:
         """Depth, metres, of a map (batch, 1, h, w) whose cells are ``stride`` full-resolution pixels."""
         columns = pixel_centers(z.shape[-1], stride, z.device) if roll else None
@@ -238,7 +250,13 @@ class Row:
     softness: float = 8.0
 
     def __call__(
-        self, z: Tensor, camera: CameraLike, image_height: float | Tensor, *, stride: int = 2, roll: bool = True
+        self,
+        z: Tensor,
+        camera: CameraLike,
+        image_height: float | Tensor,
+        *,
+        stride: int = 2,
+        roll: bool = True,
     ) -> Tensor:
         """Depth, metres, of a map (batch, 1, h, w) whose cells are ``stride`` full-resolution pixels."""
         columns = pixel_centers(z.shape[-1], stride, z.device) if roll else None
@@ -255,7 +273,13 @@ class Offset:
     offset_scale: float = 0.125
 
     def __call__(
-        self, z: Tensor, camera: CameraLike, image_height: float | Tensor, *, stride: int = 2, roll: bool = True
+        self,
+        z: Tensor,
+        camera: CameraLike,
+        image_height: float | Tensor,
+        *,
+        stride: int = 2,
+        roll: bool = True,
     ) -> Tensor:
         """Depth, metres, of a map (batch, 1, h, w) whose cells are ``stride`` full-resolution pixels."""
         rows = pixel_centers(z.shape[-2], stride, z.device)
@@ -313,7 +337,7 @@ def vertical_head(name: VerticalParam = "offset", **settings: float) -> Vertical
 def sees_ground(camera: Camera, *, extend: float = 0.0) -> bool:
     """Whether any ray of the (virtually extended) image goes down."""
     ends = torch.tensor([0.0, camera.width - 1.0], dtype=torch.float64)
-    return bool(((1.0 + extend) * camera.height - 1 > horizon_map(camera_numbers(camera), ends, 1)[0]).any())
+    return bool((horizon(camera, ends) < (1.0 + extend) * camera.height - 1).any())
 
 
 def check_ground(camera: Camera) -> None:
@@ -325,6 +349,6 @@ def check_ground(camera: Camera) -> None:
     if not sees_ground(camera):
         raise GeometryError(
             f"the whole image of {camera.height} rows lies above the horizon (row "
-            f"{float(horizon_map(camera_numbers(camera), None, 0)[0]):.1f}): no road is in view. Check pitch_deg "
-            f"({camera.pitch_deg:g}, > 0 looks up) and cy, or use cue='focal'"
+            f"{float(horizon(camera)):.1f}): no road is in view. Check cy and pitch_deg "
+            f"({camera.pitch_deg:g}; > 0 looks up), or use cue='focal'"
         )

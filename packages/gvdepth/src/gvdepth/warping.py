@@ -1,4 +1,4 @@
-"""Warps between two augmented views of one image; metric depth does not change, only pixels move (section 2.5)."""
+"""Warps between two augmented views of one image: metric depth stays, pixels move (section 2.5)."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def warp(
 
     Args:
         depth: (batch, channels, h1, w1) or (h1, w1).
-        view_1: ``[x0, y0, w, h, new_w, new_h]``: a crop, resized; a seventh entry 1 mirrors it afterwards. One view
-            for all, or (batch, 6 or 7).
+        view_1: ``[x0, y0, w, h, new_w, new_h]``: a crop, resized; a seventh entry 1 mirrors it afterwards.
+            One view for all, or (batch, 6 or 7).
         view_2: the same of the other view.
         size: ``(h2, w2)`` of the result, pixels.
 
