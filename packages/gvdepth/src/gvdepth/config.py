@@ -54,6 +54,7 @@ class GVDepthConfig(Config):
         decoder_widths: channels of the decoder's blocks, deepest first; the last is at 1/2. None = as wide as
             the encoder deserves; filled in when the model is made.
         head_widths: channels of the small U-Nets, at 1/2 first; None likewise.
+        input_height: rows that images are resized to by ``predict``, camera included; None = as they are.
         image_mean: of the RGB channels in [0, 1].
         image_std: of the RGB channels in [0, 1].
         silog_alpha: scale of the scale-invariant loss.
@@ -82,6 +83,7 @@ class GVDepthConfig(Config):
     embedding: bool | None = None
     decoder_widths: tuple[int, ...] | None = None
     head_widths: tuple[int, ...] | None = None
+    input_height: int | None = None
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
     silog_alpha: float = 10.0
@@ -101,6 +103,8 @@ class GVDepthConfig(Config):
         low, high = self.focal_range
         if not 0 < low < high:
             raise ConfigError(f"focal_range is {self.focal_range}, wanted two rising lengths in metres, > 0")
+        if self.input_height is not None:
+            check_range("input_height", self.input_height, 32, endless)
         if min(self.image_std) <= 0:
             raise ConfigError(f"image_std is {self.image_std}, wanted numbers > 0")
         for name in ("encoder_widths", "decoder_widths", "head_widths"):
@@ -186,8 +190,9 @@ class TrainConfig(Config):
 
     Args:
         steps: optimizer steps.
-        batch_size: images per process, resolution and step.
-        accumulate: resolutions whose gradients are added up for one step.
+        batch_size: images per process and batch; each is seen in two views where ``consistency_weight`` > 0,
+            each view in a resolution of its own.
+        accumulate: batches, each of its own resolutions, whose gradients are averaged for one step.
         lr: peak learning rate.
         final_lr: at the end of the cosine.
         warmup_steps: linear warm-up.
@@ -208,7 +213,7 @@ class TrainConfig(Config):
 
     steps: int = 150_000
     batch_size: int = 8
-    accumulate: int = 2
+    accumulate: int = 1
     lr: float = 1e-4
     final_lr: float = 1e-5
     warmup_steps: int = 1000

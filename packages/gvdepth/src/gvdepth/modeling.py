@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from fusion_core.checkpoint import load_strict, load_tensors, save_tensors
 from fusion_core.errors import CheckpointError, ConfigError, InputError, ShapeError, check_shape
 from fusion_core.shards import read_header
-from gvdepth.config import CONTRACT, GVDepthConfig
+from gvdepth.config import CONTRACT, Fusion, GVDepthConfig
 from gvdepth.fusion import Fused
 from gvdepth.geometry import ground_embedding, ground_pyramid
 from gvdepth.losses import LossOutput, depth_loss
 from gvdepth.modeling_blocks import CueHeads, Decoder
 from gvdepth.modeling_encoder import build_encoder, encoder_parameters
-from gvdepth.modeling_head import CueDepths, cue_depths, fuse_cues
+from gvdepth.modeling_head import CueDepths, cue_depths, fuse_cues, with_calibration_error
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -142,6 +142,7 @@ class GVDepth(
         labels: Float[Tensor, "b h w"] | None = None,
         *,
         calib_std: Float[Tensor, "b 2"] | None = None,
+        fusion: Fusion | None = None,
         roll: bool = True,
         across_ranks: bool = False,
     ) -> Output:
@@ -151,8 +152,9 @@ class GVDepth(
             pixel_values: (B, 3, H, W) RGB in [0, 1]; H and W at least :attr:`least_size`.
             camera: (B, 7): fx, fy, cx, cy in pixels, height in metres, pitch and roll in radians.
             labels: (B, H, W) metres, 0 = unknown; adds the loss, pooled over the batch.
-            calib_std: (B, 2) standard deviations of the camera's height in metres and of the pitch in radians;
+            calib_std: (B, 2) standard deviations of the camera's height in metres and of the pitch in degrees;
                 they widen the vertical cue's uncertainty before the fusion.
+            fusion: another rule than the configuration's.
             roll: False promises that every roll is 0; a little faster.
             across_ranks: pool the loss over all processes, weighted by their pixels.
 
@@ -163,8 +165,8 @@ class GVDepth(
         cues = self.cues(pixel_values, camera, roll=roll)
         with torch.autocast(pixel_values.device.type, enabled=False):
             if calib_std is not None and self.config.cue in ("fusion", "vertical"):
-                cues = with_calibration_error(cues, camera, calib_std, roll=roll)
-            output = self._output(cues, fuse_cues(cues, self.config), pixel_values.shape[-2:])
+                cues = with_calibration_error(cues, camera, calib_std)
+            output = self._output(cues, fuse_cues(cues, self.config, fusion), pixel_values.shape[-2:])
             if labels is None:
                 return output
             losses = self.loss(output, labels, across_ranks=across_ranks)

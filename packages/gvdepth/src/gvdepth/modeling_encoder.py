@@ -226,7 +226,7 @@ def build_encoder(config: GVDepthConfig) -> tuple[nn.Module, GVDepthConfig]:
             if config.pretrained
             else transformers.AutoBackbone.from_config(settings)
         )
-        large = max(backbone.channels) > 1024 or settings.model_type == "dinov2" and max(backbone.channels) > 768
+        large = max(backbone.channels) > 1024 or (settings.model_type == "dinov2" and max(backbone.channels) > 768)
         stem = 64 if large else 32
         decoder = (768, 512, 256, 128) if large else (384, 256, 128, 64)
         heads = (64, 96, 128) if large else (32, 48, 64)

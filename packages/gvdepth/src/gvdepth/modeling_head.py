@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
 from gvdepth.canonical import fct
-from gvdepth.config import GVDepthConfig
+from gvdepth.config import Fusion, GVDepthConfig
 from gvdepth.fusion import Fused, fuse
+from gvdepth.propagation import inflate, propagate
 from gvdepth.vertical import focal_canonical, vertical_head
 
 
@@ -73,9 +75,24 @@ def cue_depths(
     return CueDepths(focal, vertical, s[:, :1], s[:, last:])
 
 
-def fuse_cues(cues: CueDepths, config: GVDepthConfig) -> Fused:
-    """The fused depth; of a single-cue model that cue's."""
-    rule = config.fusion
+def with_calibration_error(
+    cues: CueDepths, camera: Float[Tensor, "b 7"], calib_std: Float[Tensor, "b 2"]
+) -> CueDepths:
+    """The cues with the errors of height and pitch added to the vertical one's uncertainty (section 2.4).
+
+    Args:
+        cues: of a model whose cue is ``"fusion"`` or ``"vertical"``.
+        camera: angles in radians.
+        calib_std: standard deviations of the camera's height in metres and of the pitch in degrees.
+    """
+    height, pitch = calib_std.view(-1, 2, 1, 1, 1).unbind(1)
+    std = propagate(cues.vertical, camera, height_std=height, pitch_std_deg=pitch)
+    return dataclasses.replace(cues, log_vertical=inflate(cues.log_vertical, std))
+
+
+def fuse_cues(cues: CueDepths, config: GVDepthConfig, fusion: Fusion | None = None) -> Fused:
+    """The fused depth, by the configuration's rule or another; of a single-cue model that cue's."""
+    rule = config.fusion if fusion is None else fusion
     if config.cue in ("focal", "direct"):
         rule = "focal"
     elif config.cue == "vertical":
