@@ -268,10 +268,11 @@ def horizon(camera: CameraLike, columns: Float[Tensor, " w"] | None = None) -> F
     numbers = camera_numbers(camera, columns)
     fx, fy, cx, cy = numbers[..., :4].unbind(-1)
     pitch, roll = numbers[..., 5], numbers[..., 6]
-    middle = cy + fy * pitch.tan() / roll.cos()
+    # No tangent: onnxruntime has none in double precision.
+    middle = cy + fy * pitch.sin() / (pitch.cos() * roll.cos())
     if columns is None:
         return middle
-    slope = fy * roll.tan() / fx
+    slope = fy * roll.sin() / (roll.cos() * fx)
     return middle[..., None] - slope[..., None] * (columns.to(numbers.dtype) - cx[..., None])
 
 
