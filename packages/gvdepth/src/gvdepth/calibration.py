@@ -159,8 +159,8 @@ def calibrate(
     used = ~np.isnan(rows[:, 0])
     if not used.any():
         raise CalibrationError(
-            f"none of {len(pairs)} images has {minimum_pixels} road pixels nearer than {max_depth:g} m; check "
-            "road_masks, the unit of depths (metres) and max_depth"
+            f"none of {len(pairs)} images has {minimum_pixels} road pixels nearer than {max_depth:g} m; "
+            "check road_masks, the unit of depths (metres) and max_depth"
         )
     height, pitch, roll = (float(np.median(rows[used, k])) for k in range(3))
     return Calibration(height, pitch, roll, float(rows[used, 3].mean()), rows)
@@ -171,9 +171,7 @@ def _mask(i: int, mask: Any, depth: NDArray[Any]) -> NDArray[np.bool_]:
     if found.dtype != np.bool_:
         raise DataError(f"road_masks[{i}] is {found.dtype}, wanted bool (True = road)")
     if found.size != depth.size or found.shape[-2:] != depth.shape:
-        raise ShapeError(
-            f"road_masks[{i}] has shape {found.shape}, wanted that of depths[{i}], {depth.shape}"
-        )
+        raise ShapeError(f"road_masks[{i}] has shape {found.shape}, wanted that of its map, {depth.shape}")
     return found.reshape(depth.shape)
 
 

@@ -73,7 +73,7 @@ class Camera:
         self._check()
         self._suspect_units()
 
-    def _check(self) -> None:
+    def _check(self, *, far: bool = False) -> None:
         for name in ("width", "height"):
             value = getattr(self, name)
             if isinstance(value, bool) or value != int(value) or value < 1:
@@ -91,7 +91,7 @@ class Camera:
         for name, size in (("cx", self.width), ("cy", self.height)):
             value = self._number(name, getattr(self, name), "a pixel position")
             low, high = -_FARTHEST_CENTER * size, (1 + _FARTHEST_CENTER) * size
-            if not low <= value <= high:
+            if not far and not low <= value <= high:  # a small crop may lie far from it
                 raise CameraError(
                     f"{name} is {value:g}, wanted {low:g} to {high:g}: at most two image sizes outside an "
                     f"image of {size} pixels; are these the numbers of another resolution?"
@@ -125,18 +125,28 @@ class Camera:
         Raises:
             CameraError: as the constructor.
         """
+        made = cls._bare(numbers)
+        made._check()
+        return made
+
+    @classmethod
+    def _bare(cls, numbers: dict[str, Any]) -> Camera:
         made = object.__new__(cls)
         for field in dataclasses.fields(cls):
             if field.name not in numbers and field.default is dataclasses.MISSING:
                 raise CameraError(f"{field.name} is missing")
             object.__setattr__(made, field.name, numbers.get(field.name, field.default))
-        made._check()
         return made
 
     def computed(self, **changes: Any) -> Camera:
-        """A copy with computed numbers, whose units are not suspected (see :meth:`replace`)."""
+        """A copy with computed numbers: neither their units nor a far principal point are suspected.
+
+        See :meth:`replace` for numbers that a person gives.
+        """
         kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Camera.exact(**(kept | changes))
+        made = self._bare(kept | changes)
+        made._check(far=True)
+        return made
 
     # What follows from the numbers
 

@@ -162,7 +162,7 @@ def doctor(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Diagnosis:
-    """Compare the road that depth maps show with the camera that was given: "your pitch looks 0.8 degrees wrong".
+    """Compare the road that depth maps show with the camera given ("your pitch looks 0.8 degrees wrong").
 
     Args:
         depths: depth maps (height, width), metres, that do not depend on the pitch; with ``model``, images.

@@ -1,0 +1,523 @@
+"""Invariants 1 to 5, 10 and 14 of section 8, the vertical forms under roll, gradients, dtypes, compile."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from gvdepth_strategies import CAMERA, cameras, double, floats
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fusion_core.errors import ConfigError, ShapeError
+from gvdepth import Camera, GeometryError, fct, fct_inverse, fuse, ground_depth, horizon, vct, vct_inverse
+from gvdepth.canonical import fct_derivative, vct_derivative
+from gvdepth.geometry import (
+    camera_numbers,
+    down_component,
+    ground_embedding,
+    ground_pyramid,
+    height_above_road,
+    pixel_centers,
+)
+from gvdepth.vertical import (
+    VERTICAL,
+    bounded_depth,
+    check_ground,
+    focal_canonical,
+    offset_depth,
+    row_depth,
+    row_offset,
+    sees_ground,
+    soft_bound,
+    softplus,
+    vertical_head,
+    y_max,
+)
+
+FORMS = list(VERTICAL)
+few = settings(max_examples=40, deadline=None)
+
+
+def rays(camera, size=None):
+    """(h, w, 3) rays, the plain way."""
+    height, width = size or camera.size
+    v, u = np.mgrid[:height, :width].astype(float)
+    return np.stack([(u - camera.cx) / camera.fx, (v - camera.cy) / camera.fy, np.ones_like(u)], -1)
+
+
+def brute_depth(camera):
+    """Ray and plane by explicit rotation: world y of the ray, per metre of depth."""
+    down = (rays(camera) @ camera.rotation.T)[..., 1]
+    with np.errstate(divide="ignore"):
+        return np.where(down > 0, camera.camera_height / down, np.inf), down
+
+
+# 1
+
+
+@few
+@given(cameras(), st.lists(floats(0.3, 500.0), min_size=1, max_size=8))
+def test_transforms_invert_each_other(camera, depths):
+    depth = double(depths)
+    columns = torch.linspace(0, camera.width - 1, len(depths), dtype=torch.float64)
+    for at in (None, columns):
+        back = vct(vct_inverse(depth, camera, camera.height, columns=at), camera, camera.height, columns=at)
+        # y loses the digits that d does not have: relative to the horizon's row.
+        y = vct_inverse(depth, camera, camera.height, columns=at)
+        noise = 1e-15 * (y.abs() + 1).max() * float(vct_derivative(depth, camera).max() / depth.max())
+        torch.testing.assert_close(back, depth, rtol=max(1e-9, 10 * float(noise)), atol=0)
+    torch.testing.assert_close(fct(fct_inverse(depth, camera), camera), depth, rtol=1e-12, atol=0)
+
+
+def test_transforms_invert_each_other_exactly_where_rows_are_small():
+    camera = Camera(**CAMERA)
+    depth = torch.logspace(math.log10(0.3), math.log10(500), 200, dtype=torch.float64)
+    back = vct(vct_inverse(depth, camera, 200), camera, 200)
+    torch.testing.assert_close(back, depth, rtol=1e-9, atol=0)
+
+
+# 2
+
+
+@few
+@given(cameras())
+def test_ground_pixels_lie_on_the_plane(camera):
+    depth = ground_depth(camera, dtype=torch.float64).numpy()
+    expected, down = brute_depth(camera)
+    points = rays(camera) * np.where(np.isfinite(depth), depth, 0.0)[..., None]
+    sure = np.abs(down) > 1e-12
+    on_plane = np.isfinite(depth)
+    assert (on_plane == (down > 0))[sure].all()
+    np.testing.assert_allclose((points @ camera.normal)[on_plane], camera.camera_height, rtol=1e-9)
+    near = sure & (expected < 1e6)
+    np.testing.assert_allclose(depth[near], expected[near], rtol=1e-8)
+    rows = horizon(camera, pixel_centers(camera.width)).numpy()
+    below = np.arange(camera.height)[:, None] - rows
+    assert (on_plane == (below > 0))[np.abs(below) > 1e-9 * (1 + np.abs(rows))].all()
+
+
+@few
+@given(cameras())
+def test_backends_and_batches_agree(camera):
+    expected = ground_depth(camera, backend="numpy", dtype=np.float64)
+    for found in (
+        ground_depth(camera, dtype=torch.float64),
+        ground_depth(camera, roll=True, dtype=torch.float64),
+        ground_depth([camera, camera], dtype=torch.float64)[1, 0],
+        ground_depth(camera.tensor(torch.float64)[None], camera.size, dtype=torch.float64)[0, 0],
+    ):
+        # What a tensor holds is radians; a pixel next to the horizon sees the last bit of them.
+        near = expected < 1e5
+        np.testing.assert_allclose(found.numpy()[near], expected[near], rtol=1e-7)
+
+
+def test_the_ground_map_of_a_level_camera_is_one_row_vector():
+    camera = Camera(**CAMERA | {"roll_deg": 0.0})
+    depth = ground_depth(camera)
+    assert depth.stride(1) == 0
+    assert ground_depth(camera).data_ptr() != depth.data_ptr()  # the cache is not handed out
+    tensor = ground_depth(camera.tensor()[None], camera.size, roll=False)
+    assert tensor.shape == (1, 1, *camera.size)
+    assert tensor.stride(3) == 0
+    assert down_component(camera, pixel_centers(10)).shape == (10, 1)
+
+
+def test_strides_look_at_the_middle_of_their_cells():
+    camera = Camera(**CAMERA)
+    fine = 1.0 / ground_depth(camera, stride=1, dtype=torch.float64)
+    coarse = 1.0 / ground_depth(camera, stride=2, dtype=torch.float64)
+    below = torch.isfinite(1 / fine).reshape(100, 2, 160, 2).all(3).all(1)
+    mean = fine.reshape(100, 2, 160, 2).mean((1, 3))
+    torch.testing.assert_close(coarse[below], mean[below], rtol=1e-9, atol=1e-12)
+    odd = camera.crop(0, 0, 319, 199)
+    assert ground_depth(odd, stride=2).shape == (100, 160)
+
+
+# 3
+
+
+@few
+@given(cameras(), floats(0.1, 10.0), st.integers(1, 4), st.integers(1, 4))
+def test_depth_scales_with_height_and_knows_no_resolution(camera, factor, sx, sy):
+    depth = ground_depth(camera, dtype=torch.float64)
+    higher = ground_depth(camera.computed(camera_height=camera.camera_height * factor), dtype=torch.float64)
+    torch.testing.assert_close(higher, depth * factor, rtol=1e-12, atol=0)
+    # The same 3-D points: pixel u of the small image is (u + 1/2) s - 1/2 of the large one.
+    large = camera.resize(camera.width * sx, camera.height * sy)
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in camera.size)
+    fine = down_component(large, (rows + 0.5) * sy - 0.5, (columns + 0.5) * sx - 0.5)
+    torch.testing.assert_close(fine, down_component(camera, rows, columns), rtol=1e-9, atol=1e-12)
+
+
+@few
+@given(cameras(), st.data())
+def test_a_crop_keeps_the_points(camera, data):
+    x0, y0 = data.draw(st.integers(0, camera.width - 2)), data.draw(st.integers(0, camera.height - 2))
+    part = camera.crop(x0, y0, camera.width - x0, camera.height - y0)
+    whole = down_component(camera, pixel_centers(camera.height), pixel_centers(camera.width))
+    found = down_component(part, pixel_centers(part.height), pixel_centers(part.width))
+    torch.testing.assert_close(found, whole[y0:, x0:], rtol=1e-9, atol=1e-12)
+
+
+# 4
+
+
+@few
+@given(cameras())
+def test_flip_is_an_involution_that_mirrors_the_map(camera):
+    twice = camera.flip().flip()
+    for name in ("fx", "fy", "cy", "camera_height", "pitch_deg", "roll_deg", "size"):
+        assert getattr(twice, name) == getattr(camera, name)
+    assert twice.cx == pytest.approx(camera.cx, rel=1e-15, abs=1e-12)
+    flipped = camera.flip()
+    assert (flipped.roll_deg, flipped.pitch_deg) == (-camera.roll_deg, camera.pitch_deg)
+    whole = [pixel_centers(n) for n in camera.size]
+    torch.testing.assert_close(
+        down_component(flipped, *whole), down_component(camera, *whole).flip(-1), rtol=1e-9, atol=1e-12
+    )
+
+
+@few
+@given(cameras(roll=False))
+def test_without_roll_columns_do_not_matter(camera):
+    depth = ground_depth(camera, roll=True, dtype=torch.float64)
+    assert (depth == depth[:, :1]).all()
+
+
+@few
+@given(cameras(road=True), st.sampled_from(FORMS), st.integers(0, 2**31))
+def test_the_vertical_forms_commute_with_a_flip(camera, form, seed):
+    z = torch.randn(1, 1, *(n // 2 + 1 for n in camera.size), generator=torch.Generator().manual_seed(seed)).double()
+    size = tuple(2 * n for n in z.shape[-2:])
+    camera = camera.crop(0, 0, size[1], size[0])  # so that the half-resolution map mirrors onto itself
+    head = vertical_head(form)
+    depth = head(z, camera.tensor(torch.float64)[None], size[0])
+    mirrored = head(z.flip(-1), camera.flip().tensor(torch.float64)[None], size[0])
+    torch.testing.assert_close(mirrored.flip(-1), depth, rtol=1e-9, atol=1e-12)
+    if abs(camera.roll_deg) > 0.5 and form == "offset" and camera.fx < 500:
+        level = head(z, camera.computed(roll_deg=0.0).tensor(torch.float64)[None], size[0])
+        assert not torch.allclose(level, depth, rtol=1e-6)  # the roll is not ignored
+
+
+# 5
+
+
+@few
+@given(cameras(), floats(1e-3, 0.999))
+def test_depth_falls_with_the_row_and_rises_with_y(camera, share):
+    depth = ground_depth(camera, dtype=torch.float64)
+    below = torch.isfinite(depth)
+    pairs = below[1:] & below[:-1]
+    assert (depth[1:] < depth[:-1])[pairs].all()
+    top = camera.height - float(horizon(camera))
+    y = double([top - 2 * share - 1, top - share]).requires_grad_()
+    found = vct(y, camera, camera.height)
+    assert 0 < found[0] < found[1]
+    found.sum().backward()
+    closed = vct_derivative(found.detach(), camera)
+    assert (closed > 0).all()
+    torch.testing.assert_close(y.grad, closed, rtol=1e-6, atol=0)
+    assert vct(double(top + 1), camera, camera.height) < 0  # above the horizon
+
+
+def test_the_derivative_of_the_focal_transform():
+    camera = Camera(**CAMERA)
+    assert float(fct_derivative(camera, f_c=500.0)) == camera.fy / 500.0
+    z = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    fct(z, camera, f_c=250.0).sum().backward()
+    assert z.grad.tolist() == [camera.fy / 250.0] * 3
+
+
+# 10
+
+
+def offset_at(camera, offset, roll=True, **options):
+    rows, columns = (pixel_centers(n) for n in camera.size)
+    # z of a given number of rows: the inverse of softplus.
+    wanted = torch.broadcast_to(double(offset), camera.size) / (camera.height * 0.125)
+    z = torch.where(wanted > 0, wanted + torch.log(-torch.expm1(-wanted.clamp(min=1e-300))), double(-1e4))
+    return z, offset_depth(z, camera, camera.height, rows=rows, columns=columns if roll else None, **options)
+
+
+@few
+@given(cameras(road=True))
+def test_offset_zero_is_the_road(camera):
+    _, depth = offset_at(camera, 0.0)
+    road = ground_depth(camera, dtype=torch.float64)
+    near = road < 40
+    torch.testing.assert_close(depth[near], road[near], rtol=5e-3, atol=0)
+    assert ((depth > 0) & (depth <= 80)).all()
+
+
+@few
+@given(cameras(road=True), st.integers(0, 2**31), floats(1.0, 30.0))
+def test_offset_heights_are_never_below_the_road_and_gamma_is_their_ratio(camera, seed, scale):
+    offset = torch.rand(camera.size, generator=torch.Generator().manual_seed(seed)).double() * scale
+    z, depth = offset_at(camera, offset)
+    height = height_above_road(depth, camera)
+    assert (height >= -1e-9).all()
+    gamma = vertical_head("offset").gamma(z, camera, camera.height)
+    sure = depth < 30  # where the bound does not act
+    torch.testing.assert_close((height / depth)[sure], gamma[sure], rtol=2e-2, atol=2e-3)
+    exact = row_offset(z, camera.height) * math.cos(camera.roll) * math.cos(camera.pitch) / camera.fy
+    torch.testing.assert_close(gamma, exact, rtol=1e-9, atol=1e-12)
+    _, nearer = offset_at(camera, offset + 1.0)
+    assert (nearer <= depth).all()
+    assert (nearer < depth)[depth < 79.9].all()  # above the horizon the bound is flat to the last digit
+
+
+@few
+@given(cameras(road=True), floats(0.1, 3.0), floats(5.0, 25.0))
+def test_offset_is_exact_under_roll(camera, height, at):
+    """A point ``height`` metres above the road has the offset of its ground projection, whatever the roll."""
+    assume(height < 0.8 * camera.camera_height)
+    rows, columns = (pixel_centers(n) for n in camera.size)
+    down = down_component(camera, rows, columns)
+    gamma = height / at
+    offset = gamma * camera.fy / (math.cos(camera.roll) * math.cos(camera.pitch))
+    _, depth = offset_at(camera, offset, max_depth=1e4, softness=200.0)
+    expected = camera.camera_height / (down + gamma)
+    sure = (down + gamma > 0) & (expected < 2000)
+    torch.testing.assert_close(depth[sure], expected[sure], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@few
+@given(data=st.data())
+def test_forms_under_roll_are_the_rolled_plane(form, data):
+    """Each form, column by column: the road depth at the row that its formula names, by explicit rotation."""
+    camera = data.draw(cameras(road=True))
+    z = torch.randn(camera.size, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))).double()
+    rho, cap, h = 0.5, 80.0, camera.height
+    rows, columns = (pixel_centers(n) for n in camera.size)
+    turn, share = camera.rotation, torch.sigmoid(z).numpy()
+    u = columns.numpy()[None, :]
+    h_ext = (1 + rho) * h
+
+    def down(v):
+        return turn[1, 0] * (u - camera.cx) / camera.fx + turn[1, 1] * (v - camera.cy) / camera.fy + turn[1, 2]
+
+    slope = turn[1, 1] / camera.fy
+    if form == "bounded":
+        # The row of the column that is 80 m deep, counted from the bottom.
+        highest = h_ext - (camera.camera_height / cap - down(0.0)) / slope
+        assume((highest > 1).all())
+        found = bounded_depth(z, camera, h, columns=columns, extend=rho, max_depth=cap)
+        expected = camera.camera_height / down(h_ext - highest * share)
+        np.testing.assert_allclose(y_max(camera, h, columns=columns, ndim=2), highest[0], rtol=1e-9, atol=1e-9)
+        assert (found <= cap * (1 + 1e-12)).all()
+    else:
+        if form == "row":
+            found = row_depth(z, camera, h, columns=columns, extend=rho, max_depth=cap)
+            raw = down(h_ext - h_ext * share)
+        else:
+            found = offset_depth(z, camera, h, rows=rows, columns=columns, max_depth=cap)
+            raw = down(rows.numpy()[:, None] + h / 8 * np.log1p(np.exp(z.numpy())))
+        x = cap * raw / camera.camera_height
+        expected = cap / (1 + np.logaddexp(0.0, 8 * (x - 1)) / 8)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8)
+
+
+# 14
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_form_loses_the_camera(form):
+    z = torch.linspace(-3, 3, 40, dtype=torch.float64).reshape(1, 1, 8, 5)
+    base = Camera(**CAMERA | {"roll_deg": 0.0})
+    head = vertical_head(form)
+    depth = head(z, base.tensor(torch.float64)[None], 200, stride=8)
+    for change in ({"pitch_deg": 1.0}, {"camera_height": 1.2}, {"fy": 250.0}, {"cy": 75.0}):
+        other = head(z, base.replace(**change).tensor(torch.float64)[None], 200, stride=8)
+        assert ((other - depth).abs() / depth).max() > 0.01, change
+
+
+def test_the_trap_a_row_tied_to_a_depth_loses_the_camera():
+    """Section 2.3: with y = 0 fixed to a depth d_min, height, focal length and pitch cancel."""
+    z = torch.linspace(-3, 3, 9, dtype=torch.float64)
+    made = []
+    for change in ({}, {"pitch_deg": 3.0, "camera_height": 1.1, "fy": 500.0}):
+        camera = Camera(**CAMERA | {"roll_deg": 0.0} | change)
+        d_min = 2.0
+        h_ext = 200 - float(vct_inverse(double(d_min), camera, 200))  # so that y(d_min) = 0
+        highest = vct_inverse(double(80.0), camera, h_ext)
+        made.append(vct(highest * z.sigmoid(), camera, h_ext))
+    torch.testing.assert_close(made[0], made[1], rtol=1e-9, atol=0)
+
+
+# Bounds, edges, gradients, dtypes
+
+
+@given(st.lists(floats(-1e4, 1e4), min_size=1, max_size=20), floats(1.0, 500.0))
+def test_the_soft_bound(values, cap):
+    x = double(values).requires_grad_()
+    found = soft_bound(x, cap)
+    assert ((found > 0) & (found <= cap)).all()
+    found.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad <= 0).all()
+    assert (x.grad[(x > -80) & (x < 1e3)] < 0).all()
+
+
+def test_the_soft_bound_is_off_by_what_the_page_says():
+    off = [1 - float(soft_bound(double(80.0 / d))) / d for d in (39.9, 60.0, 80.0)]
+    assert off[0] < 1e-4
+    assert off[1] == pytest.approx(0.006, abs=0.001)
+    assert off[2] == pytest.approx(0.08, abs=0.001)
+
+
+def test_softplus_neither_overflows_nor_rounds():
+    x = double([-800.0, -30.0, 0.0, 19.9, 20.1, 800.0]).requires_grad_()
+    found = softplus(x)
+    expected = np.logaddexp(0.0, x.detach().numpy())
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-14)
+    found.sum().backward()
+    np.testing.assert_allclose(x.grad.numpy(), 1 / (1 + np.exp(-x.detach().numpy().clip(-700))), rtol=1e-12, atol=1e-300)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_the_forms(form):
+    z = torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    numbers = Camera.batch([Camera(**CAMERA), Camera(**CAMERA | {"pitch_deg": 2.0})], torch.float64)
+    numbers.requires_grad_()
+    head = vertical_head(form)
+    assert torch.autograd.gradcheck(lambda z, c: head(z, c, 200.0, stride=32), (z, numbers), atol=1e-6)
+
+
+def test_gradients_of_the_transforms_and_the_ground():
+    numbers = Camera(**CAMERA).tensor(torch.float64)[None].requires_grad_()
+    depth = double([[3.0, 8.0, 20.0]]).requires_grad_()
+    columns = double([0.0, 100.0, 300.0])
+    check = torch.autograd.gradcheck
+    assert check(lambda d, c: vct_inverse(d, c, 200.0, columns=columns), (depth, numbers))
+    y = vct_inverse(depth, numbers, 200.0, columns=columns).detach().requires_grad_()
+    assert check(lambda y, c: vct(y, c, 200.0, columns=columns), (y, numbers), atol=1e-4, rtol=1e-3)
+    assert check(lambda d, c: fct_inverse(fct(d, c) * 2, c), (depth, numbers))
+    assert check(lambda c: horizon(c, columns), (numbers,))
+    assert check(lambda d, c: height_above_road(d.reshape(1, 1, 1, 3), c), (depth, numbers))
+    finite = lambda c: torch.nan_to_num(ground_depth(c, (200, 8), stride=50, dtype=torch.float64), posinf=0.0)
+    numbers.grad = None
+    finite(numbers).sum().backward()
+    assert torch.isfinite(numbers.grad).all()
+    assert check(finite, (numbers,), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_is_widened(form, dtype, device):
+    z = torch.linspace(-4, 4, 24).reshape(1, 1, 4, 6).to(device, dtype)
+    numbers = Camera(**CAMERA).tensor()[None].to(device)
+    head = vertical_head(form)
+    depth = head(z, numbers, 200.0, stride=32)
+    assert depth.dtype == torch.float32
+    assert depth.device.type == device
+    wanted = head(z.double().cpu(), numbers.double().cpu(), 200.0, stride=32)
+    torch.testing.assert_close(depth.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
+    assert focal_canonical(z).dtype == torch.float32
+    assert vct_inverse(depth.to(dtype), numbers, 200.0).dtype == torch.float32
+
+
+def closed_form(zf, zy, sf, sy, camera, height):
+    """The closed-form part of the head: activations, FCT, VCT, fusion."""
+    return fuse(fct(focal_canonical(zf), camera), vertical_head("offset")(zy, camera, height), sf, sy)
+
+
+@pytest.mark.slow
+def test_the_head_compiles_without_a_break(device):
+    maps = [torch.randn(2, 1, 8, 12, generator=torch.Generator().manual_seed(i)).to(device) for i in range(4)]
+    camera = Camera.batch([Camera(**CAMERA)] * 2).to(device)
+    compiled = torch.compile(closed_form, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(*maps, camera, 16.0), closed_form(*maps, camera, 16.0)
+    for name in ("depth", "weight_focal", "uncertainty", "disagreement", "total"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_compiles_without_a_break(form):
+    z, camera = torch.randn(1, 1, 6, 8, generator=torch.Generator().manual_seed(1)), Camera(**CAMERA).tensor()[None]
+    head = vertical_head(form)
+    function = lambda z, c: head(z, c, 12.0)
+    found = torch.compile(function, fullgraph=True, backend="aot_eager")(z, camera)
+    torch.testing.assert_close(found, function(z, camera))
+
+
+# The embedding
+
+
+@few
+@given(cameras())
+def test_the_embedding_is_inverse_depth_and_angle(camera):
+    found = ground_embedding([camera], camera.size, dtype=torch.float64)[0]
+    direction = rays(camera)
+    sine = direction @ camera.normal / np.linalg.norm(direction, axis=-1)
+    np.testing.assert_allclose(found[1], sine, rtol=1e-9, atol=1e-12)
+    inverse = 8 * np.clip(1.0 / ground_depth(camera, backend="numpy", dtype=np.float64), 0, 1)
+    np.testing.assert_allclose(found[0], inverse, rtol=1e-7, atol=1e-9)
+
+
+def test_the_pyramid_is_area_resized():
+    camera = Camera(**CAMERA | {"height": 192})
+    whole = ground_embedding([camera], (192, 320))
+    levels = ground_pyramid(whole, (1, 2, 32))
+    assert [tuple(x.shape[-2:]) for x in levels] == [(192, 320), (96, 160), (6, 10)]
+    torch.testing.assert_close(levels[2], whole.reshape(1, 2, 6, 32, 10, 32).mean((3, 5)))
+    level = ground_embedding(camera.computed(roll_deg=0.0), (192, 320), roll=False)
+    torch.testing.assert_close(level, ground_embedding(camera.computed(roll_deg=0.0), (192, 320)))
+    with pytest.raises(ShapeError, match="191x320, wanted multiples of the stride 2"):
+        ground_pyramid(whole[:, :, :191], (2,))
+
+
+# What cannot be seen
+
+
+def test_an_image_above_the_horizon():
+    up = Camera(**CAMERA | {"pitch_deg": 40.0})
+    assert not sees_ground(up)
+    assert torch.isinf(ground_depth(up)).all()
+    with pytest.raises(GeometryError, match=r"200 rows lies above the horizon .* pitch_deg \(40"):
+        check_ground(up)
+    check_ground(Camera(**CAMERA))
+    assert sees_ground(up, extend=2.0)
+    # The extended image is still above: it grows until the row of 80 m is the 16th.
+    assert float(y_max(up, 200)) == 16.0
+    for form in FORMS:
+        z = torch.randn(1, 1, 4, 4, requires_grad=True)
+        depth = vertical_head(form)(z, up.tensor()[None], 200)
+        assert ((depth > 0) & (depth <= 80)).all()
+        depth.sum().backward()
+        assert torch.isfinite(z.grad).all()
+
+
+def test_the_horizon_itself():
+    camera = Camera(**CAMERA | {"pitch_deg": 0.0, "roll_deg": 0.0})
+    assert math.isinf(ground_depth(camera)[60, 0])
+    assert math.isfinite(ground_depth(camera)[61, 0])
+    z = torch.full((200, 320), -200.0)
+    assert float(offset_depth(z, camera, 200, rows=pixel_centers(200))[60, 0]) == pytest.approx(80.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda c: ground_depth(c, backend="jax"), ConfigError, "backend is 'jax', wanted 'torch' or 'numpy'"),
+        (lambda c: ground_depth(c.tensor()), ShapeError, r"size is None, wanted \(height, width\)"),
+        (lambda c: ground_depth(torch.zeros(6), (4, 4)), ShapeError, r"shape \(6,\), wanted \(..., 7\)"),
+        (lambda c: ground_depth([c, c.crop(0, 0, 9, 9)]), ShapeError, "wanted one size"),
+        (lambda c: ground_depth([c], backend="numpy"), ConfigError, "takes one Camera"),
+        (lambda c: vertical_head("rows"), ConfigError, "vertical_param is 'rows', wanted one of bounded, row, offset"),
+        (lambda c: vertical_head("offset", extend=1.0), ConfigError, "extend"),
+        (lambda c: fuse(*[torch.zeros(1)] * 4, fusion="max"), ConfigError, "fusion is 'max', wanted one of scale"),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call(Camera(**CAMERA))
+
+
+def test_numbers_are_formed_in_double_precision():
+    assert camera_numbers(torch.zeros(3, 7)).dtype == torch.float64
+    assert camera_numbers([Camera(**CAMERA)] * 2).shape == (2, 7)
