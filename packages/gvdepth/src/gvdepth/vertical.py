@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -55,7 +54,9 @@ _LEAST_ROWS = 16.0
 
 def softplus(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """``log(1 + exp(x))`` without overflow and without a threshold."""
-    return -F.logsigmoid(-x)
+    # Written out: exporters turn logsigmoid and logaddexp into forms that overflow. The maximum of equals has
+    # gradient 1/2, so that the derivative at 0 is right too.
+    return torch.maximum(x, torch.zeros_like(x)) + torch.log1p(torch.exp(-x.abs()))
 
 
 def soft_bound(
