@@ -65,18 +65,8 @@ def test_transforms_invert_each_other(camera, depths):
     columns = torch.linspace(0, camera.width - 1, len(depths), dtype=torch.float64)
     for at in (None, columns):
         back = vct(vct_inverse(depth, camera, camera.height, columns=at), camera, camera.height, columns=at)
-        # y loses the digits that d does not have: relative to the horizon's row.
-        y = vct_inverse(depth, camera, camera.height, columns=at)
-        noise = 1e-15 * (y.abs() + 1).max() * float(vct_derivative(depth, camera).max() / depth.max())
-        torch.testing.assert_close(back, depth, rtol=max(1e-9, 10 * float(noise)), atol=0)
+        torch.testing.assert_close(back, depth, rtol=1e-9, atol=0)
     torch.testing.assert_close(fct(fct_inverse(depth, camera), camera), depth, rtol=1e-12, atol=0)
-
-
-def test_transforms_invert_each_other_exactly_where_rows_are_small():
-    camera = Camera(**CAMERA)
-    depth = torch.logspace(math.log10(0.3), math.log10(500), 200, dtype=torch.float64)
-    back = vct(vct_inverse(depth, camera, 200), camera, 200)
-    torch.testing.assert_close(back, depth, rtol=1e-9, atol=0)
 
 
 # 2
@@ -190,7 +180,9 @@ def test_without_roll_columns_do_not_matter(camera):
 @few
 @given(cameras(road=True), st.sampled_from(FORMS), st.integers(0, 2**31))
 def test_the_vertical_forms_commute_with_a_flip(camera, form, seed):
-    z = torch.randn(1, 1, *(n // 2 + 1 for n in camera.size), generator=torch.Generator().manual_seed(seed)).double()
+    z = torch.randn(
+        1, 1, *(n // 2 + 1 for n in camera.size), generator=torch.Generator().manual_seed(seed)
+    ).double()
     size = tuple(2 * n for n in z.shape[-2:])
     camera = camera.crop(0, 0, size[1], size[0])  # so that the half-resolution map mirrors onto itself
     head = vertical_head(form)
@@ -290,7 +282,9 @@ def test_offset_is_exact_under_roll(camera, height, at):
 def test_forms_under_roll_are_the_rolled_plane(form, data):
     """Each form, column by column: the road depth at the row that its formula names, by explicit rotation."""
     camera = data.draw(cameras(road=True))
-    z = torch.randn(camera.size, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))).double()
+    z = torch.randn(
+        camera.size, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    ).double()
     rho, cap, h = 0.5, 80.0, camera.height
     rows, columns = (pixel_centers(n) for n in camera.size)
     turn, share = camera.rotation, torch.sigmoid(z).numpy()
@@ -298,7 +292,9 @@ def test_forms_under_roll_are_the_rolled_plane(form, data):
     h_ext = (1 + rho) * h
 
     def down(v):
-        return turn[1, 0] * (u - camera.cx) / camera.fx + turn[1, 1] * (v - camera.cy) / camera.fy + turn[1, 2]
+        return (
+            turn[1, 0] * (u - camera.cx) / camera.fx + turn[1, 1] * (v - camera.cy) / camera.fy + turn[1, 2]
+        )
 
     slope = turn[1, 1] / camera.fy
     if form == "bounded":
@@ -307,7 +303,9 @@ def test_forms_under_roll_are_the_rolled_plane(form, data):
         assume((highest > 1).all())
         found = bounded_depth(z, camera, h, columns=columns, extend=rho, max_depth=cap)
         expected = camera.camera_height / down(h_ext - highest * share)
-        np.testing.assert_allclose(y_max(camera, h, columns=columns, ndim=2), highest[0], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(
+            y_max(camera, h, columns=columns, ndim=2), highest[0], rtol=1e-9, atol=1e-9
+        )
         assert (found <= cap * (1 + 1e-12)).all()
     else:
         if form == "row":
@@ -375,7 +373,9 @@ def test_softplus_neither_overflows_nor_rounds():
     expected = np.logaddexp(0.0, x.detach().numpy())
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-14)
     found.sum().backward()
-    np.testing.assert_allclose(x.grad.numpy(), 1 / (1 + np.exp(-x.detach().numpy().clip(-700))), rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(
+        x.grad.numpy(), 1 / (1 + np.exp(-x.detach().numpy().clip(-700))), rtol=1e-12, atol=1e-300
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -438,7 +438,10 @@ def test_the_head_compiles_without_a_break(device):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_compiles_without_a_break(form):
-    z, camera = torch.randn(1, 1, 6, 8, generator=torch.Generator().manual_seed(1)), Camera(**CAMERA).tensor()[None]
+    z, camera = (
+        torch.randn(1, 1, 6, 8, generator=torch.Generator().manual_seed(1)),
+        Camera(**CAMERA).tensor()[None],
+    )
     head = vertical_head(form)
     function = lambda z, c: head(z, c, 12.0)
     found = torch.compile(function, fullgraph=True, backend="aot_eager")(z, camera)
@@ -497,20 +500,34 @@ def test_the_horizon_itself():
     assert math.isinf(ground_depth(camera)[60, 0])
     assert math.isfinite(ground_depth(camera)[61, 0])
     z = torch.full((200, 320), -200.0)
-    assert float(offset_depth(z, camera, 200, rows=pixel_centers(200))[60, 0]) == pytest.approx(80.0, rel=1e-3)
+    assert float(offset_depth(z, camera, 200, rows=pixel_centers(200))[60, 0]) == pytest.approx(
+        80.0, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda c: ground_depth(c, backend="jax"), ConfigError, "backend is 'jax', wanted 'torch' or 'numpy'"),
+        (
+            lambda c: ground_depth(c, backend="jax"),
+            ConfigError,
+            "backend is 'jax', wanted 'torch' or 'numpy'",
+        ),
         (lambda c: ground_depth(c.tensor()), ShapeError, r"size is None, wanted \(height, width\)"),
         (lambda c: ground_depth(torch.zeros(6), (4, 4)), ShapeError, r"shape \(6,\), wanted \(..., 7\)"),
         (lambda c: ground_depth([c, c.crop(0, 0, 9, 9)]), ShapeError, "wanted one size"),
         (lambda c: ground_depth([c], backend="numpy"), ConfigError, "takes one Camera"),
-        (lambda c: vertical_head("rows"), ConfigError, "vertical_param is 'rows', wanted one of bounded, row, offset"),
+        (
+            lambda c: vertical_head("rows"),
+            ConfigError,
+            "vertical_param is 'rows', wanted one of bounded, row, offset",
+        ),
         (lambda c: vertical_head("offset", extend=1.0), ConfigError, "extend"),
-        (lambda c: fuse(*[torch.zeros(1)] * 4, fusion="max"), ConfigError, "fusion is 'max', wanted one of scale"),
+        (
+            lambda c: fuse(*[torch.zeros(1)] * 4, fusion="max"),
+            ConfigError,
+            "fusion is 'max', wanted one of scale",
+        ),
     ],
 )
 def test_bad_input(call, error, words):

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,13 +71,14 @@ class Camera:
 
     def __post_init__(self) -> None:
         self._check()
-        self._suspect_units()
+        self._suspect_units(("camera_height", "pitch_deg", "roll_deg"))
 
     def _check(self, *, far: bool = False) -> None:
         for name in ("width", "height"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or value != int(value) or value < 1:
-                raise CameraError(f"{name} is {value!r}, wanted a whole number of pixels, at least 1")
+            what = "a whole number of pixels, at least 1"
+            given, value = getattr(self, name), self._number(name, getattr(self, name), what)
+            if isinstance(given, bool) or value != int(value) or value < 1:
+                raise CameraError(f"{name} is {given!r}, wanted {what}")
             object.__setattr__(self, name, int(value))
         for name in ("fx", "fy"):
             self._number(name, getattr(self, name), "a focal length in pixels, > 0", positive=True)
@@ -107,10 +108,11 @@ class Camera:
         object.__setattr__(self, name, number)
         return number
 
-    def _suspect_units(self) -> None:
-        if self.camera_height is not None and self.camera_height > 10:
+    def _suspect_units(self, names: Iterable[str]) -> None:
+        written = set(names)
+        if "camera_height" in written and self.camera_height is not None and self.camera_height > 10:
             _warn(f"camera_height is {self.camera_height:g}: metres are expected")
-        for name in ("pitch_deg", "roll_deg"):
+        for name in sorted(written & {"pitch_deg", "roll_deg"}):
             value = getattr(self, name)
             if 0 < abs(value) < 0.2 and round(value, 5) != value:
                 _warn(
@@ -286,7 +288,7 @@ class Camera:
         return self.resize(width, height)
 
     def replace(self, **changes: Any) -> Camera:
-        """A copy with other numbers, checked as new ones.
+        """A copy with other numbers; these are checked as new ones, the others stay as they are.
 
         Raises:
             CameraError: unknown name, or a number out of range.
@@ -294,7 +296,11 @@ class Camera:
         known = [field.name for field in dataclasses.fields(self)]
         if unknown := sorted(set(changes) - set(known)):
             raise CameraError(f"a camera has no {unknown[0]!r}; it has {', '.join(known)}")
-        return dataclasses.replace(self, **changes)
+        kept = {name: getattr(self, name) for name in known}
+        made = self._bare(kept | changes)
+        made._check(far=not {"cx", "cy", "width", "height"} & set(changes))
+        made._suspect_units(changes)
+        return made
 
     def with_preset(self, name: str) -> Camera:
         """Height and attitude of a known rig, such as ``"kitti"``; see :data:`gvdepth.cameras.PRESETS`.

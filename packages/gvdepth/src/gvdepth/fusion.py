@@ -14,6 +14,7 @@ from fusion_core.errors import ConfigError
 __all__ = ["FUSIONS", "Fused", "Fusion", "focal_weight", "fuse"]
 
 Fusion = Literal["scale", "variance", "mean", "select", "focal", "vertical"]
+_MIRRORED: dict[Fusion, Fusion] = {"focal": "vertical", "vertical": "focal"}
 FUSIONS = ("scale", "variance", "mean", "select", "focal", "vertical")
 
 
@@ -101,20 +102,27 @@ def fuse(
     """
     s_focal, s_vertical = _wide(log_uncertainty_focal), _wide(log_uncertainty_vertical)
     d_focal, d_vertical = _wide(depth_focal), _wide(depth_vertical)
-    weight = focal_weight(s_focal, s_vertical, fusion)
-    depth = torch.lerp(d_vertical, d_focal, weight.to(d_focal.dtype))
+    focal = focal_weight(s_focal, s_vertical, fusion)
+    # Not 1 - focal, which has no digits left where the focal cue has nearly all weight.
+    vertical = focal_weight(s_vertical, s_focal, _MIRRORED.get(fusion, fusion))
+    depth = torch.lerp(d_vertical, d_focal, focal.to(d_focal.dtype))
     disagreement = (d_focal - d_vertical).abs()
-    # An infinite uncertainty with weight 0 must not give NaN.
-    mean = _share(weight, s_focal) + _share(1.0 - weight, s_vertical)
-    match fusion:
-        case "scale":  # 1 / (1/a + 1/b) = exp(-logaddexp(-s))
-            uncertainty = (-torch.logaddexp(-s_focal, -s_vertical)).exp()
-        case "variance":
-            uncertainty = (-0.5 * torch.logaddexp(-2.0 * s_focal, -2.0 * s_vertical)).exp()
-        case _:
-            uncertainty = mean
-    total = mean + 2.0 * weight * (1.0 - weight) * disagreement
-    return Fused(depth, weight, uncertainty, disagreement, total)
+    # With a, b = 1/uncertainties; in logarithms, so that nothing overflows before it is divided.
+    if fusion == "scale":  # 1/(a + b); each cue's weighted uncertainty is the same
+        uncertainty = (-log_sum(-s_focal, -s_vertical)).exp()
+        mean = 2.0 * uncertainty
+    elif fusion == "variance":  # 1/sqrt(a^2 + b^2) and (a + b)/(a^2 + b^2)
+        squares = log_sum(-2.0 * s_focal, -2.0 * s_vertical)
+        uncertainty = (-0.5 * squares).exp()
+        mean = (log_sum(-s_focal, -s_vertical) - squares).exp()
+    else:
+        uncertainty = mean = _share(focal, s_focal) + _share(vertical, s_vertical)
+    return Fused(depth, focal, uncertainty, disagreement, mean + 2.0 * focal * vertical * disagreement)
+
+
+def log_sum(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """``log(exp(a) + exp(b))``: torch.logaddexp in operations that ONNX has."""
+    return torch.maximum(a, b) + torch.log1p((-(a - b).abs()).exp())
 
 
 def _share(weight: Tensor, log_uncertainty: Tensor) -> Tensor:

@@ -151,7 +151,10 @@ def silog_loss(
     guess = torch.where(valid, depth.to(wide), one).clamp(min=_LEAST_DEPTH)
     gap = guess.log() - torch.where(valid, target.to(wide), one).log()
     mean = pooled_mean(gap, valid, across_ranks=across_ranks)
-    square = pooled_mean((gap - mean) ** 2, valid, across_ranks=across_ranks)
+    # The variance does not depend on the center to first order. Across ranks this has to be used: each rank
+    # would see only its own part of that zero.
+    center = mean.detach() if across_ranks else mean
+    square = pooled_mean((gap - center) ** 2, valid, across_ranks=across_ranks)
     if correction:
         count = _total(valid.sum().to(wide), across_ranks).detach()
         square = square * count / (count - 1).clamp(min=1.0)

@@ -9,11 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gvdepth.canonical import DEFAULT_FOCAL, row_scale
+from gvdepth.fusion import log_sum
 from gvdepth.geometry import CameraLike, aligned, camera_numbers
 
 __all__ = ["calibration_std", "inflate", "propagate"]
 
 Std = float | Tensor
+_LEAST_STD = 1e-12  # metres
 
 
 def propagate(
@@ -67,7 +69,8 @@ def propagate(
         # sin r x + cos r y of the ground projection follows from its depth: no row, no column is needed.
         slope = (height / wide + number(pitch.sin())) * number(pitch.tan()) + number(pitch.cos())
         square = square + (wide * wide / height * slope * (pitch_std_deg * (math.pi / 180.0))) ** 2
-    return square.sqrt()
+    some = square > 0
+    return torch.where(some, torch.where(some, square, torch.ones_like(square)).sqrt(), square)
 
 
 def calibration_std(
@@ -91,5 +94,6 @@ def inflate(log_uncertainty: Float[Tensor, "..."], std: Float[Tensor, "..."]) ->
         >>> inflate(torch.tensor(0.0), torch.tensor(2.0 ** 0.5)).exp().round(decimals=4)
         tensor(1.4142)
     """
-    added = 2.0 * std.log() - math.log(2.0)
-    return 0.5 * torch.logaddexp(2.0 * log_uncertainty, added)
+    # A floor instead of log(0): the gradient at std 0 is 0, not NaN.
+    added = 2.0 * std.clamp(min=_LEAST_STD).log() - math.log(2.0)
+    return 0.5 * log_sum(2.0 * log_uncertainty, added)
