@@ -48,7 +48,7 @@ def view_camera(camera: Camera, view: View) -> Camera:
     x0, y0, width, height, new_width, new_height, flip = view
     # A camera's size is whole; a crop's need not be, so crop and resize are done in one step.
     sx, sy = new_width / width, new_height / height
-    moved = camera.replace(
+    moved = camera.computed(
         fx=camera.fx * sx,
         fy=camera.fy * sy,
         cx=(camera.cx - x0 + 0.5) * sx - 0.5,

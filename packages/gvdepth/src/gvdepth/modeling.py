@@ -121,7 +121,7 @@ class GVDepth(
         features: list[Tensor] = self.encoder(x.to(self.heads.project.weight.dtype))
         embedding: list[Tensor] = []
         if self.config.uses_embedding:
-            size = (int(x.shape[-2]), int(x.shape[-1]))
+            size = (x.shape[-2], x.shape[-1])
             half = ground_embedding(camera, size, stride=2, roll=roll).to(features[0].dtype)
             half = half.expand(-1, -1, size[0] // 2, size[1] // 2)
             embedding = ground_pyramid(half, [2**level for level in range(len(features))])

@@ -36,6 +36,8 @@ class DepthOutput(Result):
         uncertainty: of the depth, metres; it grows where the two cues contradict each other.
         depth_focal: of the focal cue (of a single-cue model: that cue's).
         depth_vertical: of the vertical cue (of a single-cue model: that cue's).
+        uncertainty_focal: of the focal cue, metres.
+        uncertainty_vertical: of the vertical cue, metres.
         weight_focal: share of the focal cue, in [0, 1].
         height_above_road: of what each pixel shows, metres above the level road.
         image: (H, W, 3) uint8.
@@ -47,6 +49,8 @@ class DepthOutput(Result):
     uncertainty: Tensor
     depth_focal: Tensor
     depth_vertical: Tensor
+    uncertainty_focal: Tensor
+    uncertainty_vertical: Tensor
     weight_focal: Tensor
     height_above_road: Tensor
     image: NDArray[np.uint8]

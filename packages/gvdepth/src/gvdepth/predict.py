@@ -152,13 +152,25 @@ def forward(model: GVDepth, items: Sequence[Prepared], settings: Settings) -> li
 
 def _result(output: Output, number: int, item: Prepared, max_depth: float, clip: bool) -> DepthOutput:
     one = slice(number, number + 1)
-    names = ("depth", "uncertainty", "depth_focal", "depth_vertical", "weight_focal")
-    maps = undo(torch.cat([getattr(output, name)[one] for name in names], 1).float(), item.camera.size)[0]
-    depths = [maps[i].clamp(_LEAST_DEPTH, max_depth) if clip else maps[i] for i in (0, 2, 3)]
-    above = height_above_road(depths[0], item.camera, roll=item.camera.roll_deg != 0)
-    return DepthOutput(
-        depths[0], maps[1], depths[1], depths[2], maps[4], above, item.image, item.camera, item.id
+    names = (
+        "depth", "depth_focal", "depth_vertical", "log_uncertainty_focal", "log_uncertainty_vertical",
+        "uncertainty", "weight_focal",
     )  # fmt: skip
+    maps = undo(torch.cat([getattr(output, name)[one] for name in names], 1).float(), item.camera.size)[0]
+    depth, focal, vertical = maps[:3].clamp(_LEAST_DEPTH, max_depth) if clip else maps[:3]
+    return DepthOutput(
+        depth=depth,
+        uncertainty=maps[5],
+        depth_focal=focal,
+        depth_vertical=vertical,
+        uncertainty_focal=maps[3].exp(),
+        uncertainty_vertical=maps[4].exp(),
+        weight_focal=maps[6],
+        height_above_road=height_above_road(depth, item.camera, roll=item.camera.roll_deg != 0),
+        image=item.image,
+        camera=item.camera,
+        id=item.id,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from gvdepth.data.base import Samples
 from gvdepth.losses import consistency_loss
 from gvdepth.modeling import GVDepth
 
-__all__ = ["AugmentConfig", "TrainConfig", "Trainer", "train_step"]
+__all__ = ["AugmentConfig", "TrainConfig", "Trainer", "build_model", "train_step"]
 
 Key = tuple[int, int, int, int]
 """Epoch, place of the sample in the epoch, index of the sample, number of the batch that draws the sizes."""
@@ -154,6 +154,13 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def build_model(config: TrainConfig) -> GVDepth:
+    """A new model of the recipe, its weights drawn from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return GVDepth(config.model)
+
+
 class Trainer:
     """Train a model on a data set; run it under ``accelerate launch`` for several processes.
 
@@ -191,7 +198,6 @@ class Trainer:
         overwrite: bool = False,
         device: str = "auto",
         progress: bool | None = None,
-        save_every: int | None = None,
     ) -> None:
         self.model, self.config, self.out, self.validate = model, config or TrainConfig(), Path(out), validate
         config = self.config
