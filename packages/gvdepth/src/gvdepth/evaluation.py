@@ -141,6 +141,8 @@ def evaluate(
         raise ConfigError("model is an empty mapping, wanted at least one model")
     if baseline is not None and baseline not in methods:
         raise ConfigError(f"baseline is {baseline!r}, wanted one of {', '.join(methods)}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, wanted at least 1")
     indices = list(range(len(data)))[:limit]
     if shard is not None:
         first, count = parse_shard(shard)
@@ -203,8 +205,6 @@ def _name(model: Any) -> str:
 
 
 def _batches(data: Any, indices: Sequence[int], batch_size: int) -> Iterator[list[Any]]:
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}, wanted at least 1")
     samples = (data[index] for index in indices)
     while batch := list(islice(samples, batch_size)):
         yield batch
@@ -241,7 +241,7 @@ def _sums(
     depth = getattr(output, "depth", output)
     found = torch.as_tensor(depth).detach().to("cpu")
     target = np.asarray(sample.depth)
-    if found.numel() == 0 or found.numel() != found.shape[-1] * found.shape[-2]:
+    if found.ndim < 2 or found.numel() == 0 or found.numel() != found.shape[-1] * found.shape[-2]:
         raise ShapeError(
             f"the prediction of {sample.id} has shape {tuple(found.shape)}, wanted (height, width)"
         )
