@@ -106,10 +106,11 @@ def predict(
             break
         except InputError:
             continue
+    camera = flags.resolve(first)
     found = predict_folder(
         _load(model, device),
         images,
-        flags.resolve(first),
+        camera,
         out,
         formats=formats,
         calib_std=_pair(calib_std),

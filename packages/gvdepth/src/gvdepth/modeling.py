@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -166,7 +167,7 @@ class GVDepth(
         with torch.autocast(pixel_values.device.type, enabled=False):
             if calib_std is not None and self.config.cue in ("fusion", "vertical"):
                 cues = with_calibration_error(cues, camera, calib_std)
-            output = self._output(cues, fuse_cues(cues, self.config, fusion), pixel_values.shape[-2:])
+            output = self.assemble(cues, fuse_cues(cues, self.config, fusion), pixel_values.shape[-2:])
             if labels is None:
                 return output
             losses = self.loss(output, labels, across_ranks=across_ranks)
@@ -214,7 +215,8 @@ class GVDepth(
                 f"{self.least_size}x{self.least_size}"
             )
 
-    def _output(self, cues: CueDepths, fused: Fused, size: Any) -> Output:
+    def assemble(self, cues: CueDepths, fused: Fused, size: Sequence[int]) -> Output:
+        """Maps at the image's size ``(height, width)`` from those of the half-resolution grid."""
         height, width = size
         maps = torch.cat(
             [fused.depth, fused.total, cues.focal, cues.vertical, cues.log_focal, cues.log_vertical, fused.weight_focal],
@@ -256,52 +258,54 @@ class GVDepth(
         self.config.save(save_directory / CONFIG)
 
     @classmethod
-    def _from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        model_id: str,
-        config: Any = None,
-        map_location: str = "cpu",
-        strict: bool = True,
+        config: GVDepthConfig | None = None,
+        map_location: str | torch.device = "cpu",
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        **settings: Any,
     ) -> Self:
-        if settings or not strict:
-            raise ConfigError(
-                f"from_pretrained takes config= and map_location=, not {sorted(settings) or 'strict=False'}"
-            )
+        """A trained model, in eval mode.
 
-        def find(name: str) -> Path:
-            if Path(model_id).is_dir():
-                return Path(model_id) / name
+        Args:
+            pretrained_model_name_or_path: a folder of :meth:`save_pretrained`, or a name on the hub.
+            config: with another fusion rule or other losses; another architecture or parametrization is refused.
+            map_location: where the weights go.
+            revision: of the hub's repository.
+            cache_dir: of the hub's files.
+            force_download: as in huggingface_hub.
+            local_files_only: as in huggingface_hub.
+            token: as in huggingface_hub.
+
+        Raises:
+            CheckpointError: no such model, broken files, or a configuration that does not fit the weights.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        options |= {"force_download": force_download, "local_files_only": local_files_only}
+
+        def find(file: str) -> Path:
+            if Path(name).is_dir():
+                return Path(name) / file
             try:
-                return Path(
-                    hf_hub_download(
-                        model_id,
-                        name,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        token=token,
-                        local_files_only=local_files_only,
-                    )
-                )
-            except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+                return Path(hf_hub_download(name, file, **options))
+            except (HfHubHTTPError, OSError, ValueError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise CheckpointError(
-                    f"{model_id!r} is neither a folder with {CONFIG} and {WEIGHTS} nor a model that the hub "
-                    f"gives out ({reason})"
+                    f"{name!r} is neither a folder with {CONFIG} and {WEIGHTS} nor a model that the hub gives "
+                    f"out ({reason})"
                 ) from error
 
-        weights = find(WEIGHTS)
-        stored = _stored_config(find(CONFIG), weights)
-        wanted = stored if not isinstance(config, GVDepthConfig) else _agreed(config, stored, model_id)
-        model = cls(wanted.replace(pretrained=False))
-        load_strict(model, load_tensors(weights, device=map_location))
+        stored, weights = find(CONFIG), find(WEIGHTS)
+        found = _stored_config(stored, weights)
+        found = found if config is None else _agreed(config, found, name)
+        model = cls(found.replace(pretrained=False))
+        load_strict(model, load_tensors(weights))
         return model.to(map_location).eval()
 
     def predict(self, images: Any, cameras: Any, **options: Any) -> Any:
