@@ -1,6 +1,7 @@
 """Geometric and photometric augmentation; the camera follows every step (section 2.7).
 
-A view is a crop, resized, perhaps mirrored: ``[x0, y0, w, h, new_w, new_h, hflip]``. Metric depth does not change
+A view is a crop, resized, perhaps mirrored: ``[x0, y0, w, h, new_w, new_h, hflip]``. Metric depth does not
+change
 under any of them: only pixels move. Every draw comes from a generator that the caller names.
 """
 
@@ -69,7 +70,9 @@ def resize_image(image: NDArray[np.uint8], view: View) -> NDArray[np.uint8]:
     return found[:, ::-1] if flip else found
 
 
-def _places(start: float, length: float, new: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _places(
+    start: float, length: float, new: int, last: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     place = ((np.arange(new) + 0.5) * (length / new) + start - 0.5).clip(0, last)
     low = np.minimum(np.floor(place).astype(np.int64), max(last - 1, 0))
     return low, place - low
@@ -79,7 +82,8 @@ def resize_depth(depth: NDArray[np.float32], view: View) -> NDArray[np.float32]:
     """The depth of a view at its pixels' centres.
 
     Between four known neighbours on one surface the INVERSE depth is interpolated, which is exact on planes;
-    elsewhere the nearest pixel is taken, so that no depth between two objects is invented and sparse maps stay
+    elsewhere the nearest pixel is taken, so that no depth between two objects is invented and sparse maps
+    stay
     sparse.
 
     Args:

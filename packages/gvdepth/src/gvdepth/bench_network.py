@@ -93,7 +93,8 @@ def head_rows(repeats: int, device: str = "cpu") -> list[Row]:
             note="<= 1 % of the forward", **common,
         ),
         paired(
-            "fusion model", forward, _forward(large_model("focal").to(device), images, camera), target=">= 0.8",
+            "fusion model", forward, _forward(large_model("focal").to(device), images, camera), target=">= "
+            "0.8",
             against="focal model of the same trunk", note="<= 1.25x its time", **common,
         ),
     ]  # fmt: skip
@@ -106,7 +107,9 @@ def head_rows(repeats: int, device: str = "cpu") -> list[Row]:
         )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - no C++ compiler, or none that works
         words = " ".join(str(error).split())[:120]
-        rows.append(Row(name="head, torch.compile(fullgraph=True)", ratio=float("nan"), met=False, note=words))
+        rows.append(
+            Row(name="head, torch.compile(fullgraph=True)", ratio=float("nan"), met=False, note=words)
+        )
     return rows
 
 
@@ -150,20 +153,13 @@ def overlap_row(repeats: int, frames: int = _FRAMES) -> Row:
         return paired(
             "predict a folder", run(2), run(0), repeats=repeats, target=">= 1.3", dtype="float32",
             against="one thing after the other",
-            note=f"{frames} PNG of 1242x375, shipped tiny model, writes npy, png16, color; torch on one thread",
+            note=f"{frames} PNG of 1242x375, shipped tiny model, npy, png16 and color; torch on one thread",
         )  # fmt: skip
 
 
-ROWS: dict[str, Callable[[int], list[Row]]] = {
+NETWORK_ROWS: dict[str, Callable[[int, str], list[Row]]] = {
     "head": head_rows,
-    "whole predict": lambda repeats: [whole_row(repeats)],
-    "folder": lambda repeats: [overlap_row(repeats)],
+    "whole predict": lambda repeats, _device: [whole_row(repeats)],
+    "folder": lambda repeats, _device: [overlap_row(repeats)],
 }
-
-
-def network_rows(repeats: int = 5, only: tuple[str, ...] = ()) -> Iterator[Row]:
-    """The rows whose group's name holds one of ``only``; all by default. Torch runs on one thread."""
-    for name, rows in ROWS.items():
-        if not only or any(word in name for word in only):
-            with one_thread():
-                yield from rows(repeats)
+"""For :data:`gvdepth.bench.ROWS`."""

@@ -49,7 +49,11 @@ def _pair(text: str | None) -> tuple[float, float] | None:
 def _depths(folder: Path, limit: int | None = None) -> list[Any]:
     from gvdepth.data import read_depth
 
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".npy", ".png")) if folder.is_dir() else []
+    files = (
+        sorted(path for path in folder.rglob("*") if path.suffix in (".npy", ".png"))
+        if folder.is_dir()
+        else []
+    )
     if not files:
         raise InputError(f"--depth {folder} is no folder with depth maps (.png of 16 bits, .npy)")
     return [read_depth(path) for path in files[:limit]]
@@ -77,7 +81,9 @@ def predict(
     rows: Annotated[
         int | None, typer.Option("--rows", min=32, help="Height of the network's image; the camera follows.")
     ] = None,
-    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Keep depth within the model's range.")] = True,
+    clip: Annotated[
+        bool, typer.Option("--clip/--no-clip", help="Keep depth within the model's range.")
+    ] = True,
     batch_size: cli.BatchSize = 1,
     num_workers: Annotated[
         int, typer.Option("--num-workers", min=0, help="Threads that read, and as many that write.")
@@ -93,7 +99,8 @@ def predict(
 ) -> None:
     """Predict metric depth of images; reading, network and writing overlap.
 
-    Example: gvdepth predict frames --camera calib_cam_to_cam.txt --preset kitti --out depth --format npy,color
+    Example: gvdepth predict frames --camera calib_cam_to_cam.txt --preset kitti --out depth --format
+    npy,color
     """
     from fusion_core.images import list_images, read_image
     from gvdepth.predict import predict_folder
@@ -128,7 +135,9 @@ def predict(
     )
     for name, words in found.failures.items():
         sys.stderr.write(f"error: {name}: {words}\n")
-    cli.emit({"done": found.done, "skipped": found.skipped, "failed": len(found.failures), "out": str(out)}, json)
+    cli.emit(
+        {"done": found.done, "skipped": found.skipped, "failed": len(found.failures), "out": str(out)}, json
+    )
     if found.failures:
         raise typer.Exit(2)
 
@@ -143,7 +152,8 @@ def ground(
 ) -> None:
     """Where the road is at 5, 10, 20, 40 and 80 metres, and where the horizon; needs no model.
 
-    Example: gvdepth ground --fx 721 --fy 721 --cx 609 --cy 173 --size 1242x375 --preset kitti --out ground.png
+    Example: gvdepth ground --fx 721 --fy 721 --cx 609 --cy 173 --size 1242x375 --preset kitti --out
+    ground.png
     """
     import numpy as np
 
@@ -174,7 +184,9 @@ def ground(
 def calibrate(
     flags: CameraFlags,
     depth: Annotated[Path, typer.Option("--depth", help="Folder of depth maps.")],
-    road: Annotated[Path | None, typer.Option("--road", help="Folder of road masks, in the same order.")] = None,
+    road: Annotated[
+        Path | None, typer.Option("--road", help="Folder of road masks, in the same order.")
+    ] = None,
     max_depth: MaxDepth = 20.0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Camera file to write.")] = None,
     limit: cli.Limit = None,
@@ -204,10 +216,14 @@ def calibrate(
 @camera_options
 def doctor(
     flags: CameraFlags,
-    depth: Annotated[Path | None, typer.Option("--depth", help="Folder of depth maps (LiDAR, stereo).")] = None,
+    depth: Annotated[
+        Path | None, typer.Option("--depth", help="Folder of depth maps (LiDAR, stereo).")
+    ] = None,
     images: Annotated[Path | None, typer.Option("--images", help="Folder of images, for --model.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Take its focal depth instead.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 where the numbers look wrong.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 3 where the numbers look wrong.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for a page.")] = None,
     limit: cli.Limit = None,
     device: cli.Device = "auto",
@@ -243,7 +259,9 @@ def train(
     data: Data = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the run.")] = Path("gvdepth-run"),
     split: Split = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="name=value, such as model.cue=focal.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="name=value, such as model.cue=focal.")
+    ] = None,
     limit: cli.Limit = None,
     resume: cli.Resume = False,
     overwrite: cli.Overwrite = False,
@@ -282,11 +300,16 @@ def train(
 def evaluate(
     data: Data,
     model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="Model, or folder of depth maps; several compare.")
+        list[str] | None,
+        typer.Option("--model", "-m", help="Model, or folder of depth maps; several compare."),
     ] = None,
     max_depth: MaxDepth = 80.0,
-    crop: Annotated[Literal["none", "garg", "eigen"], typer.Option("--crop", help="Part that counts.")] = "none",
-    pooling: Annotated[Literal["image", "pixel"], typer.Option("--pooling", help="Mean of images' means, or of pixels.")] = "image",
+    crop: Annotated[
+        Literal["none", "garg", "eigen"], typer.Option("--crop", help="Part that counts.")
+    ] = "none",
+    pooling: Annotated[
+        Literal["image", "pixel"], typer.Option("--pooling", help="Mean of images' means, or of pixels.")
+    ] = "image",
     split: Split = None,
     batch_size: cli.BatchSize = 8,
     limit: cli.Limit = None,
@@ -336,7 +359,9 @@ def simulate(
     flags: CameraFlags,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder: images/, depth/, road/, camera.json.")],
     n: Annotated[int, typer.Option("--n", min=1, help="How many streets.")] = 32,
-    rig: Annotated[str | None, typer.Option("--rig", help="A rig of the experiments: train, A ... F.")] = None,
+    rig: Annotated[
+        str | None, typer.Option("--rig", help="A rig of the experiments: train, A ... F.")
+    ] = None,
     object_size: Annotated[
         float | None, typer.Option("--object-size", help="Multiplies all objects (another country).")
     ] = None,
@@ -383,7 +408,9 @@ def export(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")] = Path("gvdepth-demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")] = Path(
+        "gvdepth-demo"
+    ),
     full: Annotated[bool, typer.Option("--full", help="Train the models, two seeds (minutes).")] = False,
     seed: cli.Seed = 0,
     json: cli.Json = False,

@@ -26,7 +26,9 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
         Annotated[
             Path | None,
             typer.Option(
-                "--camera", help="Camera file: JSON, TOML, KITTI, ROS, OpenCV, nuScenes.", rich_help_panel="Camera"
+                "--camera",
+                help="Camera file: JSON, TOML, KITTI, ROS, OpenCV, nuScenes.",
+                rich_help_panel="Camera",
             ),
         ],
         None,
@@ -34,7 +36,9 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "camera_name": (
         Annotated[
             str | None,
-            typer.Option("--camera-name", help="Which, where a file holds several.", rich_help_panel="Camera"),
+            typer.Option(
+                "--camera-name", help="Which, where a file holds several.", rich_help_panel="Camera"
+            ),
         ],
         None,
     ),
@@ -55,7 +59,10 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "camera_height": (_number("--camera-height", "Metres above the road."), None),
     "pitch_deg": (_number("--pitch-deg", "Degrees, > 0 looks ABOVE the horizon."), None),
     "roll_deg": (_number("--roll-deg", "Degrees, > 0 dips the right side."), None),
-    "horizon_row": (_number("--horizon-row", "Row of the horizon in the middle, instead of --pitch-deg."), None),
+    "horizon_row": (
+        _number("--horizon-row", "Row of the horizon in the middle, instead of --pitch-deg."),
+        None,
+    ),
     "pitch_sign": (
         Annotated[
             Literal["up", "down"],
@@ -70,7 +77,9 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "size": (
         Annotated[
             str | None,
-            typer.Option("--size", help="WIDTHxHEIGHT where no image tells, pixels.", rich_help_panel="Camera"),
+            typer.Option(
+                "--size", help="WIDTHxHEIGHT where no image tells, pixels.", rich_help_panel="Camera"
+            ),
         ],
         None,
     ),
@@ -139,7 +148,9 @@ class CameraFlags:
                 raise CameraError("--pitch-deg and --horizon-row say the same; give one")
             changes["pitch_deg"] = sign * self.pitch_deg
         if self.horizon_row is not None:
-            found = found.computed(pitch_deg=math.degrees(math.atan((self.horizon_row - found.cy) / found.fy)))
+            found = found.computed(
+                pitch_deg=math.degrees(math.atan((self.horizon_row - found.cy) / found.fy))
+            )
         found = found.replace(**changes) if changes else found
         if height_needed and found.camera_height is None:
             raise CameraError("the camera's height is missing: give --camera-height METRES, or --preset NAME")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from fusion_core.report import Claim, Figure
 from gvdepth.calibration import calibrate
 from gvdepth.data.simulated import RIGS, Simulated
 from gvdepth.diagnosis import doctor
-from gvdepth.experiment import BINS, TEST_RIGS, Scores, infer, measure, score, shipped, test_set, train_all
+from gvdepth.experiment import BINS, TEST_RIGS, Scores, infer, measure, score, shipped, streets_of, train_all
 from gvdepth.modeling import GVDepth
 from gvdepth.train_checkpoints import MODELS
 from gvdepth.viz import color_depth, colorize, sheet
 
 PAPER = (
-    "Karlo Koledić, Luka Petrović, Ivan Marković, Ivan Petrović: GVDepth: Zero-Shot Monocular Depth Estimation for "
+    "Karlo Koledić, Luka Petrović, Ivan Marković, Ivan Petrović: GVDepth: Zero-Shot Monocular Depth "
+    "Estimation for "
     "Ground Vehicles based on Probabilistic Cue Fusion, ICCV 2025"
 )
 NAMES = {
@@ -80,9 +82,8 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
 
 def _words(rig: str) -> str:
     camera, size = RIGS[rig]
-    return (
-        f"f {camera.fy:g} px, height {camera.camera_height:g} m, pitch {camera.pitch_deg:g} degrees, objects x{size:g}"
-    )
+    height, pitch = camera.camera_height, camera.pitch_deg
+    return f"f {camera.fy:g} px, height {height:g} m, pitch {pitch:g} degrees, objects x{size:g}"
 
 
 def _cameras(scores: Mapping[tuple[str, int], Scores], seeds: Sequence[int]) -> Comparison:
@@ -113,7 +114,9 @@ def _rules(scores: Mapping[tuple[str, int], Scores], seeds: Sequence[int]) -> Co
     return table
 
 
-def _mean(scores: Mapping[tuple[str, int], Scores], seeds: Sequence[int], name: str, rig: str | None = None) -> float:
+def _mean(
+    scores: Mapping[tuple[str, int], Scores], seeds: Sequence[int], name: str, rig: str | None = None
+) -> float:
     values = [scores[name, n].zero_shot[0] if rig is None else scores[name, n].rigs[rig][0] for n in seeds]
     return 100 * float(np.mean(values))
 
@@ -136,7 +139,8 @@ def _claims(scores: Mapping[tuple[str, int], Scores], seeds: Sequence[int]) -> l
             "Depth regressed directly does not transfer to other cameras",
             "section 1",
             at["direct"] > 1.15 * at["fusion"],
-            f"direct {at['direct']:.1f}, fusion {at['fusion']:.1f}. But direct regression that is SHOWN the ground "
+            f"direct {at['direct']:.1f}, fusion {at['fusion']:.1f}. But direct regression that is SHOWN the "
+            f"ground "
             f"depth as an input reaches {at['direct-ground']:.1f}: at this scale the embedding carries "
             f"{_share(at):.0f} % of the gain, and the paper does not say whether its baseline had it.",
         ),
@@ -151,14 +155,16 @@ def _claims(scores: Mapping[tuple[str, int], Scores], seeds: Sequence[int]) -> l
             "Weighting by learned uncertainty beats a plain mean",
             "Eq. 4, Table 8",
             rules["scale"] < rules["mean"],
-            f"1/uncertainty {rules['scale']:.1f}, 1/uncertainty^2 {rules['variance']:.1f}, mean {rules['mean']:.1f}, "
+            f"1/uncertainty {rules['scale']:.1f}, 1/uncertainty^2 {rules['variance']:.1f}, mean "
+            f"{rules['mean']:.1f}, "
             f"the surer cue {rules['select']:.1f}.",
         ),
         Claim(
             "Where objects are larger than in training, the vertical cue holds",
             "section 3.1",
             on_f["vertical"] < on_f["focal"],
-            f"AbsRel % on F (objects 1.3 times larger): focal {on_f['focal']:.1f}, vertical {on_f['vertical']:.1f}, "
+            f"AbsRel % on F (objects 1.3 times larger): focal {on_f['focal']:.1f}, vertical "
+            f"{on_f['vertical']:.1f}, "
             f"fusion {on_f['fusion']:.1f}.",
         ),
     ]
@@ -170,7 +176,7 @@ def _share(at: Mapping[str, float]) -> float:
 
 
 def _camera_block(models: Mapping[str, GVDepth]) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Calibration of camera D from its depth, the doctor on a pitch that is 1 degree wrong, and what it costs."""
+    """Calibration of camera D from its depth, the doctor on a pitch 1 degree wrong, and what it costs."""
     streets = Simulated("D", FRAMES, seed=1)
     frames = [streets.frame(index) for index in range(FRAMES)]
     truth = streets.camera
@@ -182,7 +188,7 @@ def _camera_block(models: Mapping[str, GVDepth]) -> tuple[dict[str, Any], dict[s
         f"(truth {truth.camera_height:g}, {truth.pitch_deg:g})",
         "doctor, pitch 1 degree too high": told.verdict,
     }
-    tests, growth = test_set("D"), dict[str, list[float]]()
+    tests, growth = streets_of("D"), dict[str, list[float]]()
     for name in ("fusion", "vertical"):
         for label, camera in (("right", truth), ("+1 degree", wrong)):
             depth = infer(models[name], tests, camera=camera)["model"].depth
@@ -191,19 +197,27 @@ def _camera_block(models: Mapping[str, GVDepth]) -> tuple[dict[str, Any], dict[s
 
 
 def _notes(
-    scores: Mapping[tuple[str, int], Scores], seeds: Sequence[int], steps: int | None, numbers: Mapping[str, Any]
+    scores: Mapping[tuple[str, int], Scores],
+    seeds: Sequence[int],
+    steps: int | None,
+    numbers: Mapping[str, Any],
 ) -> list[str]:
     focal, vertical = (100 * scores["fusion", seeds[0]].rules[rule][1] for rule in ("focal", "vertical"))
     fused = 100 * scores["fusion", seeds[0]].rules["scale"][1]
     notes = [
-        "A simulated street, images of 48x120 pixels, networks of 0.13 million parameters, all under-trained: this is "
+        "A simulated street, images of 48x120 pixels, networks of 0.13 million parameters, all "
+        "under-trained: this is "
         "a test of the mechanism, not of driving. Nothing is downloaded.",
-        f"{len(seeds)} seed(s) and {FRAMES} images per camera: differences below about 1.5 points mean nothing.",
-        "The direct network with the ground embedding is no model of the paper; without it the comparison would "
+        f"{len(seeds)} seed(s) and {FRAMES} images per camera: differences below about 1.5 points mean "
+        f"nothing.",
+        "The direct network with the ground embedding is no model of the paper; without it the comparison "
+        "would "
         "credit the cues with what the embedding does.",
-        f"Inside the fusion model each cue alone is worse (delta 1 {focal:.0f} and {vertical:.0f} %) than their fusion "
+        f"Inside the fusion model each cue alone is worse (delta 1 {focal:.0f} and {vertical:.0f} %) than "
+        f"their fusion "
         f"({fused:.0f} %): depth_focal and depth_vertical are no results to use.",
-        "The vertical cue in its offset form has an AbsRel tail on some cameras (values near the horizon that are too "
+        "The vertical cue in its offset form has an AbsRel tail on some cameras (values near the horizon "
+        "that are too "
         "far); fusion removes most of it.",
         f"calibrate on the exact depth of camera D: {numbers['calibrate D']}.",
         f"doctor, told a pitch {PITCH_ERROR:g} degree too high: {numbers['doctor, pitch 1 degree too high']}",
@@ -218,7 +232,7 @@ def _pictures(models: Mapping[str, GVDepth], path: Path) -> Figure:
     names = ("image", "truth", "direct", "fusion", "focal weight", "uncertainty")
     rows: list[list[Any]] = [[] for _ in names]
     for rig in TEST_RIGS:
-        tests = test_set(rig)
+        tests = streets_of(rig)
         direct = infer(models["direct"], tests)["model"].depth[3, 0].numpy()
         fusion = infer(models["fusion"], tests)["model"]
         truth = tests.depth[3].numpy()
@@ -237,9 +251,11 @@ def _pictures(models: Mapping[str, GVDepth], path: Path) -> Figure:
     save_png(path, sheet(rows, [f"camera {rig}" for rig in TEST_RIGS], names))
     return Figure(
         path,
-        "Street pictures of six cameras with true depth, depth by direct regression and by fusion, the focal cue's "
+        "Street pictures of six cameras with true depth, depth by direct regression and by fusion, the "
+        "focal cue's "
         "weight and the uncertainty",
-        "Near is dark, far is pale, sky is gray in the truth. Weight: pale = focal cue. Uncertainty: pale = large.",
+        "Near is dark, far is pale, sky is gray in the truth. Weight: pale = focal cue. Uncertainty: pale = "
+        "large.",
     )
 
 
@@ -253,7 +269,7 @@ def _growth(growth: Mapping[str, Sequence[float]], path: Path) -> Figure:
     for label, values in growth.items():
         name, _, what = label.rpartition(", ")
         ax.plot(places, values, "o-" if what == "right" else "o--", color=colors[name], label=label)
-    ax.set_xticks(places, [f"{low:g}-{high:g} m" for low, high in zip(BINS, BINS[1:], strict=False)])
+    ax.set_xticks(places, [f"{low:g}-{high:g} m" for low, high in pairwise(BINS)])
     ax.set_ylabel("AbsRel %")
     ax.set_title("Camera D: what a pitch that is 1 degree wrong costs", fontsize=10)
     ax.legend(fontsize=8)
@@ -262,7 +278,8 @@ def _growth(growth: Mapping[str, Sequence[float]], path: Path) -> Figure:
     plt.close(figure)
     return Figure(
         path,
-        "AbsRel per distance of the fusion and the vertical model, with the right pitch and with one degree too much",
+        "AbsRel per distance of the fusion and the vertical model, with the right pitch and with one degree "
+        "too much",
         "A wrong pitch costs the more the farther away; the vertical cue suffers from it.",
     )
 
@@ -273,6 +290,6 @@ method = Method(
     title="GVDepth: metric depth for any vehicle's camera",
     paper=PAPER,
     url="https://arxiv.org/abs/2412.06080",
-    summary="Object size and position on the road, fused by uncertainty: trained on one camera, used with any.",
+    summary="Object size and place on the road, fused by uncertainty: trained on one camera, used with any.",
     demo=demo,
 )

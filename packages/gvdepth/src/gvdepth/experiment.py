@@ -35,7 +35,7 @@ _TRIAL_STEPS, _TRIAL_SECONDS = 20, 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class TestSet:
+class Streets:
     """The streets that one rig sees.
 
     Args:
@@ -44,49 +44,49 @@ class TestSet:
         camera: the rig.
     """
 
-    __test__ = False  # no test, whatever its name says to pytest
     images: Tensor
     depth: Tensor
     camera: Camera
 
 
 @lru_cache(maxsize=16)
-def test_set(rig: str, count: int = TEST_IMAGES) -> TestSet:
+def streets_of(rig: str, count: int = TEST_IMAGES) -> Streets:
     """The test images of a rig; they are none of the training streets."""
     streets = Simulated(rig, count, seed=TEST_SEED)
     samples = [streets[index] for index in range(count)]
     images = torch.stack([to_tensor(sample.image) for sample in samples])
     depth = torch.from_numpy(np.stack([sample.depth for sample in samples]))
-    return TestSet(images, depth, streets.camera)
-
-
-test_set.__test__ = False  # type: ignore[attr-defined]
+    return Streets(images, depth, streets.camera)
 
 
 @torch.inference_mode()
-def infer(model: GVDepth, tests: TestSet, *, camera: Camera | None = None, rules: Sequence[Fusion] = ()) -> dict[str, Any]:
+def infer(
+    model: GVDepth, seen: Streets, *, camera: Camera | None = None, rules: Sequence[Fusion] = ()
+) -> dict[str, Any]:
     """Depth of every test image, by the model's rule and by others on the same two cues.
 
     Args:
         model: in eval mode.
-        tests: the images.
+        seen: the images.
         camera: what the model is told; by default the truth.
         rules: further fusion rules.
 
     Returns:
         ``"model"`` and each rule -> :class:`gvdepth.modeling.Output`.
     """
-    told = (camera or tests.camera).tensor()[None].expand(len(tests.images), 7)
-    cues = model.cues(tests.images, told, roll=False)
-    size = tests.images.shape[-2:]
+    told = (camera or seen.camera).tensor()[None].expand(len(seen.images), 7)
+    cues = model.cues(seen.images, told, roll=False)
+    size = seen.images.shape[-2:]
     found = {"model": model.assemble(cues, fuse_cues(cues, model.config), size)}
     return found | {rule: model.assemble(cues, fuse_cues(cues, model.config, rule), size) for rule in rules}
 
 
-def score(depth: Tensor, tests: TestSet, bins: Sequence[float] | None = None) -> dict[str, NDArray[np.float64]]:
-    """Metrics, each the mean over images of depths in [1, 80] metres; per distance where ``bins`` are given."""
+def score(
+    depth: Tensor, seen: Streets, bins: Sequence[float] | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Metrics, each the mean over images, of depths in [1, 80] metres; per distance with ``bins``."""
     sums = error_sums(
-        depth[:, 0].clamp(1e-3, _MOST), tests.depth, max_depth=_MOST, mask=tests.depth >= _LEAST, bins=bins
+        depth[:, 0].clamp(1e-3, _MOST), seen.depth, max_depth=_MOST, mask=seen.depth >= _LEAST, bins=bins
     )
     with np.errstate(invalid="ignore"):
         return {name: np.nanmean(values, axis=0) for name, values in from_sums(sums).items()}
@@ -112,9 +112,9 @@ def measure(model: GVDepth, count: int = TEST_IMAGES) -> Scores:
     rigs: dict[str, tuple[float, float]] = {}
     by_rule: dict[str, list[tuple[float, float]]] = {rule: [] for rule in rules}
     for rig in TEST_RIGS:
-        tests = test_set(rig, count)
-        for name, output in infer(model, tests, rules=rules).items():
-            found = score(output.depth, tests)
+        seen = streets_of(rig, count)
+        for name, output in infer(model, seen, rules=rules).items():
+            found = score(output.depth, seen)
             pair = float(found["abs_rel"]), float(found["d1"])
             if name == "model":
                 rigs[rig] = pair
@@ -151,8 +151,10 @@ def trial_seconds(steps: int = _TRIAL_STEPS) -> float:
     return time.perf_counter() - start
 
 
-def train_all(seeds: Sequence[int], folder: str | Path, *, steps: int | None = None) -> tuple[dict[tuple[str, int], GVDepth], int]:
-    """Train every model of :data:`MODELS` on every seed, side by side in as many processes as there are cores.
+def train_all(
+    seeds: Sequence[int], folder: str | Path, *, steps: int | None = None
+) -> tuple[dict[tuple[str, int], GVDepth], int]:
+    """Train every model of :data:`MODELS` on every seed, in as many processes as there are cores.
 
     Args:
         seeds: of weights, streets and draws.

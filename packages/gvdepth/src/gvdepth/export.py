@@ -1,4 +1,4 @@
-"""A model as one ONNX graph with the camera as an input; normalization and padding are inside (invariant 15)."""
+"""A model as one ONNX graph: the camera is an input, normalization and padding are inside (invariant 15)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class Exported:
     log_depth_difference: float
 
 
-def example(model: GVDepth, height: int, width: int, batch: int = 1, *, other: bool = False) -> tuple[Tensor, Tensor]:
+def example(
+    model: GVDepth, height: int, width: int, batch: int = 1, *, other: bool = False
+) -> tuple[Tensor, Tensor]:
     """An image of noise and one of two different cameras for it."""
     camera = Camera(
         fx=0.6 * width,
@@ -78,8 +80,10 @@ def export_onnx(
 ) -> Exported:
     """Write a model as one ONNX file that takes any batch, any size and any camera.
 
-    Inputs: ``pixel_values`` (B, 3, H, W) RGB in [0, 1], and ``camera`` (B, 7): fx, fy, cx, cy in pixels of THIS
-    image, camera height in metres, pitch and roll in radians. Outputs: ``depth``, ``uncertainty`` in metres and
+    Inputs: ``pixel_values`` (B, 3, H, W) RGB in [0, 1], and ``camera`` (B, 7): fx, fy, cx, cy in pixels of
+    THIS
+    image, camera height in metres, pitch and roll in radians. Outputs: ``depth``, ``uncertainty`` in metres
+    and
     ``weight_focal``, (B, 1, H, W).
 
     Args:
@@ -90,7 +94,8 @@ def export_onnx(
 
     Raises:
         InputError: the model is on another device.
-        FusionError: the exporter cannot express the model, or the comparison fails: the file is then not left.
+        FusionError: the exporter cannot express the model, or the comparison fails: the file is then not
+        left.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
     if model.device.type != "cpu":
@@ -118,7 +123,8 @@ def export_onnx(
     if not worst < TOLERANCE:
         target.unlink(missing_ok=True)
         raise FusionError(
-            f"onnxruntime and torch differ by {worst:.2e} in log depth, allowed is {TOLERANCE:g}; nothing was written"
+            f"onnxruntime and torch differ by {worst:.2e} in log depth, allowed is {TOLERANCE:g}; nothing "
+            f"was written"
         )
     return Exported(target, worst)
 

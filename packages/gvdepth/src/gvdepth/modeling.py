@@ -1,4 +1,4 @@
-"""The network: encoder, decoder with the ground-plane embedding, small U-Nets, and the camera in closed form."""
+"""The network: encoder, decoder with the ground-plane embedding, small U-Nets, camera in closed form."""
 
 from __future__ import annotations
 
@@ -153,7 +153,8 @@ class GVDepth(
             pixel_values: (B, 3, H, W) RGB in [0, 1]; H and W at least :attr:`least_size`.
             camera: (B, 7): fx, fy, cx, cy in pixels, height in metres, pitch and roll in radians.
             labels: (B, H, W) metres, 0 = unknown; adds the loss, pooled over the batch.
-            calib_std: (B, 2) standard deviations of the camera's height in metres and of the pitch in degrees;
+            calib_std: (B, 2) standard deviations of the camera's height in metres and of the pitch in
+                degrees;
                 they widen the vertical cue's uncertainty before the fusion.
             fusion: another rule than the configuration's.
             roll: False promises that every roll is 0; a little faster.
@@ -218,10 +219,8 @@ class GVDepth(
     def assemble(self, cues: CueDepths, fused: Fused, size: Sequence[int]) -> Output:
         """Maps at the image's size ``(height, width)`` from those of the half-resolution grid."""
         height, width = size
-        maps = torch.cat(
-            [fused.depth, fused.total, cues.focal, cues.vertical, cues.log_focal, cues.log_vertical, fused.weight_focal],
-            dim=1,
-        )  # fmt: skip
+        pairs = (fused.depth, fused.total), (cues.focal, cues.vertical), (cues.log_focal, cues.log_vertical)
+        maps = torch.cat([*(one for pair in pairs for one in pair), fused.weight_focal], dim=1)
         full = F.interpolate(maps, scale_factor=2.0, mode="bilinear", align_corners=False)
         return Output(*full[..., :height, :width].split(1, dim=1))
 
@@ -274,7 +273,8 @@ class GVDepth(
 
         Args:
             pretrained_model_name_or_path: a folder of :meth:`save_pretrained`, or a name on the hub.
-            config: with another fusion rule or other losses; another architecture or parametrization is refused.
+            config: with another fusion rule or other losses; another architecture or parametrization is
+                refused.
             map_location: where the weights go.
             revision: of the hub's repository.
             cache_dir: of the hub's files.
@@ -297,7 +297,8 @@ class GVDepth(
             except (HfHubHTTPError, OSError, ValueError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise CheckpointError(
-                    f"{name!r} is neither a folder with {CONFIG} and {WEIGHTS} nor a model that the hub gives "
+                    f"{name!r} is neither a folder with {CONFIG} and {WEIGHTS} nor a model that the hub "
+                    f"gives "
                     f"out ({reason})"
                 ) from error
 
@@ -330,7 +331,8 @@ def _stored_config(config: Path, weights: Path) -> GVDepthConfig:
     for name in CONTRACT:
         if contract.get(name) != plain[name]:
             raise CheckpointError(
-                f"{weights} was trained with {name}={contract.get(name)!r}, {config.name} says {plain[name]!r}"
+                f"{weights} was trained with {name}={contract.get(name)!r}, {config.name} says "
+                f"{plain[name]!r}"
             )
     return found
 
@@ -344,7 +346,9 @@ def _agreed(wanted: GVDepthConfig, stored: GVDepthConfig, name: str) -> GVDepthC
     free = ("fusion", "silog_alpha", "silog_lambda", "correction", "uncertainty_weight", "unc_weighting")
     ours, theirs, plain = wanted.to_dict(), stored.to_dict(), GVDepthConfig().to_dict()
     for field in (f for f in theirs if f not in (*free, "pretrained")):
-        if ours[field] not in (theirs[field], None) and not (field == "encoder_config" and ours[field] == plain[field]):
+        if ours[field] not in (theirs[field], None) and not (
+            field == "encoder_config" and ours[field] == plain[field]
+        ):
             raise CheckpointError(
                 f"{name} was made with {field}={theirs[field]!r}, the config given says {ours[field]!r}"
             )

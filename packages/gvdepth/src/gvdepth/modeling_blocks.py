@@ -77,7 +77,7 @@ class Decoder(nn.Module):
 
 
 class CueHeads(nn.Module):
-    """The small U-Nets, one per cue, run as one module with ``groups`` so that a GPU launches each layer once.
+    """The small U-Nets, one per cue, as one module with ``groups``: a GPU launches each layer once.
 
     The cues share nothing but the input: group c of every layer is the network of cue c alone.
 

@@ -102,7 +102,8 @@ class StagedEncoder(nn.Module):
 class PlainEncoder(nn.Module):
     """A vision transformer with one scale (DINOv2): four of its layers, reassembled to 1/4 ... 1/32.
 
-    The image is resized so that one patch covers 16 x 16 of its pixels: patches and pixels stay aligned, so the
+    The image is resized so that one patch covers 16 x 16 of its pixels: patches and pixels stay aligned, so
+    the
     camera needs no change whatever the patch size is.
     """
 
@@ -185,7 +186,9 @@ def _settings(config: GVDepthConfig, transformers: Any) -> Any:
     stored = config.encoder_config or (None if config.pretrained else architecture(config.encoder))
     try:
         if stored is not None:
-            plain = {key: value for key, value in stored.items() if key not in ("out_features", "out_indices")}
+            plain = {
+                key: value for key, value in stored.items() if key not in ("out_features", "out_indices")
+            }
             found = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
         else:
             found = transformers.AutoConfig.from_pretrained(config.encoder)
@@ -226,7 +229,9 @@ def build_encoder(config: GVDepthConfig) -> tuple[nn.Module, GVDepthConfig]:
             if config.pretrained
             else transformers.AutoBackbone.from_config(settings)
         )
-        large = max(backbone.channels) > 1024 or (settings.model_type == "dinov2" and max(backbone.channels) > 768)
+        large = max(backbone.channels) > 1024 or (
+            settings.model_type == "dinov2" and max(backbone.channels) > 768
+        )
         stem = 64 if large else 32
         decoder = (768, 512, 256, 128) if large else (384, 256, 128, 64)
         heads = (64, 96, 128) if large else (32, 48, 64)

@@ -24,7 +24,7 @@ from gvdepth.geometry import pixel_centers
 from gvdepth.viz import color_depth
 
 FORMATS = ("npy", "png16", "color", "ply", "uncertainty", "height")
-"""Files of a prediction: depth as float32 metres, 16-bit PNG and picture, points, uncertainty, height above road."""
+"""Files of a prediction: depth as float32 metres, 16-bit PNG or picture, points, uncertainty, height."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,14 @@ def save_ply(path: str | os.PathLike[str], output: DepthOutput, max_depth: float
     table["uncertainty"] = output.uncertainty.float()[keep].cpu().numpy()
     words = {"<f4": "float", "u1": "uchar"}
     lines = [f"property {words[kind]} {field}" for field, kind in [*kinds, ("uncertainty", "<f4")]]
-    head = ["ply", "format binary_little_endian 1.0", f"element vertex {len(table)}", *lines, "end_header", ""]
+    head = [
+        "ply",
+        "format binary_little_endian 1.0",
+        f"element vertex {len(table)}",
+        *lines,
+        "end_header",
+        "",
+    ]
     with atomic_write(path) as file:
         file.write("\n".join(head).encode("ascii"))
         file.write(table.tobytes())

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fusion_core.atomic import PathLike
 from fusion_core.device import autocast, resolve_device, resolve_dtype
@@ -68,7 +67,8 @@ def predict(
         images: a path, bytes, PIL image, (H, W, 3) uint8 array or (3, H, W) tensor; or a list, or an array or
             tensor of four dimensions. Sizes may differ.
         cameras: of the image, or one for each; one camera serves all.
-        calib_std: standard deviations of the camera's height (metres) and pitch (degrees): the vertical cue is
+        calib_std: standard deviations of the camera's height (metres) and pitch (degrees): the vertical cue
+            is
             trusted less where they matter.
         clip: keep the depth within [1e-3, max_depth] metres.
         fusion: another rule than the model's.
@@ -127,7 +127,9 @@ def forward(model: GVDepth, items: Sequence[Prepared], settings: Settings) -> li
         if config.cue == "vertical":
             check_ground(items[0].network_camera)
         warnings.warn(
-            f"{items[0].id} lies above the horizon as a whole: the focal cue is used alone", FusionWarning, stacklevel=3
+            f"{items[0].id} lies above the horizon as a whole: the focal cue is used alone",
+            FusionWarning,
+            stacklevel=3,
         )
         rule = "focal"
     was_training, device = model.training, model.device
@@ -135,7 +137,8 @@ def forward(model: GVDepth, items: Sequence[Prepared], settings: Settings) -> li
     if settings.calib_std is not None:
         if min(settings.calib_std) < 0 or not np.isfinite(settings.calib_std).all():
             raise InputError(
-                f"calib_std is {settings.calib_std}, wanted standard deviations of the height in metres and of the "
+                f"calib_std is {settings.calib_std}, wanted standard deviations of the height in metres and "
+                f"of the "
                 "pitch in degrees, >= 0"
             )
         std = torch.tensor([settings.calib_std] * len(items), dtype=torch.float32, device=device)
@@ -147,7 +150,9 @@ def forward(model: GVDepth, items: Sequence[Prepared], settings: Settings) -> li
             output = model(images, cameras, calib_std=std, fusion=rule, roll=roll)
     finally:
         model.train(was_training)
-    return [_result(output, number, item, config.max_depth, settings.clip) for number, item in enumerate(items)]
+    return [
+        _result(output, number, item, config.max_depth, settings.clip) for number, item in enumerate(items)
+    ]
 
 
 def _result(output: Output, number: int, item: Prepared, max_depth: float, clip: bool) -> DepthOutput:
@@ -212,7 +217,8 @@ def predict_folder(
 ) -> Summary:
     """Predict files and folders of images; threads read ahead and write behind while the network runs.
 
-    Files are written whole or not at all, ``manifest.jsonl`` lists what was done, and an image that cannot be read
+    Files are written whole or not at all, ``manifest.jsonl`` lists what was done, and an image that cannot be
+    read
     does not stop the others.
 
     Args:
@@ -259,8 +265,12 @@ def predict_folder(
         for _ in pipeline.run(todo, batch_size):
             next(bar, None)
         next(bar, None)
-    failures = {name: words for name, words in manifest.failures().items() if name in {job[0] for job in jobs}}
-    return Summary(len(todo) - len(set(failures) & {job[0] for job in todo}), len(jobs) - len(todo), failures, place)
+    failures = {
+        name: words for name, words in manifest.failures().items() if name in {job[0] for job in jobs}
+    }
+    return Summary(
+        len(todo) - len(set(failures) & {job[0] for job in todo}), len(jobs) - len(todo), failures, place
+    )
 
 
 def _jobs(paths: Sequence[PathLike], shard: str | None, limit: int | None) -> list[tuple[str, Path]]:
@@ -271,7 +281,9 @@ def _jobs(paths: Sequence[PathLike], shard: str | None, limit: int | None) -> li
             inner = file.relative_to(given) if given.is_dir() else Path(file.name)
             name = inner.with_suffix("").as_posix()
             if name in found and found[name] != file:
-                raise InputError(f"{found[name]} and {file} would both be written as {name}; give them one by one")
+                raise InputError(
+                    f"{found[name]} and {file} would both be written as {name}; give them one by one"
+                )
             found[name] = file
     return take_shard(list(found.items()), shard)[:limit]
 

@@ -101,7 +101,9 @@ def pair(images: Any, cameras: Any) -> list[tuple[Any, Camera]]:
     several = list(images) if is_batch(images) else [images]
     found: list[Any] = [cameras] * len(several) if isinstance(cameras, Camera) else _listed(cameras)
     if len(found) != len(several):
-        raise InputError(f"there are {len(several)} images and {len(found)} cameras, wanted one camera for each")
+        raise InputError(
+            f"there are {len(several)} images and {len(found)} cameras, wanted one camera for each"
+        )
     for camera in found:
         if not isinstance(camera, Camera):
             raise InputError(f"cameras has a {type(camera).__name__}, wanted gvdepth.Camera")
@@ -110,5 +112,7 @@ def pair(images: Any, cameras: Any) -> list[tuple[Any, Camera]]:
 
 def _listed(cameras: Any) -> list[Any]:
     if not isinstance(cameras, list | tuple):
-        raise InputError(f"camera is a {type(cameras).__name__}, wanted gvdepth.Camera, or one for each image")
+        raise InputError(
+            f"camera is a {type(cameras).__name__}, wanted gvdepth.Camera, or one for each image"
+        )
     return list(cameras)  # pyright: ignore[reportUnknownArgumentType]

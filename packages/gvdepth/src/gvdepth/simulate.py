@@ -2,20 +2,20 @@
 
 The world has Y down and the ground at Y = 0; the camera stands at (0, -camera_height, 0) and is turned by
 ``Rx(pitch) Rz(roll)``. A pixel's ray has z = 1 in camera axes, so the ray parameter of a hit IS its depth.
-NumPy only; every image follows from ``(seed, index)`` alone, so one street can be seen by several cameras.
+Rendering is NumPy; every image follows from ``(seed, index)`` alone, so one street can be seen by several
+cameras.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fusion_core.errors import check_range
-from gvdepth.errors import CameraError
+from gvdepth.camera import Camera
 
 Array = NDArray[np.float64]
 
@@ -28,29 +28,6 @@ _LANES, _LANE_PROBS = (-3.6, 0.0, 3.6), (0.4, 0.25, 0.35)
 _BEHIND = 0.3  # boxes that end nearer than this are not drawn
 _PAIRS = 1 << 20  # ray-box pairs at once: bounds the memory
 _SHADES = np.array([0.75, 1.0, 0.9])  # of the faces across X, Y and Z
-
-
-class Rig(Protocol):
-    """What a camera tells the simulator; :class:`gvdepth.Camera` does."""
-
-    @property
-    def fx(self) -> float: ...
-    @property
-    def fy(self) -> float: ...
-    @property
-    def cx(self) -> float: ...
-    @property
-    def cy(self) -> float: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def height(self) -> int: ...
-    @property
-    def camera_height(self) -> float | None: ...
-    @property
-    def pitch_deg(self) -> float: ...
-    @property
-    def roll_deg(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +64,7 @@ class Frame:
     image: NDArray[np.uint8]
     depth: Array
     labels: NDArray[np.uint8]
-    camera: Any
+    camera: Camera
     id: str
 
     @property
@@ -166,20 +143,6 @@ def make_scene(seed: int = 0, index: int = 0, *, size: float = 1.0) -> Scene:
     return Scene(boxes, colors, kinds, seed, index)
 
 
-def _above(camera: Rig) -> float:
-    if camera.camera_height is None:
-        raise CameraError("camera_height is not known, and a street cannot be seen without it; give it in metres")
-    return camera.camera_height
-
-
-def rotation(camera: Rig) -> Array:
-    """(3, 3), world from camera axes; its second row is the unit vector to the ground in camera axes."""
-    cp, sp = np.cos(np.deg2rad(camera.pitch_deg)), np.sin(np.deg2rad(camera.pitch_deg))
-    cr, sr = np.cos(np.deg2rad(camera.roll_deg)), np.sin(np.deg2rad(camera.roll_deg))
-    pitch = np.array([[1.0, 0.0, 0.0], [0.0, cp, -sp], [0.0, sp, cp]])
-    return pitch @ np.array([[cr, -sr, 0.0], [sr, cr, 0.0], [0.0, 0.0, 1.0]])
-
-
 @dataclass(frozen=True, slots=True)
 class _Pixels:
     """Rays of a grid of pixels in world axes, and what they hit first."""
@@ -190,15 +153,15 @@ class _Pixels:
     face: NDArray[np.int64]  # (H*W,), axis across the face that was hit
 
 
-def _trace(scene: Scene, camera: Rig, scale: int) -> _Pixels:
+def _trace(scene: Scene, camera: Camera, scale: int) -> _Pixels:
     """The first hit of every pixel; ``scale`` refines the grid, centres as ``Camera.resize`` puts them."""
     rows, columns = camera.height * scale, camera.width * scale
     u = ((np.arange(columns) + 0.5) / scale - 0.5 - camera.cx) / camera.fx
     v = ((np.arange(rows) + 0.5) / scale - 0.5 - camera.cy) / camera.fy
-    turn = rotation(camera)
+    turn = camera.rotation
     grid = turn[:, :1, None] * u + (turn[:, 1:2, None] * v[:, None]) + turn[:, 2:, None]
     rays = grid.reshape(3, -1)
-    up = _above(camera)
+    up = camera.require_height()
     with np.errstate(divide="ignore"):
         depth = np.where(rays[1] > 0, up / np.where(rays[1] > 0, rays[1], 1.0), np.inf)
     box = np.full(rays.shape[1], -1)
@@ -214,12 +177,12 @@ def _trace(scene: Scene, camera: Rig, scale: int) -> _Pixels:
 
 
 def _rectangles(
-    boxes: Array, camera: Rig, turn: Array, rows: int, columns: int, scale: int
+    boxes: Array, camera: Camera, turn: Array, rows: int, columns: int, scale: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The boxes in view, nearest last, and the pixels each may cover: row, column, height, width."""
     corners = np.stack(
         [boxes[:, [i, 2 + j, 4 + k]] for i in (0, 1) for j in (0, 1) for k in (0, 1)], axis=1
-    ) + np.array([0.0, _above(camera), 0.0])
+    ) + np.array([0.0, camera.require_height(), 0.0])
     seen = corners @ turn  # camera axes: the transpose of `turn` from the left
     z = seen[..., 2]
     front = z.max(axis=1) > _BEHIND
@@ -310,7 +273,7 @@ def _ground_color(x: Array, z: Array, salt: int) -> Array:
     return color
 
 
-def _color(scene: Scene, camera: Rig, pixels: _Pixels) -> Array:
+def _color(scene: Scene, camera: Camera, pixels: _Pixels) -> Array:
     """(pixels, 3) in [0, 1], without pixel noise."""
     rays = pixels.rays
     angle = np.arcsin(np.clip(-rays[1] / np.sqrt((rays**2).sum(0)), 0.0, 1.0))
@@ -322,14 +285,14 @@ def _color(scene: Scene, camera: Rig, pixels: _Pixels) -> Array:
     color[ground] = _ground_color(np.clip(x, -1e5, 1e5), np.clip(z, -1e5, 1e5), salt)
     solid = np.flatnonzero(pixels.box >= 0)
     place = rays[:, solid] * pixels.depth[solid]
-    above = _above(camera) - place[1]
+    above = camera.require_height() - place[1]
     cells = np.floor(place / 0.5 + 0.123).sum(0)
     shade = _SHADES[pixels.face[solid]] * np.where(np.mod(cells, 2) == 0, 1.0, 0.8)
     color[solid] = scene.colors[pixels.box[solid]] * (shade * np.where(above < 0.25, 0.3, 1.0))[:, None]
     return color
 
 
-def render(scene: Scene, camera: Rig, *, supersample: int = 1, noise: float = 0.02) -> Frame:
+def render(scene: Scene, camera: Camera, *, supersample: int = 1, noise: float = 0.02) -> Frame:
     """See a street through a camera.
 
     Args:
@@ -373,7 +336,7 @@ def render(scene: Scene, camera: Rig, *, supersample: int = 1, noise: float = 0.
 
 
 def simulate(
-    camera: Rig,
+    camera: Camera,
     count: int,
     *,
     seed: int = 0,

@@ -30,7 +30,8 @@ Key = tuple[int, int, int, int]
 class StepSampler(Sampler[list[Key]]):
     """Batches of keys. The batches that the ranks work on at one time share their number, so their sizes too.
 
-    The order, the sizes and every draw follow from the seed, the epoch and the place alone: not from the rank,
+    The order, the sizes and every draw follow from the seed, the epoch and the place alone: not from the
+    rank,
     the number of loader processes, or what was drawn before.
 
     Args:
@@ -98,7 +99,11 @@ def collate_views(items: list[list[Any]]) -> list[dict[str, Tensor]]:
 
 
 def train_step(
-    model: nn.Module, batch: list[dict[str, Tensor]], *, consistency_weight: float = 0.1, across_ranks: bool = True
+    model: nn.Module,
+    batch: list[dict[str, Tensor]],
+    *,
+    consistency_weight: float = 0.1,
+    across_ranks: bool = True,
 ) -> dict[str, Tensor]:
     """The losses of one batch.
 
@@ -182,7 +187,8 @@ class Trainer:
 
     Example:
         >>> from gvdepth import GVDepth, GVDepthConfig
-        >>> trainer = Trainer(GVDepth(GVDepthConfig.tiny()), samples, TrainConfig(steps=100))  # doctest: +SKIP
+        >>> trainer = Trainer(GVDepth(GVDepthConfig.tiny()), samples, TrainConfig(steps=100))  # doctest:
+        +SKIP
         >>> trainer.fit()  # doctest: +SKIP
     """
 
@@ -204,7 +210,8 @@ class Trainer:
         least = min(config.augment.size or (config.augment.min_height,))
         if least < model.least_size:
             raise InputError(
-                f"augment.size or min_height is {least}, wanted at least {model.least_size}: the model's least size"
+                f"augment.size or min_height is {least}, wanted at least {model.least_size}: the model's "
+                f"least size"
             )
         optimizer = torch.optim.AdamW(
             model.parameter_groups(config.lr, config.encoder_lr_scale),

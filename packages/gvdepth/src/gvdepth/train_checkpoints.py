@@ -1,6 +1,7 @@
 """Train the demo's models on simulated streets.
 
-``python -m gvdepth.train_checkpoints [OUT] [--steps 2000] [--seed 0]`` (some minutes a model on one core). The
+``python -m gvdepth.train_checkpoints [OUT] [--steps 2000] [--seed 0]`` (some minutes a model on one core).
+The
 protocol is section 6's: ONE camera, random crops of its images, nothing but the simulator.
 """
 

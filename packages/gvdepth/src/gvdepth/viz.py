@@ -42,7 +42,9 @@ def magma_r() -> Picture:
     return np.frombuffer(bytes.fromhex(_MAGMA_R), np.uint8).reshape(256, 3)
 
 
-def colorize(values: NDArray[Any], low: float, high: float, known: NDArray[np.bool_] | None = None) -> Picture:
+def colorize(
+    values: NDArray[Any], low: float, high: float, known: NDArray[np.bool_] | None = None
+) -> Picture:
     """Values as colours of :func:`magma_r`; unknown ones are gray.
 
     Args:
@@ -118,7 +120,9 @@ def draw_ground(
     return np.asarray(picture)
 
 
-def sheet(rows: Sequence[Sequence[Picture]], heads: Sequence[str], names: Sequence[str], scale: int = 2) -> Picture:
+def sheet(
+    rows: Sequence[Sequence[Picture]], heads: Sequence[str], names: Sequence[str], scale: int = 2
+) -> Picture:
     """Pictures of one size as a sheet, with words over the columns and beside the rows.
 
     Args:

@@ -112,7 +112,9 @@ def read_depth(path: PathLike) -> NDArray[np.float32]:
     try:
         with Image.open(file) as image:
             if image.width * image.height > _MAX_PIXELS:
-                raise DataError(f"depth {path} has {image.width}x{image.height} pixels, more than {_MAX_PIXELS}")
+                raise DataError(
+                    f"depth {path} has {image.width}x{image.height} pixels, more than {_MAX_PIXELS}"
+                )
             if not image.mode.startswith("I"):
                 raise DataError(f"depth {path} is a PNG of mode {image.mode}, wanted 16-bit gray")
             values = np.asarray(image)
@@ -155,7 +157,8 @@ def open_data(spec: str, *, split: str | None = None, limit: int | None = None) 
     """The data set that a command line names.
 
     Args:
-        spec: ``"kitti:ROOT"``, ``"folder:ROOT"`` (or a plain path), or ``"simulated:RIG[:COUNT[:SEED]]"`` with a
+        spec: ``"kitti:ROOT"``, ``"folder:ROOT"`` (or a plain path), or ``"simulated:RIG[:COUNT[:SEED]]"``
+            with a
             rig of :data:`RIGS`.
         split: a file of frames, for KITTI.
         limit: the first so many.
@@ -186,7 +189,8 @@ def open_data(spec: str, *, split: str | None = None, limit: int | None = None) 
         found = Simulated(name, count, seed=seed)
     else:
         raise InputError(
-            f"data is {spec!r}, wanted kitti:ROOT, folder:ROOT or simulated:RIG[:COUNT[:SEED]] with RIG one of "
+            f"data is {spec!r}, wanted kitti:ROOT, folder:ROOT or simulated:RIG[:COUNT[:SEED]] with RIG one "
+            f"of "
             f"{', '.join(RIGS)}"
         )
     return found if limit is None or limit >= len(found) else Subset(found, range(limit))

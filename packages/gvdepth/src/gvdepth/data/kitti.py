@@ -22,7 +22,8 @@ class KITTI:
 
     ``ROOT/DATE/DRIVE/image_0S/data/FRAME.png``, ``ROOT/DATE/calib_cam_to_cam.txt``, and depth maps
     ``DRIVE/proj_depth/groundtruth/image_0S/FRAME.png`` below ROOT, ROOT/DATE, ROOT/train, ROOT/val or
-    ROOT/data_depth_annotated. Height and pitch are the calibrated preset of the recording's date: KITTI publishes
+    ROOT/data_depth_annotated. Height and pitch are the calibrated preset of the recording's date: KITTI
+    publishes
     none (section 2.8).
 
     Args:
@@ -54,7 +55,9 @@ class KITTI:
         self.labeled = labeled
         self.frames = self._all(cameras) if split is None else self._listed(Path(split))
         if not self.frames:
-            raise InputError(f"kitti root {str(root)!r} holds no frame DATE/DRIVE/image_02/data/*.png with depth")
+            raise InputError(
+                f"kitti root {str(root)!r} holds no frame DATE/DRIVE/image_02/data/*.png with depth"
+            )
 
     def _all(self, cameras: tuple[int, ...]) -> list[tuple[str, str, str, int]]:
         found: list[tuple[str, str, str, int]] = []
@@ -75,7 +78,12 @@ class KITTI:
             words = line.split()
             if not words:
                 continue
-            if len(words) != 3 or words[2] not in _SIDES or words[0].count("/") != 1 or not words[1].isdigit():
+            if (
+                len(words) != 3
+                or words[2] not in _SIDES
+                or words[0].count("/") != 1
+                or not words[1].isdigit()
+            ):
                 raise InputError(
                     f"split {split}, line {number}: {line!r}, wanted DATE/DRIVE FRAME SIDE such as "
                     "'2011_09_26/2011_09_26_drive_0002_sync 0000000069 l'"
@@ -83,7 +91,9 @@ class KITTI:
             date, drive = words[0].split("/")
             frame = (date, drive, words[1].zfill(10), _SIDES[words[2]])
             if self._image(*frame) is None:
-                raise InputError(f"split {split}, line {number}: the image of {line!r} is not below {self.root}")
+                raise InputError(
+                    f"split {split}, line {number}: the image of {line!r} is not below {self.root}"
+                )
             if self.labeled and self._depth(*frame) is None:
                 continue  # the annotated maps lack some frames at the ends of each drive
             found.append(frame)
@@ -109,7 +119,9 @@ class KITTI:
         image = read_image(path)
         depth = self._depth(date, drive, frame, side)
         values = np.zeros(image.shape[:2], np.float32) if depth is None else read_depth(depth)
-        camera = _camera(self.root / date / "calib_cam_to_cam.txt", side, date, image.shape[1], image.shape[0])
+        camera = _camera(
+            self.root / date / "calib_cam_to_cam.txt", side, date, image.shape[1], image.shape[0]
+        )
         return make_sample(image, values, camera, f"{date}/{drive}/{frame}_{side}")
 
 
