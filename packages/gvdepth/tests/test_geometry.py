@@ -108,7 +108,7 @@ def test_the_ground_map_of_a_level_camera_is_one_row_vector():
     camera = Camera(**CAMERA | {"roll_deg": 0.0})
     depth = ground_depth(camera)
     assert depth.stride(1) == 0
-    assert ground_depth(camera).data_ptr() != depth.data_ptr()  # the cache is not handed out
+    assert ground_depth(camera).data_ptr() != depth.data_ptr()  # nothing is shared
     tensor = ground_depth(camera.tensor()[None], camera.size, roll=False)
     assert tensor.shape == (1, 1, *camera.size)
     assert tensor.stride(3) == 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -189,10 +188,16 @@ def ground_depth(
     if isinstance(camera, Camera):
         flat = camera.roll_deg == 0 if roll is None else not roll
         if backend == "numpy":
-            return _numpy_depth(camera, count, stride, flat, np.float32 if dtype is None else dtype)
-        if flat:
-            row = _row_depth(camera, count[0], stride)
-            return row.to(device, dtype or torch.float32, copy=True)[:, None].expand(count)
+            kind = np.float32 if dtype is None else dtype
+            if flat:
+                row = _row_depth(camera, count[0], stride).astype(kind)
+                return np.broadcast_to(row[:, None], count)
+            return _map_depth(camera, count, stride).astype(kind)
+        if flat or device is None:
+            found = torch.from_numpy(
+                _row_depth(camera, count[0], stride) if flat else _map_depth(camera, count, stride)
+            ).to(device, dtype or torch.float32)
+            return found.as_strided(count, (1, 0)) if flat else found
     elif backend == "numpy":
         raise ConfigError("backend='numpy' takes one Camera")
     elif roll is None and not isinstance(camera, Tensor):
@@ -222,30 +227,37 @@ def _size(camera: CameraLike, size: tuple[int, int] | None) -> tuple[int, int]:
     return sizes.pop()
 
 
-@lru_cache(maxsize=64)
-def _row_depth(camera: Camera, count: int, stride: int) -> Tensor:
-    return torch.from_numpy(_numpy_rows(camera, count, stride))
+def _positions(count: int, stride: int, center: float) -> NDArray[np.float64]:
+    found = np.arange(count, dtype=np.float64)
+    if stride != 1:
+        found *= stride
+        found += (stride - 1) / 2
+    found -= center
+    return found
 
 
-def _numpy_rows(camera: Camera, count: int, stride: int) -> NDArray[np.float64]:
-    rows = np.arange(count) * float(stride) + (stride - 1) / 2
-    return _numpy_ratio(camera, (rows - camera.cy) * (camera.normal[1] / camera.fy) + camera.normal[2])
+def _row_depth(camera: Camera, count: int, stride: int) -> NDArray[np.float64]:
+    """Ground depth of every row of a camera without roll; faster to make than to look up."""
+    pitch = camera.pitch
+    down = _positions(count, stride, camera.cy)
+    down *= math.cos(pitch) / camera.fy
+    down -= math.sin(pitch)
+    first = int(down.searchsorted(0.0, "right"))  # rows go down one after the other
+    down[:first] = 1.0
+    np.divide(camera.require_height(), down, out=down)
+    down[:first] = math.inf
+    return down
 
 
-def _numpy_ratio(camera: Camera, down: NDArray[np.float64]) -> NDArray[np.float64]:
-    depth = np.full(down.shape, np.inf)
-    return np.divide(camera.require_height(), down, out=depth, where=down > 0)
-
-
-def _numpy_depth(
-    camera: Camera, count: tuple[int, int], stride: int, flat: bool, dtype: Any
-) -> NDArray[np.floating[Any]]:
-    if flat:
-        return np.broadcast_to(_numpy_rows(camera, count[0], stride).astype(dtype)[:, None], count)
-    rows, columns = (np.arange(n) * float(stride) + (stride - 1) / 2 for n in count)
-    nx, ny, nz = camera.normal
-    down = ((rows - camera.cy) * (ny / camera.fy) + nz)[:, None] + (columns - camera.cx) * (nx / camera.fx)
-    return _numpy_ratio(camera, down).astype(dtype)
+def _map_depth(camera: Camera, count: tuple[int, int], stride: int) -> NDArray[np.float64]:
+    nx, ny, nz = camera.normal.tolist()
+    along = _positions(count[0], stride, camera.cy) * (ny / camera.fy) + nz
+    down = along[:, None] + _positions(count[1], stride, camera.cx) * (nx / camera.fx)
+    above = down <= 0
+    down[above] = 1.0
+    np.divide(camera.require_height(), down, out=down)
+    down[above] = math.inf
+    return down
 
 
 def horizon(camera: CameraLike, columns: Float[Tensor, " w"] | None = None) -> Float[Tensor, "..."]:
