@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ _FRAMES = 12
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None, None, None]:
     """Torch on one thread inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -157,9 +157,17 @@ def overlap_row(repeats: int, frames: int = _FRAMES) -> Row:
         )  # fmt: skip
 
 
+def _alone(rows: Callable[[int, str], list[Row]]) -> Callable[[int, str], list[Row]]:
+    def run(repeats: int, device: str) -> list[Row]:
+        with one_thread():
+            return rows(repeats, device)
+
+    return run
+
+
 NETWORK_ROWS: dict[str, Callable[[int, str], list[Row]]] = {
-    "head": head_rows,
-    "whole predict": lambda repeats, _device: [whole_row(repeats)],
-    "folder": lambda repeats, _device: [overlap_row(repeats)],
+    "head": _alone(head_rows),
+    "whole predict": _alone(lambda repeats, _device: [whole_row(repeats)]),
+    "folder": _alone(lambda repeats, _device: [overlap_row(repeats)]),
 }
-"""For :data:`gvdepth.bench.ROWS`."""
+"""For :data:`gvdepth.bench.ROWS`; torch runs on one thread."""

@@ -168,7 +168,8 @@ class CameraFlags:
             # Some formats do not hold the image's size.
             if size is None or "size" not in str(error):
                 raise
-            return Camera.load(self.camera, camera_name=self.camera_name, size=size, **options)
+            options |= {"height": size[0], "width": size[1]}
+            return Camera.load(self.camera, camera_name=self.camera_name, **options)
 
     def _from_numbers(self, size: tuple[int, int] | None) -> Camera:
         numbers = {name: getattr(self, name) for name in ("fx", "fy", "cx", "cy")}

@@ -49,9 +49,13 @@ class Streets:
     camera: Camera
 
 
-@lru_cache(maxsize=16)
 def streets_of(rig: str, count: int = TEST_IMAGES) -> Streets:
-    """The test images of a rig; they are none of the training streets."""
+    """The test images of a rig; they are none of the training streets, and are rendered once."""
+    return _rendered(rig, count)
+
+
+@lru_cache(maxsize=16)
+def _rendered(rig: str, count: int) -> Streets:
     streets = Simulated(rig, count, seed=TEST_SEED)
     samples = [streets[index] for index in range(count)]
     images = torch.stack([to_tensor(sample.image) for sample in samples])

@@ -95,10 +95,13 @@ class GVDepth(
         self.encoder, self.config = build_encoder(GVDepthConfig() if config is None else config)
         self._hub_mixin_config = self.config  # what the mixin's card and upload take
         channels: tuple[int, ...] = self.encoder.channels  # pyright: ignore[reportAssignmentType]
-        widths, heads = self.config.decoder_widths or (), self.config.head_widths or ()
+        widths: tuple[int, ...] = self.config.decoder_widths or ()
+        heads: tuple[int, ...] = self.config.head_widths or ()
         self.decoder = Decoder(channels, widths, 2 * self.config.uses_embedding)
         self.heads = CueHeads(widths[-1], heads, self.config.cues)
         self.multiple = max(int(self.encoder.multiple), 2 ** (len(heads) + 1))  # pyright: ignore[reportArgumentType]
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(self.config.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.config.image_std).view(1, 3, 1, 1), persistent=False)
 
@@ -222,12 +225,13 @@ class GVDepth(
         pairs = (fused.depth, fused.total), (cues.focal, cues.vertical), (cues.log_focal, cues.log_vertical)
         maps = torch.cat([*(one for pair in pairs for one in pair), fused.weight_focal], dim=1)
         full = F.interpolate(maps, scale_factor=2.0, mode="bilinear", align_corners=False)
-        return Output(*full[..., :height, :width].split(1, dim=1))
+        cut = full[..., :height, :width]
+        return Output(*(cut[:, i : i + 1] for i in range(7)))
 
     # Checkpoints
 
     def parameter_groups(self, lr: float, encoder_scale: float = 1.0) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer: the encoder's learning rate is ``encoder_scale`` times ``lr``."""
+        """Groups for an optimizer; the encoder's learning rate is ``encoder_scale`` times ``lr``."""
         encoder = encoder_parameters(self.encoder)
         known = {id(parameter) for parameter in encoder}
         rest = [parameter for parameter in self.parameters() if id(parameter) not in known]

@@ -77,7 +77,7 @@ class DepthOutput(Result):
         keep = torch.isfinite(depth) & (depth > 0)
         return points[keep if max_depth is None else keep & (depth <= max_depth)]
 
-    def save(
+    def save(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         path: str | os.PathLike[str],
         *,

@@ -116,7 +116,7 @@ def train_step(
     Returns:
         ``loss`` and its parts: ``silog``, ``uncertainty``, ``consistency``.
     """
-    raw = getattr(model, "module", model)
+    raw: GVDepth = getattr(model, "module", model)  # pyright: ignore[reportAssignmentType]
     outputs = [model(view["pixel_values"], view["camera"]) for view in batch]
     consistency = None
     with torch.autocast(batch[0]["labels"].device.type, enabled=False):

@@ -49,8 +49,8 @@ def colorize(
 
     Args:
         values: (H, W).
-        low: gets the first colour.
-        high: gets the last.
+        low: gets the first colour, the palest.
+        high: gets the last, black; it may be less than ``low``.
         known: (H, W); by default where the values are finite.
 
     Raises:
@@ -59,7 +59,7 @@ def colorize(
     if values.ndim != 2:
         raise ShapeError(f"values has shape {values.shape}, wanted (H, W)")
     shown = np.isfinite(values) if known is None else known
-    share = (np.where(shown, values, low).astype(np.float64) - low) / max(high - low, 1e-12)
+    share = (np.where(shown, values, low).astype(np.float64) - low) / ((high - low) or 1.0)
     found = magma_r()[(share.clip(0, 1) * 255 + 0.5).astype(np.uint8)]
     return np.where(shown[..., None], found, np.uint8(128))
 

@@ -130,4 +130,4 @@ def _camera(path: Path, side: int, date: str, width: int, height: int) -> Camera
     from gvdepth.cameras import PRESETS
 
     preset = f"kitti/{date}" if f"kitti/{date}" in PRESETS else "kitti"
-    return Camera.from_kitti(path, index=side, size=(height, width)).with_preset(preset)
+    return Camera.from_kitti(path, index=side, width=width, height=height).with_preset(preset)
