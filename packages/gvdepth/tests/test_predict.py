@@ -90,7 +90,9 @@ def test_maps_belong_together(model, image):
     assert (found.uncertainty > 0).all()
     assert found.depth.min() >= 1e-3
     assert found.depth.max() <= 80
-    assert model.predict(image, CAMERA, clip=False).depth_focal.max() > 80
+    tele = CAMERA.replace(fx=900, fy=900)
+    assert model.predict(image, tele, clip=False).depth_focal.max() > 80
+    assert model.predict(image, tele).depth_focal.max() == 80
     assert found.obstacles().dtype == torch.bool
     assert "float32 (48, 120)" in repr(found)
 
