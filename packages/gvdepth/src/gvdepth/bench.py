@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fusion_core.bench import Bench, Row, paired
 from fusion_core.errors import ConfigError, FusionError
+from gvdepth.bench_network import NETWORK_ROWS
 from gvdepth.camera import Camera
 from gvdepth.geometry import ground_depth
 from gvdepth.measures import METRICS, metrics
@@ -121,7 +122,7 @@ def metrics_rows(repeats: int, _device: str) -> list[Row]:
     ]
 
 
-ROWS: dict[str, Measure] = {"ground map": ground_rows, "metrics": metrics_rows}
+ROWS: dict[str, Measure] = {"ground map": ground_rows, "metrics": metrics_rows} | NETWORK_ROWS
 
 
 def run(*, repeats: int = 5, only: Sequence[str] = (), device: str = "cpu") -> Bench:
