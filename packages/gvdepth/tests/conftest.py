@@ -1,4 +1,4 @@
-"""Makes the helpers beside the tests importable, also in the processes that tests start: tests are no package."""
+"""Makes the helpers beside the tests importable, also in processes that tests start."""
 
 from __future__ import annotations
 

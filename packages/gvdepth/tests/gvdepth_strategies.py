@@ -1,4 +1,4 @@
-"""Cameras as section 8 draws them: fx, fy in [50, 3000], pitch within 20 degrees, roll within 10, height in [0.2, 4]."""
+"""Cameras as section 8 draws them: f in [50, 3000], pitch within 20 degrees, roll 10, height in [0.2, 4]."""
 
 from __future__ import annotations
 

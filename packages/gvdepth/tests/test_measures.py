@@ -1,4 +1,4 @@
-"""Invariant 13 of section 8: the metrics, their order of clipping and masking, crops, pooling, bins, backends."""
+"""Invariant 13 of section 8: the metrics, the order of clipping and masking, crops, pooling, bins."""
 
 from __future__ import annotations
 

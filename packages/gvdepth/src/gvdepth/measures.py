@@ -35,7 +35,7 @@ CROPS: dict[str, tuple[float, float, float, float]] = {
 _THRESHOLDS = (1.25, 1.25**2, 1.25**3)
 # count, |e|/g, e^2/g, e^2, log^2, log, |log|, (1/p - 1/g)^2, |e|, three counts
 _SUMS = 12
-_BLOCK = 1 << 14  # pixels
+_BLOCK = 1 << 13  # pixels; BLAS would start threads for more than 10,000
 
 
 def crop_window(crop: Crop, size: tuple[int, int]) -> tuple[slice, slice]:
