@@ -14,7 +14,18 @@ from gvdepth import Camera
 from gvdepth.cli import main
 from gvdepth.data import RIGS, read_depth
 
-VERBS = ("predict", "ground", "calibrate", "doctor", "train", "evaluate", "simulate", "export", "demo", "bench")
+VERBS = (
+    "predict",
+    "ground",
+    "calibrate",
+    "doctor",
+    "train",
+    "evaluate",
+    "simulate",
+    "export",
+    "demo",
+    "bench",
+)
 NUMBERS = ("--fx", 90, "--fy", 90, "--cx", 59.5, "--cy", 21.4, "--camera-height", 1.2, "--pitch-deg", 1)
 
 
@@ -65,7 +76,15 @@ def test_predict(streets, tmp_path):
     assert np.isfinite(depth).all()
     np.testing.assert_allclose(read_depth(out / "0-00000.depth.png"), depth, atol=1 / 500)
     again = run_cli(
-        main, "predict", streets / "images", "--camera", streets / "camera.json", "--out", out, "--resume", "--json"
+        main,
+        "predict",
+        streets / "images",
+        "--camera",
+        streets / "camera.json",
+        "--out",
+        out,
+        "--resume",
+        "--json",
     )
     assert json.loads(again.stdout)["skipped"] == 4
     refuse("holds a run", "predict", streets / "images", "--camera", streets / "camera.json", "--out", out)
@@ -119,7 +138,9 @@ def test_ground(tmp_path, streets):
     )
     assert fov["row at 5 m"] == pytest.approx(29.5 + 50 * 1.5 / 5)
     image = streets / "images" / "0-00000.png"
-    done = run_cli(main, "ground", "--camera", streets / "camera.json", "--image", image, "--out", tmp_path / "i.png")
+    done = run_cli(
+        main, "ground", "--camera", streets / "camera.json", "--image", image, "--out", tmp_path / "i.png"
+    )
     assert done.code == 0
     refuse("wanted WIDTHxHEIGHT", "ground", *flags[:8], "--size", "101", "--camera-height", 1)
     refuse("wanted a .png picture or an .npy map", "ground", *flags, "--out", tmp_path / "g.jpg")
@@ -141,7 +162,16 @@ def test_calibrate_and_doctor(streets, tmp_path):
     told = json.loads(done.stdout)
     assert told["pitch_bias_deg"]["value"] == pytest.approx(0, abs=0.1)
     strict = run_cli(
-        main, "doctor", "--depth", streets / "depth", *camera, "--pitch-deg", 2, "--strict", "--out", tmp_path / "page"
+        main,
+        "doctor",
+        "--depth",
+        streets / "depth",
+        *camera,
+        "--pitch-deg",
+        2,
+        "--strict",
+        "--out",
+        tmp_path / "page",
     )
     assert strict.code == 3
     assert (tmp_path / "page" / "report.html").is_file()
@@ -153,7 +183,9 @@ def test_calibrate_and_doctor(streets, tmp_path):
 
 
 def test_evaluate(streets, tmp_path):
-    done = run_cli(main, "evaluate", "--data", f"folder:{streets}", "--json", "--quiet", "--out", tmp_path / "page")
+    done = run_cli(
+        main, "evaluate", "--data", f"folder:{streets}", "--json", "--quiet", "--out", tmp_path / "page"
+    )
     assert done.code == 0, done.stderr
     found = json.loads(done.stdout)["metrics"]["tiny"]
     assert found["abs_rel"] < 0.5
@@ -162,7 +194,16 @@ def test_evaluate(streets, tmp_path):
     assert gate.code == 3
     assert "the gate is 0.01" in gate.stderr
     stored = run_cli(
-        main, "evaluate", "--data", f"folder:{streets}", "-m", streets / "depth", "-m", "tiny", "--json", "--quiet"
+        main,
+        "evaluate",
+        "--data",
+        f"folder:{streets}",
+        "-m",
+        streets / "depth",
+        "-m",
+        "tiny",
+        "--json",
+        "--quiet",
     )
     assert json.loads(stored.stdout)["metrics"]["depth"]["abs_rel"] < 1e-3
     refuse("wanted kitti:ROOT", "evaluate", "--data", "nothing:here")
@@ -183,9 +224,20 @@ def test_simulate(tmp_path):
 def test_train(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        'steps = 2\nbatch_size = 2\nwarmup_steps = 0\n[augment]\nsize = [48, 120]\n[model]\nencoder_widths = [8, 8]\n'
+        "steps = 2\nbatch_size = 2\nwarmup_steps = 0\n[augment]\nsize = [48, "
+        "120]\n[model]\nencoder_widths = [8, 8]\n"
     )
-    run = ("train", recipe, "--data", "simulated:train:4", "--out", tmp_path / "run", "--device", "cpu", "--quiet")
+    run = (
+        "train",
+        recipe,
+        "--data",
+        "simulated:train:4",
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "--quiet",
+    )
     done = run_cli(main, *run, "--set", "model.cue=focal", "--json")
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 2
@@ -200,7 +252,9 @@ def test_export_and_bench_pass_their_options_on(tmp_path, monkeypatch):
     from gvdepth import export as module
     from gvdepth.export import Exported
 
-    monkeypatch.setattr(module, "export_onnx", lambda model, path, check: Exported(path, 1e-6 if check else 0.5))
+    monkeypatch.setattr(
+        module, "export_onnx", lambda model, path, check: Exported(path, 1e-6 if check else 0.5)
+    )
     done = run_cli(main, "export", "--onnx", tmp_path / "m.onnx", "--json")
     assert json.loads(done.stdout) == {"onnx": str(tmp_path / "m.onnx"), "log_depth_difference": 1e-6}
     refuse("only is ['nothing']", "bench", "--only", "nothing")

@@ -15,9 +15,7 @@ from gvdepth.export import Graph, difference, example, export_onnx
 
 def model():
     torch.manual_seed(0)
-    return GVDepth(
-        GVDepthConfig.tiny(encoder_widths=(8, 8), decoder_widths=(8,), head_widths=(4,))
-    ).eval()
+    return GVDepth(GVDepthConfig.tiny(encoder_widths=(8, 8), decoder_widths=(8,), head_widths=(4,))).eval()
 
 
 @pytest.mark.slow

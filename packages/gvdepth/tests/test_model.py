@@ -202,7 +202,9 @@ def test_checkpoints_come_back(tmp_path):
     assert again.config == net.config
     assert not again.training
     with torch.no_grad():
-        torch.testing.assert_close(again(images(), CAMERAS).depth, net(images(), CAMERAS).depth, rtol=0, atol=0)
+        torch.testing.assert_close(
+            again(images(), CAMERAS).depth, net(images(), CAMERAS).depth, rtol=0, atol=0
+        )
     other = GVDepth.from_pretrained(tmp_path / "m", config=net.config.replace(fusion="variance"))
     assert other.config.fusion == "variance"
     assert "gvdepth" in (tmp_path / "m" / "README.md").read_text()
@@ -211,7 +213,12 @@ def test_checkpoints_come_back(tmp_path):
 def test_checkpoints_of_another_parametrization_are_refused(tmp_path):
     net = model()
     net.save_pretrained(tmp_path)
-    for changes in ({"vertical_param": "row"}, {"extend": 0.25}, {"f_c": 500.0}, {"encoder_widths": (8, 16, 16)}):
+    for changes in (
+        {"vertical_param": "row"},
+        {"extend": 0.25},
+        {"f_c": 500.0},
+        {"encoder_widths": (8, 16, 16)},
+    ):
         with pytest.raises(CheckpointError, match=f"made with {next(iter(changes))}="):
             GVDepth.from_pretrained(tmp_path, config=net.config.replace(**changes))
     text = json.loads((tmp_path / "config.json").read_text())
@@ -281,7 +288,8 @@ SMALL_BACKBONES = {
         "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "embedding_size": 8, "layer_type": "basic",
     },
     "dinov2": {
-        "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 14, "image_size": 56,
+        "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 14,
+        "image_size": 56,
     },
 }  # fmt: skip
 

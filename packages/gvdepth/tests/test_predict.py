@@ -243,9 +243,9 @@ def test_two_images_with_one_name(model, folder, tmp_path):
 
 
 def test_pictures():
-    import matplotlib
+    from matplotlib import colormaps
 
-    table = matplotlib.colormaps["magma_r"](np.arange(256))[:, :3] * 255
+    table = colormaps["magma_r"](np.arange(256))[:, :3] * 255
     assert np.abs(magma_r() - table).max() <= 0.5 + 1e-9
     depth = np.array([[0.0, 4.0, 80.0, np.inf, 8.0]])
     found = color_depth(depth, min_depth=4.0)

@@ -61,7 +61,7 @@ def test_ranks_draw_one_size_and_share_the_samples():
     assert [k[2] for b in sampler for k in b] != [k[2] for b in batches for k in b]
     again = StepSampler(10, 4, 1, seed=0)  # the same samples whatever the number of ranks
     assert [k[:3] for b in again for k in b] == [k[:3] for b in batches for k in b]
-    assert len(list(StepSampler(1, 4, 1, 0))[0]) == 4
+    assert len(next(iter(StepSampler(1, 4, 1, 0)))) == 4
     with pytest.raises(DataError, match="empty"):
         StepSampler(0, 4, 1, 0)
     batch = collate_views([data[key] for key in batches[0]])
@@ -70,7 +70,9 @@ def test_ranks_draw_one_size_and_share_the_samples():
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    code = kill_when([sys.executable, Path(ranks.__file__), tmp_path / "killed"], tmp_path / "killed" / "last.pt")
+    code = kill_when(
+        [sys.executable, Path(ranks.__file__), tmp_path / "killed"], tmp_path / "killed" / "last.pt"
+    )
     assert code != 0
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     torch.manual_seed(123)  # no draw comes from the global state
@@ -81,7 +83,10 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     for name, value in whole.items():
         torch.testing.assert_close(killed[name], value, rtol=0, atol=0)
     lines = [
-        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+        [
+            {k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in path.read_text().splitlines()
+        ]
         for path in (tmp_path / "killed" / "metrics.jsonl", tmp_path / "whole" / "metrics.jsonl")
     ]
     assert lines[0][-1]["step"] == lines[1][-1]["step"] == 6

@@ -122,7 +122,7 @@ def metrics_rows(repeats: int, _device: str) -> list[Row]:
     ]
 
 
-ROWS: dict[str, Measure] = {"ground map": ground_rows, "metrics": metrics_rows} | NETWORK_ROWS
+ROWS: dict[str, Measure] = {"ground map": ground_rows, "metrics": metrics_rows, **NETWORK_ROWS}
 
 
 def run(*, repeats: int = 5, only: Sequence[str] = (), device: str = "cpu") -> Bench:

@@ -95,8 +95,9 @@ class GVDepth(
         self.encoder, self.config = build_encoder(GVDepthConfig() if config is None else config)
         self._hub_mixin_config = self.config  # what the mixin's card and upload take
         channels: tuple[int, ...] = self.encoder.channels  # pyright: ignore[reportAssignmentType]
-        widths: tuple[int, ...] = self.config.decoder_widths or ()
-        heads: tuple[int, ...] = self.config.head_widths or ()
+        widths, heads = self.config.decoder_widths, self.config.head_widths
+        if not widths or not heads:  # one level only: the encoder's feature is the decoder's
+            raise ConfigError(f"encoder_widths is {self.config.encoder_widths}, wanted at least two levels")
         self.decoder = Decoder(channels, widths, 2 * self.config.uses_embedding)
         self.heads = CueHeads(widths[-1], heads, self.config.cues)
         self.multiple = max(int(self.encoder.multiple), 2 ** (len(heads) + 1))  # pyright: ignore[reportArgumentType]
@@ -226,7 +227,8 @@ class GVDepth(
         maps = torch.cat([*(one for pair in pairs for one in pair), fused.weight_focal], dim=1)
         full = F.interpolate(maps, scale_factor=2.0, mode="bilinear", align_corners=False)
         cut = full[..., :height, :width]
-        return Output(*(cut[:, i : i + 1] for i in range(7)))
+        a, b, c, d, e, f, g = cut.split(1, dim=1)
+        return Output(a, b, c, d, e, f, g)
 
     # Checkpoints
 
