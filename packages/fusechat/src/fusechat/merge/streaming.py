@@ -5,11 +5,8 @@ Bounded memory, resumable, the same bits under any chunking and workers.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,43 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusechat.merge.files import Journal, Place, finish, open_shards
 from fusechat.merge.rules import BLOCK, Chunk, Chunks, Rule
 from fusechat.merge.sources import Source, check_sources, open_source
-from fusion_core.atomic import PathLike, atomic_write
+from fusion_core.atomic import PathLike
 from fusion_core.checkpoint import digest
 from fusion_core.errors import InputError
 from fusion_core.progress import track
 from fusion_core.report import Report
-from fusion_core.results import dump_json
 from fusion_core.shards import raw_bytes
 
 __all__ = ["Merge"]
 
 _CHUNK = 4 * BLOCK
 _HELD = 1 << 25  # entries of one tensor in all checkpoints that stay in memory between two readings
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "added_tokens.json",
-)
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class _Reread:
@@ -85,28 +59,6 @@ class _Reread:
         self.held.reverse()
         while self.held:
             yield self.held.pop()
-
-
-@dataclass
-class _Place:
-    """Where a merged tensor goes."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    shard: int = 0
-    offset: int = 0
-
-    @property
-    def count(self) -> int:
-        total = 1
-        for n in self.shape:
-            total *= n
-        return total
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * torch.empty(0, dtype=self.dtype).element_size()
 
 
 @dataclass
@@ -245,21 +197,21 @@ class Merge:
             for key in self.first.keys():  # noqa: SIM118
                 shape, kind = self.first.info(key)
                 if not kind.is_floating_point:
-                    count = _Place(key, shape, kind).count
+                    count = Place(key, shape, kind).count
                     out[key] = self.first.read(key, 0, count).clone().reshape(shape)
                     continue
-                flat = torch.empty(_Place(key, shape, kind).count, dtype=dtype or kind)
+                flat = torch.empty(Place(key, shape, kind).count, dtype=dtype or kind)
                 for start, piece in self._pieces(key):
                     flat[start : start + len(piece)] = piece.to(flat.dtype)
                 out[key] = flat.reshape(shape)
         return out
 
-    def _layout(self, dtype: torch.dtype | None, shard_bytes: int) -> list[_Place]:
-        places: list[_Place] = []
+    def _layout(self, dtype: torch.dtype | None, shard_bytes: int) -> list[Place]:
+        places: list[Place] = []
         shard, held = 0, 0
         for key in self.first.keys():  # noqa: SIM118
             shape, kind = self.first.info(key)
-            place = _Place(key, shape, dtype if dtype is not None and kind.is_floating_point else kind)
+            place = Place(key, shape, dtype if dtype is not None and kind.is_floating_point else kind)
             if held and held + place.nbytes > shard_bytes:
                 shard, held = shard + 1, 0
             place.shard, place.offset = shard, held
@@ -279,7 +231,7 @@ class Merge:
         """
         places = self._layout(dtype, shard_bytes)
         sources = [*self.targets, *([] if self.base is None else [self.base])]
-        reads = sum(_Place(key, *s.info(key)).nbytes for s in sources for key in s.keys())  # noqa: SIM118
+        reads = sum(Place(key, *s.info(key)).nbytes for s in sources for key in s.keys())  # noqa: SIM118
         largest = max((place.count for place in places), default=0)
         held = {"sce": 9, "ties": 5 + len(self.targets)}.get(self.rule.name, 0)
         held = 0 if getattr(self.rule, "tau", 0.0) >= 1 else held
@@ -326,8 +278,8 @@ class Merge:
             raise InputError(f"out is {out}, which is not empty; pass overwrite or another name")
         work = place.with_name(place.name + ".partial")
         places = self._layout(dtype, shard_bytes)
-        done = _Journal(work, self._fingerprint(places))
-        files = _open_shards(work, places)
+        done = Journal(work, self._fingerprint(places))
+        files = open_shards(work, places)
         keys = self._floating()
         with _one_thread(), ThreadPoolExecutor(max(1, workers)) as pool:
             todo = [entry for entry in places if entry.key not in done.keys]
@@ -341,9 +293,9 @@ class Merge:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        _finish(work, place, places, self.first.path, self._card(dtype))
+        finish(work, place, places, self.first.path, self._card(dtype))
 
-    def _write(self, entry: _Place, file: tuple[Path, int]) -> None:
+    def _write(self, entry: Place, file: tuple[Path, int]) -> None:
         path, header = file
         with path.open("r+b", buffering=0) as out:
             width = torch.empty(0, dtype=entry.dtype).element_size()
@@ -355,7 +307,7 @@ class Merge:
                 out.seek(header + entry.offset + start * width)
                 out.write(raw_bytes(piece.to(entry.dtype).contiguous()).data)
 
-    def _fingerprint(self, places: list[_Place]) -> str:
+    def _fingerprint(self, places: list[Place]) -> str:
         def stamp(source: Source) -> Any:
             if source.path is None:
                 return [(key, str(source.info(key))) for key in source.keys()]  # noqa: SIM118
@@ -395,80 +347,3 @@ def _one_thread() -> Generator[None, None, None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _Journal:
-    """Which tensors of a run are written."""
-
-    def __init__(self, work: Path, fingerprint: str) -> None:
-        self.file, mark = work / "journal.txt", work / "run.txt"
-        if work.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
-        if not mark.is_file():
-            with atomic_write(mark, "w") as file:
-                file.write(fingerprint)
-        lines = self.file.read_text().splitlines(keepends=True) if self.file.is_file() else []
-        self.keys = {line[:-1] for line in lines if line.endswith("\n")}
-        self.lock = threading.Lock()
-
-    def add(self, key: str) -> None:
-        """Note a tensor; its bytes are in the file before its line is."""
-        with self.lock, self.file.open("a") as file:
-            file.write(f"{key}\n")
-
-
-def _open_shards(work: Path, places: list[_Place]) -> dict[int, tuple[Path, int]]:
-    """Files with their headers and full length; per shard its path and where data begin."""
-    found: dict[int, tuple[Path, int]] = {}
-    shards = sorted({place.shard for place in places})
-    for shard in shards:
-        mine = [place for place in places if place.shard == shard]
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for place in mine:
-            ends = [place.offset, place.offset + place.nbytes]
-            header[place.key] = {
-                "dtype": _NAMES[place.dtype],
-                "shape": list(place.shape),
-                "data_offsets": ends,
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        path = work / (_shard_name(shard, len(shards)))
-        start = 8 + len(text)
-        length = start + sum(place.nbytes for place in mine)
-        if not path.is_file() or path.stat().st_size != length:
-            with path.open("wb") as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                file.truncate(length)
-        found[shard] = (path, start)
-    return found
-
-
-def _shard_name(shard: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _finish(
-    work: Path, place: Path, places: list[_Place], origin: Path | None, card: Mapping[str, Any]
-) -> None:
-    count = places[-1].shard + 1 if places else 0
-    for file in work.glob("*.safetensors"):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if count > 1:
-        table = {entry.key: _shard_name(entry.shard, count) for entry in places}
-        total = sum(entry.nbytes for entry in places)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
-        (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    if origin is not None and origin.is_dir():
-        for pattern in _COMPANIONS:
-            for file in origin.glob(pattern):
-                if file.is_file() and not (work / file.name).exists():
-                    shutil.copyfile(file, work / file.name)
-    (work / "merge.json").write_text(dump_json(card))
-    for name in ("journal.txt", "run.txt"):
-        (work / name).unlink(missing_ok=True)
-    if place.exists():
-        shutil.rmtree(place)
-    work.replace(place)
