@@ -237,13 +237,13 @@ def stored_distortion(path: PathLike) -> tuple[Any, Any, tuple[int, int], Litera
     found = [next((n for n in names if n in document), None) for names in (_OPENCV_NAMES, _DISTORTION_NAMES)]
     if found[0] is None or found[1] is None:
         raise CalibrationError(f"{path} has no {'matrix' if found[0] is None else 'distortion coefficients'}")
-    size = (document.get("image_width"), document.get("image_height"))
-    if not all(isinstance(value, int) for value in size):
+    width, height = (document.get(f"image_{side}") for side in ("width", "height"))
+    if not isinstance(width, int) or not isinstance(height, int):
         raise CalibrationError(f"{path} has no image_width and image_height")
     fisheye = document.get("distortion_model") in ("equidistant", "fisheye", "kannala_brandt")
     matrix = _matrix(path, found[0], document[found[0]], (3, 3))
     distortion = _numbers(path, found[1], document[found[1]])
-    return matrix, distortion, size, "fisheye" if fisheye else "pinhole"
+    return matrix, distortion, (width, height), "fisheye" if fisheye else "pinhole"
 
 
 def _numbers(path: PathLike, key: str, entry: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
