@@ -12,7 +12,9 @@ def small_model(seed=0, **settings):
     from gvdepth import GVDepth, GVDepthConfig
 
     torch.manual_seed(seed)
-    return GVDepth(GVDepthConfig.tiny(encoder_widths=(8, 8), head_widths=(4,), decoder_widths=(8,), **settings))
+    return GVDepth(
+        GVDepthConfig.tiny(encoder_widths=(8, 8), head_widths=(4,), decoder_widths=(8,), **settings)
+    )
 
 
 def views(count=2, seed=0):

@@ -181,8 +181,8 @@ def frames(camera, count=32, noise=0.02, seed=0):
     for swing in np.linspace(-0.2, 0.2, count):
         depth, _ = road(camera.rotate(swing), 60.0)
         depth = depth * (1 + draw.normal(0, noise, depth.shape))
-        column = draw.integers(0, camera.width - 60)
-        part = depth[40:, column : column + 60]
+        column = draw.integers(0, camera.width - 30)
+        part = depth[20:, column : column + 30]
         part[(part == 0) | (part > 9.0)] = 9.0  # something upright that hides the road behind it
         made.append(depth)
     return made
@@ -190,7 +190,7 @@ def frames(camera, count=32, noise=0.02, seed=0):
 
 @pytest.fixture(scope="module")
 def truth():
-    return Camera.exact(**CAMERA | {"roll_deg": 0.5})
+    return Camera.exact(**CAMERA | {"roll_deg": 0.5}).resize(160, 100)
 
 
 def test_the_doctor_finds_a_wrong_pitch(truth):
@@ -243,7 +243,7 @@ def test_the_doctor_asks_a_model_for_its_focal_depth(truth):
     plainly = doctor(depths, truth, uncertainties=[0.02 * depth for depth in depths])
     assert plainly.pitch_bias_deg == found.pitch_bias_deg
     # Pixels that are said to be unsure count for less.
-    wild = [np.where(np.arange(200)[:, None] < 110, depth * 1.05, depth) for depth in depths]
-    unsure = [np.where(np.arange(200)[:, None] < 110, 50.0, 0.02) * np.ones((200, 320)) for _ in depths]
+    wild = [np.where(np.arange(100)[:, None] < 55, depth * 1.05, depth) for depth in depths]
+    unsure = [np.where(np.arange(100)[:, None] < 55, 50.0, 0.02) * np.ones((100, 160)) for _ in depths]
     fooled, warned = doctor(wild, truth), doctor(wild, truth, uncertainties=unsure)
     assert abs(warned.pitch_bias_deg.value) < abs(fooled.pitch_bias_deg.value)

@@ -263,3 +263,22 @@ def test_export_and_bench_pass_their_options_on(tmp_path, monkeypatch):
 def test_shipped_rigs_are_those_of_the_streets(streets):
     assert Camera.load(streets / "camera.json") == RIGS["D"][0]
     save_png(streets.parent / "x.png", np.zeros((4, 4), np.uint8))
+
+
+def test_predict_takes_the_lens_out(streets, tmp_path):
+    pytest.importorskip("cv2")
+    lens = tmp_path / "camera.yaml"
+    lens.write_text(
+        "image_width: 120\nimage_height: 48\ncamera_name: front\ndistortion_model: plumb_bob\n"
+        "camera_matrix: {rows: 3, cols: 3, data: [90, 0, 59.5, 0, 90, 21.4, 0, 0, 1]}\n"
+        "distortion_coefficients: {rows: 1, cols: 5, data: [-0.2, 0.05, 0, 0, 0]}\n"
+    )
+    image = streets / "images" / "0-00000.png"
+    mount = ("--camera-height", 1.2, "--pitch-deg", 1)
+    done = run_cli(
+        main, "predict", image, "--camera", lens, *mount, "--rectify", "--out", tmp_path / "a", "--json"
+    )
+    assert done.code == 0, done.stderr
+    assert np.isfinite(np.load(tmp_path / "a" / "0-00000.depth.npy")).all()
+    refuse("--rectify needs --camera FILE", "predict", image, *NUMBERS, "--rectify", "--out", tmp_path / "b")
+    refuse("height is missing", "predict", image, "--camera", lens, "--rectify", "--out", tmp_path / "b")

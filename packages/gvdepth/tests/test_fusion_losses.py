@@ -377,7 +377,7 @@ def test_the_warped_road_is_the_road_of_the_other_view(camera, flip):
 @pytest.mark.slow
 def test_pooled_losses_of_two_ranks_are_those_of_one():
     value, *grads = pooled_loss(0, whole=True)
-    for rank, (found, *found_grads) in enumerate(spawn(pooled_loss, 2)):
+    for rank, (found, *found_grads) in enumerate(spawn(pooled_loss, 2, timeout=240)):
         assert found == pytest.approx(value, rel=1e-12)
         for got, whole in zip(found_grads, grads, strict=True):
             # Averaged over ranks, as DistributedDataParallel does it.

@@ -159,3 +159,13 @@ def test_the_encoder_learns_at_its_own_rate():
     head, encoder = model.parameter_groups(1e-3, 0.1)
     assert (head["lr"], encoder["lr"]) == (1e-3, pytest.approx(1e-4))
     assert {id(p) for p in encoder["params"]} == {id(p) for p in model.encoder.parameters()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mixed_precision": "bf16"}, {"consistency_weight": 0.0, "accumulate": 1}]
+)
+def test_variants_of_the_recipe_train(tmp_path, changes):
+    found = ranks.train(tmp_path, steps=2, **changes)
+    assert found.steps == 2
+    assert math.isfinite(found.metrics["loss"])
+    assert ("consistency" in found.metrics) == (changes.get("consistency_weight") != 0.0)

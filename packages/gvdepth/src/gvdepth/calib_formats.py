@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from gvdepth.calib_io import (
 from gvdepth.camera import Camera, PitchSign
 from gvdepth.errors import CalibrationError
 
-__all__ = ["guess", "read_kitti", "read_nuscenes", "read_opencv", "read_ros"]
+__all__ = ["guess", "read_kitti", "read_nuscenes", "read_opencv", "read_ros", "stored_distortion"]
 
 _OPENCV_NAMES = ("camera_matrix", "cameraMatrix", "Camera_Matrix", "K", "M1", "M")
 _DISTORTION_NAMES = ("distortion_coefficients", "distCoeffs", "Distortion_Coefficients", "D", "D1")
@@ -216,8 +216,34 @@ def read_ros(
 
 
 def _warn_distortion(path: PathLike) -> None:
-    text = f"{path} has lens distortion, which a pinhole camera has not: rectify the images first"
+    text = (
+        f"{path} has lens distortion, which a pinhole camera has not: rectify the images first "
+        "(gvdepth.rectify.read_rectifier)"
+    )
     warnings.warn(text, FusionWarning, stacklevel=4)
+
+
+def stored_distortion(path: PathLike) -> tuple[Any, Any, tuple[int, int], Literal["pinhole", "fisheye"]]:
+    """Raw matrix, distortion, ``(width, height)`` and lens of a ROS or OpenCV file.
+
+    Raises:
+        CalibrationError: not readable, or one of them is missing.
+    """
+    document = load_json(path) if Path(path).suffix == ".json" else load_yaml(path, strip="%YAML:")
+    if not isinstance(document, dict):
+        raise CalibrationError(
+            f"{path} holds a {type(document).__name__}, wanted camera_matrix and distortion"
+        )
+    found = [next((n for n in names if n in document), None) for names in (_OPENCV_NAMES, _DISTORTION_NAMES)]
+    if found[0] is None or found[1] is None:
+        raise CalibrationError(f"{path} has no {'matrix' if found[0] is None else 'distortion coefficients'}")
+    width, height = (document.get(f"image_{side}") for side in ("width", "height"))
+    if not isinstance(width, int) or not isinstance(height, int):
+        raise CalibrationError(f"{path} has no image_width and image_height")
+    fisheye = document.get("distortion_model") in ("equidistant", "fisheye", "kannala_brandt")
+    matrix = _matrix(path, found[0], document[found[0]], (3, 3))
+    distortion = _numbers(path, found[1], document[found[1]])
+    return matrix, distortion, (width, height), "fisheye" if fisheye else "pinhole"
 
 
 def _numbers(path: PathLike, key: str, entry: Any) -> np.ndarray[Any, np.dtype[np.float64]]:

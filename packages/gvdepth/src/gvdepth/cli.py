@@ -11,7 +11,7 @@ import typer
 from fusion_core import cli
 from fusion_core.errors import InputError
 from gvdepth import __version__
-from gvdepth.cli_options import CameraFlags, camera_options
+from gvdepth.cli_options import CameraFlags, camera_options, pair, read_depths
 
 app = cli.new_app("gvdepth", "Metric depth from any vehicle's camera, and its ground geometry.", __version__)
 
@@ -36,29 +36,6 @@ def _load(name: str, device: str = "cpu") -> Any:
     return load_model(name, resolve_device(device))
 
 
-def _pair(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        height, pitch = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--calib-std is {text!r}, wanted METRES,DEGREES such as 0.02,0.1") from error
-    return height, pitch
-
-
-def _depths(folder: Path, limit: int | None = None) -> list[Any]:
-    from gvdepth.data import read_depth
-
-    files = (
-        sorted(path for path in folder.rglob("*") if path.suffix in (".npy", ".png"))
-        if folder.is_dir()
-        else []
-    )
-    if not files:
-        raise InputError(f"--depth {folder} is no folder with depth maps (.png of 16 bits, .npy)")
-    return [read_depth(path) for path in files[:limit]]
-
-
 @app.command()
 @camera_options
 def predict(
@@ -81,6 +58,9 @@ def predict(
     rows: Annotated[
         int | None, typer.Option("--rows", min=32, help="Height of the network's image; the camera follows.")
     ] = None,
+    rectify: Annotated[
+        bool, typer.Option("--rectify", help="Take out the lens distortion that the --camera file holds.")
+    ] = False,
     clip: Annotated[
         bool, typer.Option("--clip/--no-clip", help="Keep depth within the model's range.")
     ] = True,
@@ -113,17 +93,19 @@ def predict(
             break
         except InputError:
             continue
-    camera = flags.resolve(first)
+    rectifier = flags.rectifier() if rectify else None
+    camera = flags.resolve(first) if rectifier is None else flags.mounted(rectifier.camera)
     found = predict_folder(
         _load(model, device),
         images,
         camera,
         out,
         formats=formats,
-        calib_std=_pair(calib_std),
+        calib_std=pair(calib_std),
         clip=clip,
         fusion=fusion,
         height=rows,
+        rectify=rectifier,
         batch_size=batch_size,
         num_workers=num_workers,
         limit=limit,
@@ -200,7 +182,7 @@ def calibrate(
     from fusion_core.images import list_images, read_image
     from gvdepth.calibration import calibrate as run
 
-    depths = _depths(depth, limit)
+    depths = read_depths(depth, limit)
     masks = None
     if road is not None:
         masks = [read_image(path)[..., 0] > 127 for path in list_images([road])[:limit]]
@@ -239,7 +221,7 @@ def doctor(
     if (depth is None) == (images is None):
         raise InputError("give either --depth FOLDER, or --images FOLDER with --model")
     if depth is not None:
-        maps = _depths(depth, limit)
+        maps = read_depths(depth, limit)
         found = run(maps, flags.resolve(maps[0].shape))
     else:
         if model is None:

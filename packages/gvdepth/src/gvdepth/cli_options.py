@@ -135,6 +135,27 @@ class CameraFlags:
         """
         size = self.image_size() or size
         found = self._from_file(size) if self.camera is not None else self._from_numbers(size)
+        return self.mounted(found, height_needed=height_needed)
+
+    def rectifier(self) -> Any:
+        """What takes the lens distortion of the camera file out of images.
+
+        Raises:
+            CameraError: there is no camera file.
+            CalibrationError: it holds no distortion.
+        """
+        from gvdepth.rectify import read_rectifier
+
+        if self.camera is None:
+            raise CameraError("--rectify needs --camera FILE: the file that holds the lens distortion")
+        return read_rectifier(self.camera)
+
+    def mounted(self, found: Camera, *, height_needed: bool = True) -> Camera:
+        """A camera with the height and the attitude of the flags.
+
+        Raises:
+            CameraError: the height is missing, or two flags say the same.
+        """
         if self.preset is not None:
             found = found.with_preset(self.preset)
         sign = -1.0 if self.pitch_sign == "down" else 1.0
@@ -212,3 +233,36 @@ def camera_options(function: Callable[..., Any]) -> Callable[..., Any]:
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
     del wrapper.__wrapped__  # typer must see this signature, not the function's
     return wrapper
+
+
+def pair(text: str | None) -> tuple[float, float] | None:
+    """The two numbers of ``--calib-std``.
+
+    Raises:
+        InputError: not METRES,DEGREES.
+    """
+    if text is None:
+        return None
+    try:
+        height, pitch = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--calib-std is {text!r}, wanted METRES,DEGREES such as 0.02,0.1") from error
+    return height, pitch
+
+
+def read_depths(folder: Path, limit: int | None = None) -> list[Any]:
+    """The depth maps below a folder, sorted.
+
+    Raises:
+        InputError: there are none.
+    """
+    from gvdepth.data import read_depth
+
+    files = (
+        sorted(path for path in folder.rglob("*") if path.suffix in (".npy", ".png"))
+        if folder.is_dir()
+        else []
+    )
+    if not files:
+        raise InputError(f"--depth {folder} is no folder with depth maps (.png of 16 bits, .npy)")
+    return [read_depth(path) for path in files[:limit]]

@@ -167,7 +167,10 @@ class GVDepth(
         Raises:
             ShapeError: shapes that do not fit, or an image that is too small.
         """
-        self._check(pixel_values, camera, labels)
+        if (
+            not torch.compiler.is_compiling()
+        ):  # a size that is looked at becomes a constant of an exported graph
+            self._check(pixel_values, camera, labels)
         cues = self.cues(pixel_values, camera, roll=roll)
         with torch.autocast(pixel_values.device.type, enabled=False):
             if calib_std is not None and self.config.cue in ("fusion", "vertical"):

@@ -19,7 +19,7 @@ import torch
 from fusion_core.atomic import PathLike
 from fusion_core.device import autocast, resolve_device, resolve_dtype
 from fusion_core.errors import FusionWarning, InputError
-from fusion_core.images import list_images
+from fusion_core.images import list_images, read_image
 from fusion_core.progress import track
 from fusion_core.store import Manifest, parse_shard, take_shard
 from gvdepth.camera import Camera
@@ -206,6 +206,7 @@ def predict_folder(
     clip: bool = True,
     fusion: Fusion | None = None,
     height: int | None = None,
+    rectify: Callable[[Any], Any] | None = None,
     batch_size: int = 1,
     num_workers: int = 2,
     limit: int | None = None,
@@ -231,6 +232,8 @@ def predict_folder(
         clip: as of :func:`predict`.
         fusion: as of :func:`predict`.
         height: as of :func:`predict`.
+        rectify: takes the lens distortion out of each image, such as :func:`gvdepth.rectify.read_rectifier`
+            gives; ``camera`` is then that of the rectified images.
         batch_size: images per forward pass.
         num_workers: threads that read, and as many that write; 0 = one thing after the other.
         limit: the first so many.
@@ -260,6 +263,7 @@ def predict_folder(
     todo = [job for job in jobs if job[0] not in manifest]
     settings = Settings(calib_std, clip, fusion, height, dtype)
     pipeline = _Pipeline(model, camera, place, tuple(formats), settings, manifest)
+    pipeline.rectify = rectify
     with pipeline.threads(num_workers):
         bar = iter(track(range(len(todo)), "predicting", enabled=progress))
         for _ in pipeline.run(todo, batch_size):
@@ -307,6 +311,7 @@ class _Pipeline:
         self.readers: ThreadPoolExecutor | None = None
         self.writers: ThreadPoolExecutor | None = None
         self.ahead = 1
+        self.rectify: Callable[[Any], Any] | None = None
 
     def threads(self, count: int) -> _Threads:
         return _Threads(self, count)
@@ -318,7 +323,8 @@ class _Pipeline:
     def _read(self, job: tuple[str, Path]) -> Prepared | None:
         name, path = job
         try:
-            return prepare(path, self.camera(path), height=self.height, name=name)
+            source = path if self.rectify is None else self.rectify(read_image(path))
+            return prepare(source, self.camera(path), height=self.height, name=name)
         except InputError as error:
             self._note(name, error=" ".join(str(error).split()))
             return None

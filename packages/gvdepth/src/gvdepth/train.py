@@ -186,9 +186,7 @@ class Trainer:
         MissingExtraError: accelerate is not installed.
 
     Example:
-        >>> from gvdepth import GVDepth, GVDepthConfig
-        >>> trainer = Trainer(GVDepth(GVDepthConfig.tiny()), samples, TrainConfig(steps=100))  # doctest:
-        +SKIP
+        >>> trainer = Trainer(model, samples, TrainConfig(steps=100), out="run")  # doctest: +SKIP
         >>> trainer.fit()  # doctest: +SKIP
     """
 
