@@ -166,6 +166,10 @@ def test_polygons_and_quads(net):
     np.testing.assert_allclose(
         sorted(cv2.boxPoints(((x, y), (w, h), angle)).tolist()), sorted(found[0].quad.tolist()), atol=0.01
     )
+    for quad, rect in ((region.quad, region.rect) for region in found):
+        edge = quad[1] - quad[0]
+        assert rect[2] == pytest.approx(float(np.hypot(*edge)), abs=1e-2)
+        assert rect[4] == pytest.approx(float(np.rad2deg(np.arctan2(edge[1], edge[0]))), abs=0.1)
     assert len(found[:2]) == 2
     assert len(found.above(1.1)) == 0
 
