@@ -38,7 +38,7 @@ CONFIG = DBConfig(
     channels=(16, 32, 64, 96),
     blocks=(1, 1, 2, 1),
     inner=64,
-    post=PostConfig(box_thresh=0.5, score="component"),
+    post=PostConfig(box_thresh=0.6, score="component"),
 )
 LABELS = LabelConfig(distance="exact", precise=True, pieces="all", min_text_size=5.0)
 SIDE, CROP, SHARD = 384, 256, 100
@@ -322,10 +322,15 @@ def save(
 def export(out: Path, directory: Path) -> None:
     """Write the averaged weights without the threshold head, in half precision."""
     state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+    # Running statistics reach beyond what half precision holds.
     weights = {
-        key.removeprefix("module."): value.half() if value.is_floating_point() else value
+        key.removeprefix("module."): value.half() if "running" not in key else value
         for key, value in state["average"].items()
-        if key.startswith("module.") and ".thresh." not in key
+        if key.startswith("module.") and ".thresh." not in key and value.is_floating_point()
+    } | {
+        key.removeprefix("module."): value
+        for key, value in state["average"].items()
+        if key.startswith("module.") and ".thresh." not in key and not value.is_floating_point()
     }
     with atomic_directory(directory, overwrite=True) as made:
         CONFIG.save(made / "config.json")
