@@ -147,8 +147,8 @@ class _Pack:
         counts = [len(polygon) for polygon in polygons]
         # Beyond this, OpenCV's fixed-point coordinates would wrap.
         self.points = np.clip(np.concatenate(list(polygons)).astype(np.float64), -1e6, 1e6)
-        self.ends = np.cumsum(counts)
-        self.starts = self.ends - counts
+        self.ends = np.cumsum(counts, dtype=np.int64)
+        self.starts: NDArray[np.int64] = self.ends - np.array(counts, np.int64)
         self._next = np.arange(1, len(self.points) + 1)
         self._next[self.ends - 1] = self.starts
 
