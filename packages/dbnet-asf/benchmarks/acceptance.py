@@ -51,7 +51,9 @@ def photos(detector):
 
 def synthetic(detector, count):
     """Rendered scenes over held-out photographs: all together, and recall by the words' short side."""
-    native = TextDetector(DBNet.from_pretrained(detector.name), device="cpu", resize="native", post=detector.config.post)
+    native = TextDetector(
+        DBNet.from_pretrained(detector.name), device="cpu", resize="native", post=detector.config.post
+    )
     examples = [Example(*scene, str(at)) for at, scene in enumerate(scenes(count))]
     found = evaluate(native, examples, progress=False)
     names = ("precision", "recall", "hmean", "average_precision")

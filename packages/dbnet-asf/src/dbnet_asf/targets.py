@@ -89,7 +89,7 @@ def make_targets(
         >>> word = [[10, 10], [50, 10], [50, 30], [10, 30]]
         >>> targets = make_targets([word], None, (48, 64))
         >>> targets.gt.sum().item(), round(targets.thresh_map.max().item(), 3)
-        (559, 0.7)
+        (261, 0.7)
     """
     config = config if config is not None else LabelConfig()
     check_size(size)

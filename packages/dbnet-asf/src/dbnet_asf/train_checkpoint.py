@@ -38,6 +38,7 @@ CONFIG = DBConfig(
     channels=(16, 32, 64, 96),
     blocks=(1, 1, 2, 1),
     inner=64,
+    short_side=640,
     post=PostConfig(box_thresh=0.6, score="component"),
 )
 LABELS = LabelConfig(distance="exact", precise=True, pieces="all", min_text_size=5.0)
