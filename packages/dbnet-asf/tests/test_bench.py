@@ -13,14 +13,14 @@ from fusion_core.errors import ConfigError
 
 
 def test_words_do_not_touch():
-    found = words(12, 320)
+    found = words(12)
     assert len(found) == 12
-    assert make_targets(found, None, (320, 320)).ignore == (False,) * 12
+    assert make_targets(found, None, (640, 640)).ignore == (False,) * 12
 
 
 @pytest.mark.parametrize("distance", ["official", "exact", "raster"])
 def test_plain_labels_are_ours(distance):
-    polygons, size = words(12, 320), (320, 320)
+    polygons, size = words(12), (640, 640)
     gt, mask, thresh, band = labels(polygons, size)
     made = make_targets(polygons, None, size, LabelConfig(distance=distance))
     assert np.array_equal(made.gt.numpy(), gt.astype(bool))
