@@ -174,6 +174,7 @@ def check_array(golden, record, key, found, settings, double):
     assert off.max() < bound, (key, off)
 
 
+@pytest.mark.slow
 @both_dtypes
 @pytest.mark.filterwarnings("ignore::fusion_core.errors.FusionWarning")
 def test_models(golden, dtype, official_state):
