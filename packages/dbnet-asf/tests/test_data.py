@@ -179,7 +179,7 @@ def anything(tmp_path_factory):
     return tmp_path_factory.mktemp("any") / "a.txt"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text(max_size=80))
 def test_any_text_is_read_or_refused(anything, text):
     path = anything

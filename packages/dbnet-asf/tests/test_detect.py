@@ -12,6 +12,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+import shapely
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -159,6 +160,8 @@ def test_polygons_and_quads(net):
         assert region.polygon.shape[1] == 2
         assert 0 <= region.score <= 1
         assert 0 <= region.border_uncertainty <= 0.25
+        x, y = region.polygon.astype(float).T
+        assert (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() >= 0  # clockwise on the screen
         left, top, right, bottom = region.box
         assert 0 <= left <= right <= 160
         assert 0 <= top <= bottom <= 96
@@ -166,6 +169,10 @@ def test_polygons_and_quads(net):
     np.testing.assert_allclose(
         sorted(cv2.boxPoints(((x, y), (w, h), angle)).tolist()), sorted(found[0].quad.tolist()), atol=0.01
     )
+    for quad, rect in ((region.quad, region.rect) for region in found):
+        edge = quad[1] - quad[0]
+        assert rect[2] == pytest.approx(float(np.hypot(*edge)), abs=1e-2)
+        assert rect[4] == pytest.approx(float(np.rad2deg(np.arctan2(edge[1], edge[0]))), abs=0.1)
     assert len(found[:2]) == 2
     assert len(found.above(1.1)) == 0
 
@@ -372,3 +379,23 @@ def test_tiled_network(attention):
     np.testing.assert_allclose(tiled[:, 556:724], whole[:, 556:724], atol=1e-5)
     np.testing.assert_allclose(tiled[:, :256], whole[:, :256], atol=1e-5)
     assert not np.allclose(tiled[:, 740:1020], whole[:, 740:1020], atol=1e-7) or np.ptp(whole) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_tiled_page_gives_the_same_regions():
+    from dbnet_asf.data.synth import render
+
+    page = next(
+        scene for scene in (render(at, 11, (768, 1024)) for at in range(40)) if len(scene.polygons) > 80
+    )
+    options = {"device": "cpu", "dtype": "float32", "resize": "native"}
+    whole = TextDetector.from_pretrained(**options)(page.image)
+    tiled = TextDetector.from_pretrained(tile=640, overlap=320, **options)(page.image)
+    assert len(whole) == len(tiled) > 40
+    for region in whole:
+        assert max(_iou(region.quad, other.quad) for other in tiled) >= 0.9
+
+
+def _iou(first, second):
+    a, b = shapely.Polygon(first).buffer(0), shapely.Polygon(second).buffer(0)
+    return a.intersection(b).area / max(a.union(b).area, 1e-9)

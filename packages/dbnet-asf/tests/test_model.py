@@ -276,6 +276,7 @@ def test_deformable_net_warns_on_the_cpu():
         net(torch.zeros(1, 3, 32, 32))
 
 
+@pytest.mark.slow
 def test_import_is_light():
     heavy = ("torchvision", "matplotlib", "sklearn", "transformers", "timm")
     code = (

@@ -63,6 +63,7 @@ def fit(out, net=None, **settings):
     return net, trainer.fit(out, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_it_learns_and_saves(tmp_path):
     _, first = fit(tmp_path / "a", steps=2)
     _, last = fit(tmp_path / "b", steps=40, ema=0.9)

@@ -42,7 +42,7 @@ OFFICIAL = KeyMap(
     ],
     strip=("module.", "model.", "_orig_mod."),
 )
-_BLOCKS = {
+_BLOCKS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
     (True, (3, 4, 6, 3)): "resnet50",

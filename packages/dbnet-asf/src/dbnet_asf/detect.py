@@ -396,7 +396,11 @@ def make_regions(outlines: Any, scores: Array, uncertainty: Array | None) -> lis
     if not len(outlines):
         return []
     rectangles = np.array([minimum_rectangle(outline) for outline in outlines], np.float32)
-    quads = outlines if isinstance(outlines, np.ndarray) else order_corners(rectangle_corners(rectangles))
+    corners = order_corners(rectangle_corners(rectangles))
+    across, down = corners[:, 1] - corners[:, 0], corners[:, 3] - corners[:, 0]
+    rectangles[:, 2], rectangles[:, 3] = np.hypot(*across.T), np.hypot(*down.T)
+    rectangles[:, 4] = np.rad2deg(np.arctan2(across[:, 1], across[:, 0]))
+    quads = outlines if isinstance(outlines, np.ndarray) else corners
     doubts = np.zeros(len(scores), np.float32) if uncertainty is None else uncertainty
     return [
         Region(polygon, float(score), quad, cast("Any", tuple(rectangle)), float(doubt))

@@ -31,7 +31,8 @@ class Region(Result):
             in quad mode.
         score: in [0, 1].
         quad: smallest rotated rectangle, float32 (4, 2): top left, top right, bottom right, bottom left.
-        rect: the same as center x, center y, width, height, angle in degrees.
+        rect: the same as center x, center y, width (of the upper edge), height, angle of the upper edge in
+            degrees, > 0 = falling to the right.
         border_uncertainty: mean of P (1 - P) along the outline in the map: 0 = sharp, 0.25 = a guess.
     """
 

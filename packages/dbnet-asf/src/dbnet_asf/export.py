@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def export_onnx(
             "opencv is True, and OpenCV has no deformable convolutions; export one of the presets without "
             "them ('resnet18', 'resnet50', 'nano'), or, where all offsets are zero, with drop_deform"
         )
+    if deformable:
+        importlib.import_module("torchvision.ops")  # the exporter knows only operators that are loaded
     fused = copy.deepcopy(made).float().cpu().fuse("float32")
     if opencv and isinstance(fused.neck.asf, FoldedFusion | AdaptiveScaleFusion):
         asf = fused.neck.asf

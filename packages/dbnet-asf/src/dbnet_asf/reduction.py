@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
@@ -28,15 +30,11 @@ class Reduction:
         return value + (whole - value.detach())
 
     def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value; over processes the gradient stays where it is attained."""
+        """Smallest and largest value; over processes their gradients meet where they are attained."""
         low, high = values.min(), values.max()
         if self.processes > 1:
-            found = []
-            for own, op in ((low, distributed.ReduceOp.MIN), (high, distributed.ReduceOp.MAX)):
-                whole = own.detach().clone()
-                distributed.all_reduce(whole, op)
-                found.append(torch.where(own.detach() == whole, own, whole))
-            low, high = found
+            low = cast("Tensor", _Extreme.apply(low, distributed.ReduceOp.MIN))
+            high = cast("Tensor", _Extreme.apply(high, distributed.ReduceOp.MAX))
         return low, high
 
     def scale(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -54,6 +52,24 @@ class Reduction:
             return values.topk(min(int(count), len(values)), sorted=False).values.sum()
         ordered = values.sort(descending=True).values
         return ordered.where(torch.arange(len(values), device=values.device) < count, 0).sum()
+
+
+class _Extreme(torch.autograd.Function):
+    """The smallest or largest of a number over processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, op: Any) -> Tensor:
+        whole = own.detach().clone()
+        distributed.all_reduce(whole, op)
+        ctx.save_for_backward(own == whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (attained,) = ctx.saved_tensors
+        together = grads[0].clone()
+        distributed.all_reduce(together)
+        return together * attained, None
 
 
 def _share(values: Tensor, count: Tensor) -> Tensor:

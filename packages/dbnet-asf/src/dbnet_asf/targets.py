@@ -89,7 +89,7 @@ def make_targets(
         >>> word = [[10, 10], [50, 10], [50, 30], [10, 30]]
         >>> targets = make_targets([word], None, (48, 64))
         >>> targets.gt.sum().item(), round(targets.thresh_map.max().item(), 3)
-        (559, 0.7)
+        (261, 0.7)
     """
     config = config if config is not None else LabelConfig()
     check_size(size)
@@ -147,8 +147,8 @@ class _Pack:
         counts = [len(polygon) for polygon in polygons]
         # Beyond this, OpenCV's fixed-point coordinates would wrap.
         self.points = np.clip(np.concatenate(list(polygons)).astype(np.float64), -1e6, 1e6)
-        self.ends = np.cumsum(counts)
-        self.starts = self.ends - counts
+        self.ends = np.cumsum(counts, dtype=np.int64)
+        self.starts: NDArray[np.int64] = self.ends - np.array(counts, np.int64)
         self._next = np.arange(1, len(self.points) + 1)
         self._next[self.ends - 1] = self.starts
 

@@ -169,7 +169,9 @@ class Step:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The loss under ``"loss"``, and its parts by their names."""
         images = batch["images"].contiguous(memory_format=torch.channels_last)
-        total, parts = self.loss(model(images), Targets(*(batch[name] for name in _MAPS)))
+        total, parts = self.loss(
+            model(images), Targets(batch["gt"], batch["mask"], batch["thresh_map"], batch["thresh_mask"])
+        )
         return {"loss": total, **parts}
 
 

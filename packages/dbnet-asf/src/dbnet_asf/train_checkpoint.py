@@ -38,7 +38,8 @@ CONFIG = DBConfig(
     channels=(16, 32, 64, 96),
     blocks=(1, 1, 2, 1),
     inner=64,
-    post=PostConfig(box_thresh=0.5, score="component"),
+    short_side=640,
+    post=PostConfig(box_thresh=0.6, score="component"),
 )
 LABELS = LabelConfig(distance="exact", precise=True, pieces="all", min_text_size=5.0)
 SIDE, CROP, SHARD = 384, 256, 100
@@ -114,7 +115,7 @@ def negative(random: np.random.Generator, side: int) -> NDArray[np.uint8]:
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
-def _octaves(random: np.random.Generator, side: int, count: int = 4) -> NDArray[np.float32]:
+def _octaves(random: np.random.Generator, side: int, count: int = 4) -> NDArray[Any]:
     total = np.zeros((side, side), np.float32)
     start = int(random.integers(2, 24))
     for octave in range(count):
@@ -138,7 +139,7 @@ def _blob(random: np.random.Generator, gray: NDArray[Any], level: float, size: f
     part += level * np.exp(-(a * a + b * b) / (2 * size * size))
 
 
-def _facade(random: np.random.Generator, gray: NDArray[Any]) -> NDArray[np.float32]:
+def _facade(random: np.random.Generator, gray: NDArray[Any]) -> NDArray[Any]:
     side = len(gray)
     gray = np.ascontiguousarray(gray, np.float32)
     for _ in range(int(random.integers(1, 5))):
@@ -181,7 +182,7 @@ class Scenes:
         turned = random.random((size, 1, 1, 1)) < 0.15
         image = np.where(turned, 255 - image, image)
         image = np.clip((image - 127.5) * jitter + 127.5 + random.uniform(-25, 25, (size, 1, 1, 1)), 0, 255)
-        mean, std = np.float32(CONFIG.mean), np.float32(CONFIG.std)
+        mean, std = np.array(CONFIG.mean, np.float32), np.array(CONFIG.std, np.float32)
         x = torch.from_numpy(((image - mean) / std).astype(np.float32)).permute(0, 3, 1, 2)
         bits = torch.from_numpy(rows[..., 3].copy())
         thresh = torch.from_numpy(rows[..., 4].astype(np.float32) / 255)
@@ -218,7 +219,8 @@ def fresh() -> DBNet:
             torch.nn.init.kaiming_normal_(part.weight, nonlinearity="linear")
     if isinstance(net.neck.asf, AdaptiveScaleFusion):
         torch.nn.init.normal_(net.neck.asf.level.weight, std=0.01)
-    for head in net.head.values():
+    heads: Any = net.head.values()
+    for head in heads:
         first, last = head[3], head[6]
         torch.nn.init.normal_(first.weight, std=(2 / first.weight.shape[0]) ** 0.5)
         torch.nn.init.normal_(last.weight, std=0.02)
@@ -246,7 +248,7 @@ def train(
     where = resolve_device(device)
     torch.manual_seed(seed)
     net = fresh()
-    net = net.to(where, memory_format=torch.channels_last).train()
+    net = net.to(where).to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
     average = AveragedModel(net, avg_fn=_decay, use_buffers=True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     loss_fn, scenes = DBLoss(), Scenes(cache, seed)
@@ -295,7 +297,7 @@ def train(
                 file.write(json.dumps(line) + "\n")
 
 
-def _decay(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+def _decay(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
     decay = min(EMA, (1 + float(count)) / (10 + float(count)))
     if not averaged.is_floating_point():
         return current
@@ -322,10 +324,15 @@ def save(
 def export(out: Path, directory: Path) -> None:
     """Write the averaged weights without the threshold head, in half precision."""
     state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+    # Running statistics reach beyond what half precision holds.
     weights = {
-        key.removeprefix("module."): value.half() if value.is_floating_point() else value
+        key.removeprefix("module."): value.half() if "running" not in key else value
         for key, value in state["average"].items()
-        if key.startswith("module.") and ".thresh." not in key
+        if key.startswith("module.") and ".thresh." not in key and value.is_floating_point()
+    } | {
+        key.removeprefix("module."): value
+        for key, value in state["average"].items()
+        if key.startswith("module.") and ".thresh." not in key and not value.is_floating_point()
     }
     with atomic_directory(directory, overwrite=True) as made:
         CONFIG.save(made / "config.json")

@@ -254,14 +254,14 @@ def _fold(module: nn.Module) -> None:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     for part in module.modules():
-        last: tuple[str, nn.Module] | None = None
+        before: str = ""
+        last: nn.Module | None = None
         for name, child in list(part.named_children()):
-            follows = isinstance(child, nn.BatchNorm2d) and last is not None
-            if follows and isinstance(last[1], nn.Conv2d | nn.ConvTranspose2d):
-                transpose = isinstance(last[1], nn.ConvTranspose2d)
-                setattr(part, last[0], fuse_conv_bn_eval(last[1], child, transpose=transpose))
+            if isinstance(child, nn.BatchNorm2d) and isinstance(last, nn.Conv2d | nn.ConvTranspose2d):
+                transpose = isinstance(last, nn.ConvTranspose2d)
+                setattr(part, before, fuse_conv_bn_eval(last, child, transpose=transpose))
                 setattr(part, name, nn.Identity())
-            last = (name, child)
+            before, last = name, child
     for part in module.modules():
         for name, child in list(part.named_children()):
             if isinstance(child, nn.ConvTranspose2d):

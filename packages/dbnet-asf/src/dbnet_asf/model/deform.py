@@ -51,7 +51,8 @@ class DeformConv2d(nn.Module):
         if self.rule == "official" and self.stride > 1:
             size = tuple((side - 1) // self.stride + 1 for side in x.shape[-2:])
             offset, mask = _misread(offset, size), _misread(mask, size)
-        return deform_conv2d(x, offset, self.weight, stride=self.stride, padding=1, mask=mask)
+        stride = (self.stride, self.stride)
+        return deform_conv2d(x, offset, self.weight, stride=stride, padding=(1, 1), mask=mask)
 
     def extra_repr(self) -> str:
         """Shape, stride and rule."""

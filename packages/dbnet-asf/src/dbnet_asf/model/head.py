@@ -35,10 +35,6 @@ class Head(nn.Sequential):
             elif isinstance(part, nn.BatchNorm2d):
                 nn.init.constant_(part.bias, 1e-4)
 
-    def forward(self, x: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch 1 height width"]:
-        """Logits at four times the size."""
-        return super().forward(x)
-
 
 def _double(inputs: int, outputs: int, smooth: bool) -> nn.Module:
     if not smooth:

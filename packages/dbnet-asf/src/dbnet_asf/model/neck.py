@@ -29,7 +29,8 @@ class Neck(nn.Module):
             [nn.Conv2d(inner, inner // 4, 3, padding=1, bias=False) for _ in channels]
         )
         for part in (*self.lateral, *self.smooth):
-            nn.init.kaiming_normal_(part.weight)
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight)
         self.asf: nn.Module | None = None if attention is None else AdaptiveScaleFusion(inner, attention)
 
     def forward(
