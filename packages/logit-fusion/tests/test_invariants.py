@@ -17,7 +17,7 @@ from logit_fusion.objective import loss, make_target, slope
 from logit_fusion.strategies import Search, aim_at
 
 DOUBLE = torch.float64
-examples = settings(max_examples=25, deadline=None)
+examples = settings(max_examples=15, deadline=None)
 STRATEGIES = ("single", "centroid", "pool")
 
 

@@ -209,7 +209,7 @@ class Engine:
             aligned: (rows, keep, vocab) each.
             weights: of the experts: a rule, numbers, or the evidence's (rows, keep, T).
         """
-        arguments = settings.fuse_arguments() | {"weights": weights, "validate": "lazy"}
+        arguments: dict[str, Any] = settings.fuse_arguments() | {"weights": weights, "validate": "lazy"}
         large, base, *experts = aligned
         # One dtype: the widest of the members, at least float32 inside.
         kind = torch.float64 if any(x.dtype == torch.float64 for x in aligned) else torch.float32

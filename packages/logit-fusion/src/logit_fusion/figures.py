@@ -69,7 +69,9 @@ def alpha_histogram(alphas: Mapping[str, Sequence[float]], path: Path) -> Figure
     for color, (name, values) in zip(colors, alphas.items(), strict=False):
         ax.hist(values, bins=40, range=(0, 2), histtype="step", lw=1.8, label=name, density=True, color=color)
     ax.axvline(1.0, color="#888888", ls="--", lw=1)
-    ax.text(1.01, ax.get_ylim()[1] * 0.92, "proxy-tuning", fontsize=8, color="#555555")
+    top = ax.get_ylim()[1]
+    ax.set_ylim(0, top * 1.15)
+    ax.text(1.01, top * 1.05, "proxy-tuning", fontsize=8, color="#555555")
     ax.set_xlabel("alpha of a token")
     ax.set_ylabel("density")
     ax.legend(frameon=False)

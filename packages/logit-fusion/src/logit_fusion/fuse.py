@@ -252,8 +252,9 @@ def _finish(
             *(x & active if x.dtype == torch.bool else torch.where(active, x, 0.0) for x in found)
         )
     dtype = direction.dtype
-    shift = direction * length.to(dtype).unsqueeze(-1)
-    return _Fused(members.log_p + shift - log_norm.to(dtype).unsqueeze(-1), alpha, found)
+    fused = torch.addcmul(members.log_p, direction, length.to(dtype).unsqueeze(-1))
+    norm = log_norm.to(dtype).unsqueeze(-1)
+    return _Fused(fused - norm if graph else fused.sub_(norm), alpha, found)
 
 
 def _bound(

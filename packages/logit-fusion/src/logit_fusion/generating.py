@@ -99,7 +99,8 @@ def generate(
         else:
             criteria.append(Chosen(recorder))
     try:
-        found = GenerationMixin.generate(
+        plain: Any = GenerationMixin
+        found = plain.generate(
             model, ids, *args, stopping_criteria=criteria, prompts=shared, recorder=recorder,
             **{key: value for key, value in kwargs.items() if key != "input_ids"},
         )  # fmt: skip

@@ -189,14 +189,16 @@ def lead(member: Member, ids: Tensor, mask: Tensor | None, bos: int | None) -> t
 def _load(source: Any, name: str, dtype: torch.dtype, device: Any, options: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
+    place: Any
     spread = isinstance(device, dict) or device in ("auto", "balanced", "sequential")
     place = {"device_map": device} if spread else {}
+    single: Any = device
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **place, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"member {name!r}: {source} cannot be loaded: {reason}") from error
-    return model.eval() if spread else model.to(resolve_device(device)).eval()
+    return model.eval() if spread else model.to(resolve_device(single)).eval()
 
 
 def load_tokenizer(source: Any, name: str) -> Any:

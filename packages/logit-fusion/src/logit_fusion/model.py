@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput  # pyright: ignore[reportPrivateImportUsage]
 
 from fusion_core.errors import FusionError, InputError
 from logit_fusion.cache import FusedCache
@@ -131,15 +131,10 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             padded=settings.padded,
             min_overlap=settings.min_overlap,
         )
-        config: Any = FusedModelConfig(
-            vocab_size=large.width,
-            num_hidden_layers=large.config.num_hidden_layers,
-            max_position_embeddings=getattr(large.config, "max_position_embeddings", None),
-            **{
-                key: getattr(large.config, key, None)
-                for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-            },
-        )
+        known_as = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+        fields: dict[str, Any] = {key: getattr(large.config, key, None) for key in known_as}
+        fields |= {"vocab_size": large.width, "num_hidden_layers": large.config.num_hidden_layers}
+        config: Any = FusedModelConfig(**fields)
         super().__init__(config)
         self.members = nn.ModuleDict()
         for member in members:

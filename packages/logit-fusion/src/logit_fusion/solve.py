@@ -327,8 +327,12 @@ def solve_newton(family: Family, target: Target, alpha_range: tuple[float, float
     low, high = (0.0 * target.forward + end for end in alpha_range)
     alpha = (0.0 * low + 1.0).clip(*alpha_range)
     bracket = _Bracket(low, high, low > high)
+    limit = 0.1 * SETTLED[family.dtype]
     for _ in range(NEWTON_STEPS):
+        before = alpha
         bracket, alpha = bracket.step(target, alpha, family.moments(alpha))
+        if library(alpha) is np and (abs(alpha - before) <= limit).all():
+            break
     aim = target.forward + target.reverse
     # NaN: neither the objective nor its bound moves, as in a flat row.
     alpha = library(alpha).where((aim <= target.nothing) | (alpha != alpha), low, alpha)

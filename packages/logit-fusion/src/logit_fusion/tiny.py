@@ -34,6 +34,7 @@ def llama(size: str, vocabulary: int, seed: int = 0) -> Any:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    shape: Any = SIZES[size]
     config = LlamaConfig(
         vocab_size=vocabulary,
         num_attention_heads=4,
@@ -43,7 +44,7 @@ def llama(size: str, vocabulary: int, seed: int = 0) -> Any:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
-        **SIZES[size],
+        **shape,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
