@@ -60,11 +60,11 @@ def test_objectives_against_brute_force(objective, pairing, solver, device):
     logits = drawn(6, 30, device=device)
     options = {"objective": objective, "pairing": pairing}
     step = fuse(logits, solver=solver, **options)
-    count = 21 if solver == "grid" else 4001
+    count = 21 if solver == "grid" else 401
     alphas = torch.linspace(0, 2, count, dtype=DOUBLE)
     table = brute(logits, options, alphas)
     best = alphas[table.argmin(-1).cpu()]
-    close(step.alpha.squeeze(-1).cpu(), best, 1e-9 if solver == "grid" else 5e-4)
+    close(step.alpha.squeeze(-1).cpu(), best, 1e-9 if solver == "grid" else 5e-3)
     assert (step.loss <= table.amin(-1) + 1e-12).all()
 
 
@@ -343,7 +343,7 @@ def test_no_gradient_unless_asked_for():
 @pytest.mark.parametrize(
     "options",
     [
-        {"strategy": "pool", "step": 0.5, "mask": True, "certify": True},
+        {"strategy": "pool", "step": 0.5, "mask": True},
         {"strategy": "single", "solver": "grid", "kl_temperature": 1.5},
         {"strategy": "centroid", "solver": "newton", "weights": "jeffreys"},
     ],

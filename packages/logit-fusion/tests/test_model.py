@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from fusion_core.errors import CheckpointError, InputError
+from fusion_core.errors import CheckpointError, FusionError, InputError
 from logit_fusion.config import FusionConfig
 from logit_fusion.errors import ContextLengthError, NonFiniteLogitsError, UnpairedExpertWarning
 from logit_fusion.member import Expert
@@ -348,6 +348,17 @@ def test_bad_calls(large, base, experts, batch, make):
         fused.generate(torch.zeros(1, 0, dtype=torch.long))
     with pytest.warns(UserWarning, match="no end-of-sequence token"):
         fused.generate(**batch, max_new_tokens=1)
+
+
+def test_out_of_memory_shows_the_members(large, base, experts, batch, monkeypatch):
+    fused = FusedModel(large, base, experts)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    monkeypatch.setattr(fused.engine, "read", full)
+    with pytest.raises(FusionError, match=r"tried to allocate 3 GiB.*weights: large .* GiB on cpu, base"):
+        fused.generate(**batch, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("name", ["large", "base", "math"])

@@ -102,6 +102,12 @@ def test_sweep(fused, large, base, experts, make):
     assert rows["as set"]["nll"] == pytest.approx(fused.score(TEXTS).mean_nll, abs=1e-6)
 
 
+def test_an_expert_far_from_its_base_is_noticed(large, base, make):
+    far = FusedModel(large, base, {"far": make.near(base, 9, 2.0)}, tokenizer=make.letters())
+    with pytest.warns(UnpairedExpertWarning, match="median Jeffreys divergence"):
+        far.calibrate(TEXTS, alphas=(1.0,))
+
+
 def test_bad_texts(fused, large, base, experts):
     with pytest.raises(InputError, match="wanted a list of texts"):
         fused.score([])

@@ -27,6 +27,7 @@ class FusedCache(Cache):
 
     def __init__(self, configs: Sequence[Any], copies: Sequence[int]) -> None:
         super().__init__(layers=[])
+        self._configs = list(configs)
         self.lanes: list[Cache] = [DynamicCache(config=config) for config in configs]
         self.copies = list(copies)
         self.length = 0
@@ -150,7 +151,7 @@ class FusedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        for lane in self.lanes:
-            lane.reset()
+        # New ones: before transformers 5.23 a cache that was reset kept its length.
+        self.lanes = [DynamicCache(config=config) for config in self._configs]
         self.length, self.rows, self.leads, self.trail = 0, 0, {}, []
         self.evidence = self.last_logits = self.seen = None
