@@ -390,7 +390,7 @@ def test_a_tiled_page_gives_the_same_regions():
     )
     options = {"device": "cpu", "dtype": "float32", "resize": "native"}
     whole = TextDetector.from_pretrained(**options)(page.image)
-    tiled = TextDetector.from_pretrained(tile=640, overlap=320, **options)(page.image)
+    tiled = TextDetector.from_pretrained(tile=768, overlap=512, **options)(page.image)
     assert len(whole) == len(tiled) > 40
     for region in whole:
         assert max(_iou(region.quad, other.quad) for other in tiled) >= 0.9
