@@ -46,7 +46,7 @@ def names_of(paths: Sequence[Path]) -> dict[Path, str]:
                 names[path] = "_".join((*path.parts[-depth:-1], path.stem)).replace("/", "").strip("_")
         count = Counter(names.values())
         if all(number == 1 for number in count.values()):
-            return names
+            return {path: names[path] for path in paths}
         names = {path: name for path, name in names.items() if count[name] == 1}
     return {path: names.get(path, f"{path.stem}-{at}") for at, path in enumerate(paths)}
 
