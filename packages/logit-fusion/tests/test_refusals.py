@@ -109,7 +109,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "words"), BAD, ids=lambda x: str(x)[:50])
+@pytest.mark.parametrize(("options", "error", "words"), BAD, ids=[words for *_, words in BAD])
 def test_bad_settings(options, error, words):
     with pytest.raises(error, match=words) as caught:
         fuse(drawn(3, 20, experts=2), **options)
