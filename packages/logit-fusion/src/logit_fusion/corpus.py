@@ -77,6 +77,13 @@ def _part(texts: Sequence[str], every: int) -> tuple[list[str], list[str]]:
     return [text for place, text in enumerate(texts) if place % every], held
 
 
+def _without_paragraphs(texts: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Texts without the paragraphs that stand in others too."""
+    known = {paragraph.strip() for other in others for paragraph in other.split("\n\n")}
+    kept = ("\n\n".join(p for p in text.split("\n\n") if p.strip() not in known) for text in texts)
+    return [text for text in kept if text.strip()]
+
+
 def collect(seed: int = 0) -> Corpus:
     """Read the texts of the running Python.
 
@@ -103,6 +110,7 @@ def collect(seed: int = 0) -> Corpus:
     questions = [questions[i] for i in draws.permutation(len(questions))]
     general, held_general = _part(general, 20)
     docs, held_docs = _part([str(topics[key]) for key in sorted(topics)], 5)
+    docs = _without_paragraphs(docs, held_docs)  # topics quote each other
     web, held_web = _part(web, 5)
     qa, held_qa = _part(questions, 5)
     arithmetic = [f"{a}+{b}={a + b}\n" for a, b in pairs]

@@ -171,7 +171,9 @@ def _demo(out: Path, full: bool, seed: int) -> Demo:
     tables = _tables(single, multi, seeds)
     panels = {f"{d}: one expert": {m: _spread(v[0]) for m, v in single[d].items()} for d in DOMAINS}
     several = {f"{t}: experts for docs, qa": {m: _spread(v) for m, v in multi[t].items()} for t in OTHERS}
-    words, strengths = _paragraph(models, tokenizer, next(t for t in windows["docs"][5:] if t.isascii()))
+    words, strengths = _paragraph(
+        models, tokenizer, next(filter(str.isascii, windows["docs"]), windows["docs"][0])
+    )
     figures = [
         loss_bars(panels, out / "one_expert.png", COLORS),
         loss_bars(several, out / "two_experts.png", COLORS),

@@ -19,6 +19,7 @@ from logit_fusion.errors import ContextLengthError, UnpairedExpertWarning
 
 __all__ = ["Expert", "Member", "load_members"]
 
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 BASE_ROWS = "__base__"  # PEFT's name for rows without an adapter
 _MARK = "\u241eprompt\u241e"
 
@@ -205,10 +206,13 @@ def load_tokenizer(source: Any, name: str) -> Any:
     """A member's tokenizer, or None where its folder has none."""
     from transformers import AutoTokenizer
 
+    folder = Path(str(source))
+    if folder.is_dir() and not any(file.name.startswith(_TOKENIZER_FILES) for file in folder.iterdir()):
+        return None  # transformers 5.0 makes up an empty one
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, AttributeError):
-        if Path(str(source)).is_dir():
+        if folder.is_dir():
             return None
         raise CheckpointError(f"member {name!r}: {source} has no tokenizer") from None
 

@@ -316,11 +316,13 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def speculative_generate(self, input_ids: Tensor, **options: Any) -> Any:
+    def speculative_generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Any:
         """Lossless speculative decoding; see :func:`logit_fusion.speculative.speculative_generate`."""
         from logit_fusion.speculative import speculative_generate
 
-        return speculative_generate(self, input_ids, **options)
+        return speculative_generate(self, input_ids, attention_mask, **options)
 
     def score(self, texts: Any, **options: Any) -> Any:
         """Log-likelihoods of texts; see :func:`logit_fusion.score.score`."""
