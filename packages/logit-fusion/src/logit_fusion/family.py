@@ -49,6 +49,7 @@ def normalized(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch v
         logits: (..., vocab), -inf allowed.
 
     Example:
+        >>> import torch
         >>> normalized(torch.tensor([0.0, 0.0])).exp()
         tensor([0.5000, 0.5000])
     """
@@ -73,6 +74,7 @@ def tilted(
         A, mean, variance and third central moment, (...) each; differentiable.
 
     Example:
+        >>> import torch
         >>> log_p = torch.tensor([0.5, 0.5]).log()
         >>> stats = tilted(log_p, torch.tensor([1.0, -1.0]), 0.0)
         >>> round(float(stats.mean), 6), round(float(stats.var), 6)
