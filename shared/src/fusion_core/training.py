@@ -148,6 +148,7 @@ class Loop:
         self.model: nn.Module = self.accelerator.prepare_model(model)
         self.average = None if ema is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.at = _Progress()
+        self.pending: list[dict[str, Tensor]] = []  # losses that are not logged yet, on their device
         self.print = digest(
             {name: tuple(value.shape) for name, value in model.state_dict().items()},
             {"accumulate": accumulate, "ema": ema, "seed": seed, "precision": mixed_precision},
@@ -177,7 +178,7 @@ class Loop:
         """
         loader = self._prepared(loader)
         started, stop = time.monotonic() - self.at.seconds, threading.Event()
-        terms: list[dict[str, Tensor]] = []
+        terms = self.pending
         with _caught_ctrl_c(stop), self._bar(loader) as advance:
             while not self._finished():
                 empty = self.at.groups == 0
@@ -346,6 +347,7 @@ class Loop:
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": self.scaler.state_dict(),
             "at": dict(vars(self.at)),
+            "pending": self.pending,
             "rng": _plain_rng(),
         }
         with atomic_write(self.folder / STATE) as file:
@@ -369,6 +371,7 @@ class Loop:
             self.average.load_state_dict(state["average"])
         self.scaler.load_state_dict(state["scaler"])
         self.at = _Progress(**state["at"])
+        self.pending = list(state["pending"])
         _restore_plain_rng(state["rng"])
         metrics = self.folder / METRICS
         if self.accelerator.is_main_process and metrics.exists():

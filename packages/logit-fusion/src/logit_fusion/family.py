@@ -102,6 +102,7 @@ def divergences(
         mean0: mean of the shift under P itself.
 
     Example:
+        >>> import torch
         >>> stats = tilted(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, -1.0]), 1.0)
         >>> [round(float(x), 4) for x in divergences(stats, 1.0, 0.0)]
         [0.3278, 0.4338]
