@@ -29,6 +29,27 @@ def test_demo_in_small(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "trace.html").exists()
 
 
+@pytest.mark.slow
+def test_the_full_mode_joins_its_trainings(tmp_path, monkeypatch):
+    from logit_fusion import train_checkpoints
+
+    seen = []
+
+    def train(seed):
+        seen.append(seed)
+        models = {name: load_model(name) for name in ("large", "small", *DOMAINS)}
+        windows = {name: texts[seed : seed + 3] for name, texts in load_windows().items()}
+        return models, load_tokenizer(), windows
+
+    monkeypatch.setattr(train_checkpoints, "train", train)
+    monkeypatch.setattr(demo_module, "TOKENS", 49)
+    done = run_cli(main, "demo", "--full", "--seed", "3", "--out", tmp_path / "out", "--json")
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert seen == found["seeds"] == [3, 4]
+    assert all(len(row["values"]) == 2 for table in found["tables"] for row in table["rows"])
+
+
 def test_shipped_models_are_as_recorded():
     tokenizer, windows = load_tokenizer(), load_windows()
     assert len(tokenizer) == 512

@@ -194,13 +194,15 @@ def _demo(out: Path, full: bool, seed: int) -> Demo:
 
 
 def _extend(whole: dict[str, Any], part: Mapping[str, Any]) -> None:
+    """Append one training's values to those of the former ones."""
     for text, methods in part.items():
+        known = whole.setdefault(text, {})
         for name, values in methods.items():
             if isinstance(values, tuple):
-                old = whole.setdefault(text, {}).get(name, ([], []))
-                whole[text][name] = (old[0] + values[0], old[1] + values[1])
+                losses, hits = known.get(name, ([], []))
+                known[name] = (losses + values[0], hits + values[1])
             else:
-                whole.setdefault(text, {})[name] = whole[text].get(name, []) + values
+                known[name] = known.get(name, []) + values
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
