@@ -250,11 +250,11 @@ def sce_merge(
         deltas = deltas * keep
     sign = elect_sign(deltas.sum(0))
     total, whole = torch.zeros_like(sign), torch.zeros_like(sign)
-    for weight, delta in zip(weights.to(deltas), deltas, strict=True):  # few targets, few passes over memory
+    for weight, delta in zip(weights.to(deltas).tolist(), deltas, strict=True):  # few targets, few passes
         agreeing = (delta * sign).clamp_(min=0)  # the size of what agrees, 0 elsewhere
-        total += agreeing * weight
+        total.add_(agreeing, alpha=weight)
         if normalize:
-            whole += agreeing.sign_().mul_(weight)
+            whole.add_(agreeing.sign_(), alpha=weight)
     total *= sign
     if normalize:
         total /= whole.clamp_(min=torch.finfo(whole.dtype).tiny)  # total is 0 where nothing agrees

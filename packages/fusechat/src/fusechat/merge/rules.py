@@ -53,11 +53,14 @@ class Chunk:
     start: int
     base: Tensor
     targets: Tensor
+    _made: list[Tensor] = field(default_factory=list[Tensor], repr=False)
 
     @property
     def deltas(self) -> Tensor:
-        """Differences of the targets to the pivot."""
-        return self.targets - self.base
+        """Differences of the targets to the pivot, made once."""
+        if not self._made:
+            self._made.append(self.targets - self.base)
+        return self._made[0]
 
 
 Chunks = Callable[[], Iterator[Chunk]]
@@ -250,7 +253,7 @@ class Sce(Rule):
             if keep is not None:
                 deltas = deltas * keep[chunk.start : chunk.start + chunk.base.numel()]
             for part in deltas.split(BLOCK, -1):
-                squares = squares + part.double().square_().sum(-1)
+                squares = squares + torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64).square()
         return formulas.sce_weights(squares, variant=self.variant, count=max(size, 1)), keep, some
 
     def _selected(self, chunks: Chunks, size: int) -> tuple[Tensor | None, bool]:

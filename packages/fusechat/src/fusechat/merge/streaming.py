@@ -157,7 +157,7 @@ class Merge:
     def _pieces(self, key: str) -> Iterator[tuple[int, Tensor]]:
         """The merged entries of a tensor, in order; rows that are not common come from the first."""
         size = self._span(key)
-        chunks = _Reread(self._chunks(key), size * (len(self.targets) + 1) <= _HELD)
+        chunks = _Reread(self._chunks(key), size * (2 * len(self.targets) + 1) <= _HELD)
         state = self.rule.measure(key, chunks, size, len(self.targets))
         for chunk in chunks.last():
             yield chunk.start, self.rule.join(key, state, chunk)
@@ -236,7 +236,7 @@ class Merge:
         held = {"sce": 9, "ties": 5 + len(self.targets)}.get(self.rule.name, 0)
         held = 0 if getattr(self.rule, "tau", 0.0) >= 1 else held
         piece = self.chunk * 4 * (3 * len(self.targets) + 4)
-        sizes = [place.count * (len(self.targets) + 1) for place in places]
+        sizes = [place.count * (2 * len(self.targets) + 1) for place in places]
         piece += 4 * max((size for size in sizes if size <= _HELD), default=0)
         return {
             "method": self.rule.name,
@@ -281,6 +281,7 @@ class Merge:
         done = Journal(work, self._fingerprint(places))
         files = open_shards(work, places)
         keys = self._floating()
+        _keep_freed_memory()
         with _one_thread(), ThreadPoolExecutor(max(1, workers)) as pool:
             todo = [entry for entry in places if entry.key not in done.keys]
             if todo:
@@ -336,6 +337,16 @@ class Merge:
 
 def _named(value: Any, default: str) -> str:
     return Path(value).name if isinstance(value, str | os.PathLike) else default
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc give chunks' memory out again instead of returning it to the system and faulting it in anew.
+
+    Freeing one large block raises its thresholds to that block's size; nothing is touched, other systems do
+    not mind.
+    """
+    del_me = torch.empty((1 << 25) - (1 << 16), dtype=torch.uint8)
+    del del_me
 
 
 @contextmanager
