@@ -19,7 +19,7 @@ from fusion_core.errors import (
     StoreError,
 )
 from fusion_core.progress import track
-from fusion_core.report import Comparison
+from fusion_core.report import Comparison, Report
 from fusion_core.results import Result
 from fusion_core.testing import run_cli
 
@@ -155,6 +155,12 @@ def test_options():
 
 def test_emit_json_is_strict():
     assert json.loads(run_cli(main, "show", "--json").stdout) == {"score": None, "names": ["a", "b"]}
+
+
+def test_emit_writes_the_result_before_it_prints_it(tmp_path, capsys):
+    report = Report(title="R", rows=[{"n": 1}])
+    cli.emit(report, True, tmp_path / "page")
+    assert (tmp_path / "page" / "report.json").read_text() == capsys.readouterr().out
 
 
 def test_emit_for_people(capsys):

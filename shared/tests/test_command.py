@@ -4,12 +4,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from importlib.metadata import EntryPoints
 
 import pytest
 
-from fusion_core import command, demo
+from fusion_core import cli, command, demo
 from fusion_core.errors import DataError, FusionWarning, InputError
 from fusion_core.report import Claim, Comparison, Figure
 from fusion_core.testing import heed_ctrl_c, kill_when, run_cli
@@ -265,6 +266,29 @@ def test_run_demo_prints_one_json_document(tmp_path, capsys):
     printed = capsys.readouterr()
     assert json.loads(printed.out)["notes"] == document["notes"] == ["first"]
     assert printed.err == ""
+
+
+def test_add_demo_gives_a_command_line_its_verb(tmp_path, monkeypatch):
+    told = {}
+
+    def function(out, *, full=False, seed=0):
+        told.update(full=full, seed=seed)
+        return demo.Demo(notes=["first"])
+
+    module = types.ModuleType("some_method.demo")
+    module.method = made(function)
+    monkeypatch.setitem(sys.modules, "some_method.demo", module)
+    app = cli.new_app("some-method", "Some method.", "1.0")
+    demo.add_demo(app, "some-method", "What it shows.", "Everything (minutes).")
+    main = lambda: cli.run(app)
+    done = run_cli(main, "demo", "--out", tmp_path / "out", "--full", "--seed", "3", "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["notes"] == ["first"]
+    assert told == {"full": True, "seed": 3}
+    text = " ".join(run_cli(main, "demo", "--help").stdout.split())
+    assert "What it shows. Example: some-method demo --out results" in text
+    assert "Everything (minutes)." in text
+    assert "some-method-demo" in text
 
 
 def test_run_demo_that_raises_leaves_the_earlier_result(tmp_path):

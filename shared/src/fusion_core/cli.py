@@ -117,13 +117,16 @@ def run(app: typer.Typer) -> None:
         sys.exit(130)
 
 
-def emit(result: Any, json: bool) -> None:
+def emit(result: Any, json: bool, out: Path | None = None) -> None:
     """Print a result to stdout: one JSON document, or a table for people.
 
     Args:
         result: something with ``print()`` and ``to_dict()``, a mapping, mappings (rows), or text.
         json: what ``--json`` said.
+        out: where the result's ``save`` writes it first; None writes nothing.
     """
+    if out is not None:
+        result.save(out)
     if json:
         from fusion_core.results import dump_json
 

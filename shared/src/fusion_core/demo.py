@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fusion_core.errors import DataError, FusionWarning, InputError
 
 if TYPE_CHECKING:
+    import typer
+
     from fusion_core.report import Claim, Comparison, Figure, Page
 
 GROUP = "fusion_core.methods"
@@ -236,6 +239,30 @@ def run_demo(
         show(document)
         sys.stderr.write(f"{Path(out) / 'report.html'}\n")
     return document
+
+
+def add_demo(app: typer.Typer, package: str, text: str, full: str) -> None:
+    """Give a command line the verb ``demo``, with ``--out``, ``--full``, ``--seed`` and ``--json``.
+
+    Args:
+        app: of :func:`fusion_core.cli.new_app`.
+        package: the distribution, whose module ``demo`` holds the :class:`Method` as ``method``.
+        text: one sentence of what it shows.
+        full: what ``--full`` does.
+    """
+    import typer
+
+    folder = f"{package}-demo"
+
+    @app.command("demo", help=f"{text}\n\nExample: {package} demo --out results")
+    def command(  # pyright: ignore[reportUnusedFunction]
+        out: Path = typer.Option(Path(folder), "--out", "-o", help="Directory for the results."),  # noqa: B008
+        full: bool = typer.Option(False, "--full", help=full),
+        seed: int = typer.Option(0, "--seed", help="All random draws follow from it."),
+        json: bool = typer.Option(False, "--json", help="Print one JSON document instead of a table."),
+    ) -> None:
+        module = importlib.import_module(f"{package.replace('-', '_')}.demo")
+        run_demo(module.method, out, full=full, seed=seed, json=json)
 
 
 def check_own(out: str | os.PathLike[str], schema: str) -> None:

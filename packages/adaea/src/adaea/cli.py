@@ -9,6 +9,7 @@ import typer
 
 from adaea import __version__
 from fusion_core import cli
+from fusion_core.demo import add_demo
 from fusion_core.errors import ConfigError, InputError
 
 app = cli.new_app(
@@ -363,21 +364,12 @@ def _without_none(value: Any) -> Any:
     return [_without_none(entry) for entry in value] if isinstance(value, list) else value
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")] = Path("adaea-demo"),
-    full: Annotated[bool, typer.Option("--full", help="Repeat the recorded experiment (minutes).")] = False,
-    seed: cli.Seed = 0,
-    json: cli.Json = False,
-) -> None:
-    """AdaEA beside Ens against ten tiny models, on crops of photographs; nothing is downloaded.
-
-    Example: adaea demo --out results
-    """
-    from adaea.demo import method
-    from fusion_core.demo import run_demo
-
-    run_demo(method, out, full=full, seed=seed, json=json)
+add_demo(
+    app,
+    "adaea",
+    "AdaEA beside Ens against ten tiny models, on crops of photographs; nothing is downloaded.",
+    "Repeat the recorded experiment (minutes).",
+)
 
 
 @app.command()
@@ -395,9 +387,7 @@ def bench(
     from adaea.bench import run
 
     found = run(device=device)
-    if out is not None:
-        found.save(out)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
 
 
 def main() -> None:

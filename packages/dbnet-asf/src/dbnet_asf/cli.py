@@ -8,6 +8,7 @@ import typer
 
 from dbnet_asf import __version__, options
 from fusion_core import cli
+from fusion_core.demo import add_demo
 from fusion_core.errors import InputError
 
 app = cli.new_app(
@@ -402,28 +403,15 @@ def bench(
     from dbnet_asf.bench import run
 
     found = run(repeats=repeats, threads=threads, device=device)
-    if out is not None:
-        found.save(out)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Gets result.json, report.html and pictures.")],
-    full: Annotated[
-        bool, typer.Option("--full", help="More scenes and seeds, and a training from scratch.")
-    ] = False,
-    seed: cli.Seed = 0,
-    json: cli.Json = False,
-) -> None:
-    """Show the shipped detector at work: real pages, held-out scenes, the scale weights, a baseline.
-
-    Example: dbnet-asf demo --out demo
-    """
-    from dbnet_asf.demo import method
-    from fusion_core.demo import run_demo
-
-    run_demo(method, out, full=full, seed=seed, json=json)
+add_demo(
+    app,
+    "dbnet-asf",
+    "Show the shipped detector at work: real pages, held-out scenes, the scale weights, a baseline.",
+    "More scenes and seeds, and a training from scratch.",
+)
 
 
 def main() -> None:

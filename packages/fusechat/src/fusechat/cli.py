@@ -10,6 +10,7 @@ import typer
 
 from fusechat import __version__
 from fusion_core import cli
+from fusion_core.demo import add_demo
 from fusion_core.errors import DataError, InputError
 
 app = cli.new_app("fusechat", "Fuse chat models of any tokenizer into one, then merge.", __version__)
@@ -279,23 +280,12 @@ def inspect(
     cli.emit({"rows": len(store), "vocabulary": store.vocab_size, **store.fingerprint}, json)
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")] = Path(
-        "fusechat-demo"
-    ),
-    full: Annotated[bool, typer.Option("--full", help="Five seeds instead of two (minutes).")] = False,
-    seed: cli.Seed = 0,
-    json: cli.Json = False,
-) -> None:
-    """A tiny pivot learns from two sources with other tokenizers; nothing is downloaded.
-
-    Example: fusechat demo --out results
-    """
-    from fusechat.demo import method
-    from fusion_core.demo import run_demo
-
-    run_demo(method, out, full=full, seed=seed, json=json)
+add_demo(
+    app,
+    "fusechat",
+    "A tiny pivot learns from two sources with other tokenizers; nothing is downloaded.",
+    "Five seeds instead of two (minutes).",
+)
 
 
 @app.command()
@@ -317,9 +307,7 @@ def bench(
     from fusechat.bench import run
 
     found = run(repeats=repeats, merging=merging)
-    if out is not None:
-        found.save(out)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
 
 
 def main() -> None:

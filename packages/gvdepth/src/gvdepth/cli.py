@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fusion_core import cli
+from fusion_core.demo import add_demo
 from fusion_core.errors import InputError
 from gvdepth import __version__
 from gvdepth.cli_options import CameraFlags, camera_options, pair, read_depths
@@ -228,9 +229,7 @@ def doctor(
             raise InputError("--model is missing: whose focal depth of --images shall be compared?")
         pictures = [read_image(path) for path in list_images([images or ""])[:limit]]
         found = run(pictures, flags.resolve(pictures[0].shape[:2]), model=_load(model, device))
-    if out is not None:
-        found.save(out)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
     if strict and found.healthy is not True:
         raise typer.Exit(3)
 
@@ -325,9 +324,7 @@ def evaluate(
         batch_size=batch_size,
         progress=False if quiet else None,
     )
-    if out is not None:
-        found.save(out)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
     if max_abs_rel is not None:
         reached = next(iter(found.metrics.values()))["abs_rel"]
         if not reached <= max_abs_rel:
@@ -388,23 +385,12 @@ def export(
     cli.emit({"onnx": str(found.path), "log_depth_difference": found.log_depth_difference}, json)
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")] = Path(
-        "gvdepth-demo"
-    ),
-    full: Annotated[bool, typer.Option("--full", help="Train the models, two seeds (minutes).")] = False,
-    seed: cli.Seed = 0,
-    json: cli.Json = False,
-) -> None:
-    """One camera to train with, six to test on, all simulated; nothing is downloaded.
-
-    Example: gvdepth demo --out results
-    """
-    from fusion_core.demo import run_demo
-    from gvdepth.demo import method
-
-    run_demo(method, out, full=full, seed=seed, json=json)
+add_demo(
+    app,
+    "gvdepth",
+    "One camera to train with, six to test on, all simulated; nothing is downloaded.",
+    "Train the models, two seeds (minutes).",
+)
 
 
 @app.command()
@@ -421,9 +407,7 @@ def bench(
     from gvdepth.bench import run
 
     found = run(repeats=repeats, only=tuple(only or ()))
-    if out is not None:
-        found.save(out)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
 
 
 def main() -> None:

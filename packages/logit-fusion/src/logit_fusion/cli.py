@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fusion_core import cli
+from fusion_core.demo import add_demo
 from fusion_core.errors import InputError
 from logit_fusion import __version__
 from logit_fusion import options as common
@@ -224,9 +225,7 @@ def calibrate(
     found = fused.calibrate(
         wanted, target=target, batch_size=batch_size, max_length=max_length, progress=False if quiet else None
     )
-    if out is not None:
-        found.save(out)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
 
 
 @app.command()
@@ -259,9 +258,7 @@ def sweep(
     found = fused.sweep(
         wanted, strengths, batch_size=batch_size, max_length=max_length, progress=False if quiet else None
     )
-    if out is not None:
-        found.save(out)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
 
 
 @app.command()
@@ -337,23 +334,12 @@ def check(
     cli.emit(check_members(*common.members(large, base, expert), align=align), json)
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")] = Path(
-        "logit-fusion-demo"
-    ),
-    full: Annotated[bool, typer.Option("--full", help="Train the tiny models anew first (minutes).")] = False,
-    seed: cli.Seed = 0,
-    json: cli.Json = False,
-) -> None:
-    """A tiny large model is steered by three tiny experts; nothing is downloaded.
-
-    Example: logit-fusion demo --out results
-    """
-    from fusion_core.demo import run_demo
-    from logit_fusion.demo import method
-
-    run_demo(method, out, full=full, seed=seed, json=json)
+add_demo(
+    app,
+    "logit-fusion",
+    "A tiny large model is steered by three tiny experts; nothing is downloaded.",
+    "Train the tiny models anew first (minutes).",
+)
 
 
 @app.command()
@@ -368,9 +354,7 @@ def bench(
     from logit_fusion.bench import run
 
     found = run()
-    if out is not None:
-        found.save(out)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
 
 
 def main() -> None:

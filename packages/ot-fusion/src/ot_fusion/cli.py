@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fusion_core import cli
+from fusion_core.demo import add_demo
 from ot_fusion import __version__
 from ot_fusion.errors import InputError
 from ot_fusion.options import (
@@ -243,9 +244,7 @@ def diagnose(
         spec=read_spec(spec),
         progress=False if quiet else None,
     )
-    if out is not None:
-        found.save(out)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
 
 
 @app.command("verify-spec")
@@ -378,23 +377,12 @@ def interpolate(
     )
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")] = Path(
-        "ot-fusion-demo"
-    ),
-    full: Annotated[bool, typer.Option("--full", help="Add the tiny vision transformers (minutes).")] = False,
-    seed: cli.Seed = 0,
-    json: cli.Json = False,
-) -> None:
-    """Digits classifiers trained apart, fused with and without transport; nothing is downloaded.
-
-    Example: ot-fusion demo --out results
-    """
-    from fusion_core.demo import run_demo
-    from ot_fusion.demo import method
-
-    run_demo(method, out, full=full, seed=seed, json=json)
+add_demo(
+    app,
+    "ot-fusion",
+    "Digits classifiers trained apart, fused with and without transport; nothing is downloaded.",
+    "Add the tiny vision transformers (minutes).",
+)
 
 
 @app.command()
@@ -411,9 +399,7 @@ def bench(
     from ot_fusion.bench import run_bench
 
     found = run_bench(device, quick=quick)
-    if out is not None:
-        found.save(out)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
 
 
 def main() -> None:
