@@ -10,6 +10,7 @@ from fusion_core.device import (
     resolve_device,
     resolve_dtype,
     synchronize,
+    threads,
 )
 from fusion_core.errors import ConfigError, InputError
 
@@ -80,3 +81,19 @@ def test_machine():
     found = json.loads(json.dumps(environment()))
     assert found["devices"][0] == "cpu"
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_threads_come_back_also_after_an_error():
+    before = torch.get_num_threads()
+    seen = []
+
+    @threads(3)
+    def fails():
+        seen.append(torch.get_num_threads())
+        raise ValueError
+
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            fails()
+    assert seen == [3, 3]
+    assert torch.get_num_threads() == before

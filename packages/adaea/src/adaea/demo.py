@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
+from fusion_core.device import threads
 from fusion_core.errors import require_extra
 from fusion_core.report import Claim, Figure
 from fusion_core.results import plain
@@ -250,13 +251,8 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         MissingExtraError: matplotlib is not installed.
     """
     require_extra("matplotlib.figure", "demo", "adaea")
-    threads = torch.get_num_threads()
-    # Networks this small gain nothing from a second thread, and lose much on a busy machine.
-    torch.set_num_threads(1)
-    try:
+    with threads():
         return _demo(out, full=full, seed=seed)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _demo(out: Path, *, full: bool, seed: int) -> Demo:

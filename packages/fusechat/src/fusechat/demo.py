@@ -16,6 +16,7 @@ from fusechat.corpus import load_corpus
 from fusechat.tiny import BATCH, LENGTH, bits_per_character, load_model, load_tokenizer
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
+from fusion_core.device import threads
 from fusion_core.errors import require_extra
 from fusion_core.report import Claim, Figure
 from fusion_core.seeding import generator
@@ -131,6 +132,7 @@ def _merged(parents: Sequence[Any], base: Any) -> dict[str, Any]:
     return found
 
 
+@threads()
 def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
     """Collect, fuse, merge, compare.
 

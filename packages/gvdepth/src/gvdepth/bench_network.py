@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from fusion_core.bench import Row, paired
+from fusion_core.device import threads
 from fusion_core.images import save_png
 from gvdepth.camera import Camera
 from gvdepth.config import GVDepthConfig
@@ -26,17 +26,6 @@ KITTI_LIKE = Camera(
 )
 SIZE = (416, 640)
 _FRAMES = 12
-
-
-@contextmanager
-def one_thread() -> Generator[None, None, None]:
-    """Torch on one thread inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=2)
@@ -159,7 +148,7 @@ def overlap_row(repeats: int, frames: int = _FRAMES) -> Row:
 
 def _alone(rows: Callable[[int, str], list[Row]]) -> Callable[[int, str], list[Row]]:
     def run(repeats: int, device: str) -> list[Row]:
-        with one_thread():
+        with threads():
             return rows(repeats, device)
 
     return run

@@ -17,6 +17,7 @@ import torch
 
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
+from fusion_core.device import threads
 from fusion_core.errors import require_extra
 from fusion_core.report import Claim, Figure
 from fusion_core.stats import Paired, paired_t, summary
@@ -35,17 +36,6 @@ CLEAN = ("alone", "const:0.5", "const:0.9", "wls", "tgeo")
 RECIPE: dict[str, Any] = {"every": 1, "precondition": False, "val_batch_size": 64, "device": "cpu"}
 _VARIANT = "Compact geometry with a bounded outer loss (preset robust) beats a fixed ratio and WLS"
 AUDIT: Any = {"better": "higher", "percent": False}
-
-
-@contextmanager
-def _one_thread() -> Generator[None, None, None]:
-    """Networks this small are slower on two threads than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def audit_auc(result: FitResult, kind: torch.Tensor) -> float | None:
@@ -308,7 +298,7 @@ def demo(
     require_extra("matplotlib.figure", "demo", "kd-trilateral")
     run = list(range(seed, seed + (seeds or (5 if full else 3))))
     spoilt = noise if noise is not None else ((0.0, 0.0) if task == "ctr" else (0.3, 0.3))
-    with _one_thread():
+    with threads():
         return _demo(out, full, task, spoilt, val_noise, run)
 
 
@@ -322,7 +312,7 @@ def _table(
 ) -> dict[str, Any]:
     """One table as plain values: what a second process computes."""
     warnings.simplefilter("ignore", FutureWarning)  # torch's to itself, as in the command line
-    with _one_thread():
+    with threads():
         return _Bench(task, noise, val_noise, seeds).run(methods, _title(task, noise, val_noise)).to_dict()
 
 

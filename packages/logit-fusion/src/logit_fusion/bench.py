@@ -15,6 +15,7 @@ from torch import Tensor
 from fusion_core.bench import Bench, Row, paired
 from fusion_core.device import resolve_device, synchronize
 from fusion_core.errors import ConfigError, FusionError
+from fusion_core.testing import tiny
 from logit_fusion.fuse import fuse_logits
 from logit_fusion.plain import members_alone, plain_generate, plain_grid
 
@@ -98,25 +99,9 @@ def solver_rows(sizes: Sequence[tuple[int, int]] = SIZES, repeats: int = 5, devi
 
 def random_llama(hidden: int, layers: int, vocab: int, seed: int, device: torch.device) -> Any:
     """A Llama of random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=hidden * 11 // 4,
-            num_hidden_layers=layers,
-            num_attention_heads=max(hidden // 64, 1),
-            num_key_value_heads=max(hidden // 64, 1),
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=None,
-            pad_token_id=1,
-        )
-        model: Any = LlamaForCausalLM(config)
-        return model.to(device).eval()
+    marks = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
+    heads, intermediate = max(hidden // 64, 1), hidden * 11 // 4
+    return tiny.llama(vocab, hidden, layers, heads, intermediate, seed=seed, **marks).to(device)
 
 
 def generation_rows(

@@ -11,6 +11,7 @@ import torch
 
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
+from fusion_core.device import threads
 from fusion_core.errors import require_extra
 from fusion_core.report import Claim
 from logit_fusion.calibrate import compare
@@ -141,12 +142,8 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         seed: of the training; the quick mode trains nothing, its seeds number groups of held-out windows.
     """
     require_extra("matplotlib", "demo", "logit-fusion")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are so small that a second thread only waits
-    try:
+    with threads():
         return _demo(out, full, seed)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _demo(out: Path, full: bool, seed: int) -> Demo:

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from fusion_core.checkpoint import load_tensors
 from fusion_core.seeding import generator
+from fusion_core.testing import tiny
 from logit_fusion.corpus import Corpus, encode, shipped
 
 __all__ = ["SIZES", "fit", "llama", "load_model", "row_source"]
 
 LENGTH, ROWS, GENERAL_ROWS = 64, 16, 11
 SIZES: dict[str, dict[str, int]] = {
-    "small": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2},
-    "large": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3},
+    "small": {"hidden": 64, "intermediate": 160, "layers": 2},
+    "large": {"hidden": 128, "intermediate": 352, "layers": 3},
 }
 
 
@@ -32,23 +33,8 @@ def llama(size: str, vocabulary: int, seed: int = 0) -> Any:
         vocabulary: entries of the table.
         seed: of the first weights.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape: Any = SIZES[size]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        **shape,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+    marks = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    return tiny.llama(vocabulary, **SIZES[size], seed=seed, **marks)
 
 
 def load_model(name: str) -> Any:

@@ -6,9 +6,8 @@ Bounded memory, resumable, the same bits under any chunking and workers.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from fusechat.merge.rules import BLOCK, Chunk, Chunks, Rule
 from fusechat.merge.sources import Source, check_sources, open_source
 from fusion_core.atomic import PathLike
 from fusion_core.checkpoint import digest
+from fusion_core.device import threads
 from fusion_core.errors import InputError
 from fusion_core.progress import track
 from fusion_core.report import Report
@@ -193,7 +193,7 @@ class Merge:
         keys = self._floating()
         self._prepare(keys)
         out: dict[str, Tensor] = {}
-        with _one_thread():
+        with threads():
             for key in self.first.keys():  # noqa: SIM118
                 shape, kind = self.first.info(key)
                 if not kind.is_floating_point:
@@ -282,7 +282,8 @@ class Merge:
         files = open_shards(work, places)
         keys = self._floating()
         _keep_freed_memory()
-        with _one_thread(), ThreadPoolExecutor(max(1, workers)) as pool:
+        # Workers are threads of their own; torch's would get in their way.
+        with threads(), ThreadPoolExecutor(max(1, workers)) as pool:
             todo = [entry for entry in places if entry.key not in done.keys]
             if todo:
                 self._prepare(keys)
@@ -345,16 +346,4 @@ def _keep_freed_memory() -> None:
     Freeing one large block raises its thresholds to that block's size; nothing is touched, other systems do
     not mind.
     """
-    del_me = torch.empty((1 << 25) - (1 << 16), dtype=torch.uint8)
-    del del_me
-
-
-@contextmanager
-def _one_thread() -> Generator[None, None, None]:
-    """Workers are threads of their own; torch's would get in their way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    torch.empty((1 << 25) - (1 << 16), dtype=torch.uint8)
