@@ -99,7 +99,7 @@ def solver_rows(sizes: Sequence[tuple[int, int]] = SIZES, repeats: int = 5, devi
 
 def random_llama(hidden: int, layers: int, vocab: int, seed: int, device: torch.device) -> Any:
     """A Llama of random weights."""
-    marks = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
+    marks: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
     heads, intermediate = max(hidden // 64, 1), hidden * 11 // 4
     return tiny.llama(vocab, hidden, layers, heads, intermediate, seed=seed, **marks).to(device)
 
