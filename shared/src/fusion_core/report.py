@@ -209,13 +209,7 @@ class Report:
         Raises:
             MissingExtraError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(
-                'pandas is not installed; to_dataframe needs: pip install "pandas"'
-            ) from error
-        return pd.DataFrame(self.flat_rows())
+        return dataframe(self.flat_rows())
 
     def page(self) -> Page:
         """The report as a page; subclasses add to it."""
@@ -304,6 +298,21 @@ def _show(value: Any) -> str:
             return ", ".join(map(_show, entries)) or "-"
         case other:
             return str(other)
+
+
+def dataframe(rows: Rows) -> Any:
+    """Mappings as a ``pandas.DataFrame``, one column per key.
+
+    Raises:
+        MissingExtraError: pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            'pandas is not installed; to_dataframe needs: pip install "pandas"'
+        ) from error
+    return pd.DataFrame(rows)
 
 
 def print_rows(rows: Rows, console: Console | None = None) -> None:

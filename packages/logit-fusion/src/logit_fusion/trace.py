@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from fusion_core.atomic import atomic_write
-from fusion_core.errors import DataError, InputError, MissingExtraError, require_extra
-from fusion_core.report import Page
+from fusion_core.errors import DataError, InputError, require_extra
+from fusion_core.report import Page, dataframe
 from fusion_core.results import Result, plain
 
 __all__ = ["FusionTrace"]
@@ -188,13 +188,7 @@ class FusionTrace(Result):
         Raises:
             MissingExtraError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(
-                'pandas is not installed; to_dataframe needs: pip install "pandas"'
-            ) from error
-        return pd.DataFrame(self.flat_rows())
+        return dataframe(self.flat_rows())
 
     def plot(self, ax: Any = None) -> Any:
         """Each expert's alpha over the tokens of all sequences; needs the extra ``plot``."""
