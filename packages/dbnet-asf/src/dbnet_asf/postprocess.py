@@ -253,13 +253,17 @@ def _polygons(
     scores = _scores(prob, bitmap, None, of_contour, config)
     offsetter = Offsetter(1 if config.compat == "official" else PRECISION)
     good = np.flatnonzero(scores >= config.box_thresh).tolist()
-    paths = (np.concatenate([outlines[at][:, 0] for at in good]) * offsetter.scale).tolist() if good else []
-    found: list[list[list[int]]] = []
+    # Lists of points are freed at once: kept, they would set off the garbage collector again and again.
+    paths = (
+        np.concatenate([outlines[at][:, 0] for at in good]) * offsetter.scale if good else np.zeros((0, 2))
+    )
+    flat: list[int] = []
+    lengths: list[int] = []
     chosen: list[int] = []
     start = 0
     for at in good:
         outline = outlines[at]
-        path = paths[start : start + len(outline)]
+        path = paths[start : start + len(outline)].tolist()
         start += len(outline)
         distance = cv2.contourArea(outline) * config.ratio / cv2.arcLength(outline, True)
         grown = offsetter(path, distance)
@@ -267,10 +271,11 @@ def _polygons(
             continue
         best = grown[0] if len(grown) == 1 else max(grown, key=_signless_area)
         if _wide(best, distance, config.min_size + 2, offsetter.scale):
-            found.append(best)
+            flat.extend(chain.from_iterable(best))
+            lengths.append(len(best))
             chosen.append(at)
-    flat = np.fromiter(chain.from_iterable(chain.from_iterable(found)), np.float64).reshape(-1, 2)
-    parts = _cut((flat / offsetter.scale).astype(np.float32), [len(outline) for outline in found])
+    points = np.array(flat, np.float64).reshape(-1, 2) / offsetter.scale
+    parts = _cut(points.astype(np.float32), lengths)
     return parts, scores[chosen], np.asarray(kept, np.int64)[chosen]
 
 

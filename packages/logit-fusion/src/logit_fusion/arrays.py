@@ -21,6 +21,20 @@ def library(values: Array) -> ModuleType:
     return torch if isinstance(values, torch.Tensor) else np
 
 
+def positive(values: Array) -> Array:
+    """The values, 0 where they are negative; NaN stays."""
+    if isinstance(values, torch.Tensor):
+        return values.clamp(min=0.0)
+    return np.maximum(values, 0.0)  # a third of what the method ``clip`` costs
+
+
+def within(values: Array, low: float, high: float) -> Array:
+    """The values, moved to the ends where they lie beyond."""
+    if isinstance(values, torch.Tensor):
+        return values.clamp(low, high)
+    return np.minimum(np.maximum(values, low), high)
+
+
 def pick(values: Array, index: Array) -> Array:
     """``values[n, index[n]]`` for each row n; with an index (N, M) M values a row."""
     if isinstance(values, torch.Tensor):
@@ -48,3 +62,8 @@ def _copied(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 def as_tensor(values: Array) -> torch.Tensor:
     """The values as a tensor; NumPy's share their memory."""
     return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+
+
+def as_array(values: Array) -> np.ndarray:
+    """The values, which are on the CPU, as NumPy's; a tensor's share their memory."""
+    return values.numpy() if isinstance(values, torch.Tensor) else values

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from logit_fusion.arrays import Array
+from logit_fusion.arrays import Array, positive
 
 
 class Tilted(NamedTuple):
@@ -109,4 +109,4 @@ def divergences(
     """
     forward = alpha * stats.mean - stats.log_norm
     reverse = stats.log_norm - alpha * mean0
-    return forward.clip(0.0), reverse.clip(0.0)
+    return positive(forward), positive(reverse)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jaxtyping import Float, Int64
 
-from logit_fusion.arrays import Array, pick
+from logit_fusion.arrays import Array, pick, positive
 from logit_fusion.family import Tilted
 
 
@@ -62,6 +62,6 @@ class Hermite(NamedTuple):
         return Tilted(
             a0 + x * (a1 + x * (a2 + x * (a3 + x * (a4 + x * a5)))),
             (a1 + x * (2.0 * a2 + x * (3.0 * a3 + x * (4.0 * a4 + x * (5.0 * a5))))) / h,
-            ((2.0 * a2 + x * (6.0 * a3 + x * (12.0 * a4 + x * (20.0 * a5)))) / (h * h)).clip(0.0),
+            positive((2.0 * a2 + x * (6.0 * a3 + x * (12.0 * a4 + x * (20.0 * a5)))) / (h * h)),
             (6.0 * a3 + x * (24.0 * a4 + x * (60.0 * a5))) / (h * h * h),
         )

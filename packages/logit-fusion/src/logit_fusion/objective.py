@@ -62,10 +62,11 @@ def make_target(
     """
     if pairing == "swapped":
         f, r = r, f
-    forward, reverse = f.mean(-1), r.mean(-1)
     if f.shape[-1] == 1:
+        forward, reverse = f[:, 0], r[:, 0]
         rest = 0.0 * forward
     else:
+        forward, reverse = f.mean(-1), r.mean(-1)
         off, away = f - forward[:, None], r - reverse[:, None]
         match objective:
             case "paper":

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 
-from logit_fusion.arrays import Array, as_tensor, constant, library, pick
+from logit_fusion.arrays import Array, as_tensor, constant, library, pick, within
 from logit_fusion.certificate import certify_rows
 from logit_fusion.config import Solver
 from logit_fusion.family import Tilted, divergences
@@ -228,7 +228,7 @@ def solve_exact(
     alpha = _start(target, nodes, nodes.alphas[middle], bracket)
     steps = (STEPS if target.objective == "paper" else ROOT_STEPS)[family.dtype]
     if grid.even and last >= 2:
-        middle = middle.clip(1, last - 1)
+        middle = within(middle, 1, last - 1)
         curve = Hermite.around(nodes.alphas, grid.spacing, nodes.log_norm, nodes.mean, middle)
         for _ in range(SCALAR_STEPS):
             bracket, alpha = bracket.step(target, alpha, curve.at(alpha))
@@ -252,7 +252,7 @@ def solve_exact(
         stats = family.moments(alpha)
         tighter, new = bracket.step(target, alpha, stats)
     reach = 0.05 * grid.spacing  # where the series is as good as the statistics
-    delta = (new - alpha).clip(-reach, reach)
+    delta = within(new - alpha, -reach, reach)
     found = _evaluate(target, alpha + delta, stats.shifted(delta), best.certified)
     # Where rounding errors cannot decide, the minimum is taken, not the node.
     eps = torch.finfo(family.dtype).eps
@@ -268,7 +268,7 @@ def _ends(target: Target, nodes: Nodes, index: Array) -> tuple[tuple[Array, Arra
     """First and last node of the bracket, and the node between or on them where the steps start."""
     last = nodes.alphas.shape[0] - 1
     if target.objective == "paper":
-        return ((index - 1).clip(0), (index + 1).clip(0, last)), index
+        return (within(index - 1, 0, last), within(index + 1, 0, last)), index
     value, aim = {
         "forward": (nodes.forward, target.forward),
         "reverse": (nodes.reverse, target.reverse),
@@ -276,7 +276,7 @@ def _ends(target: Target, nodes: Nodes, index: Array) -> tuple[tuple[Array, Arra
     }[target.objective]
     # Monotone: the root lies where the values cross the aim, wherever the nearest value is.
     above = (value < aim[:, None]).sum(-1)
-    low, high = (above - 1).clip(0), above.clip(0, last)
+    low, high = within(above - 1, 0, last), within(above, 0, last)
     gap = abs(value - aim[:, None])
     return (low, high), library(gap).where(pick(gap, low) <= pick(gap, high), low, high)
 
@@ -325,7 +325,7 @@ def solve_newton(family: Family, target: Target, alpha_range: tuple[float, float
         alpha_range: (low, high).
     """
     low, high = (0.0 * target.forward + end for end in alpha_range)
-    alpha = (0.0 * low + 1.0).clip(*alpha_range)
+    alpha = within(0.0 * low + 1.0, *alpha_range)
     bracket = _Bracket(low, high, low > high)
     limit = 0.1 * SETTLED[family.dtype]
     for _ in range(NEWTON_STEPS):

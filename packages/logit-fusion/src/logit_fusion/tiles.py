@@ -6,10 +6,11 @@ token, then one product a node. Powers are built by doubling, so that a tile tak
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from logit_fusion.arrays import Array, as_tensor
+from logit_fusion.arrays import Array, as_array, positive
 from logit_fusion.family import Tilted
 from logit_fusion.targets import Prepared
 
@@ -93,50 +94,44 @@ class TiledFamily:
 
     def __init__(self, log_p: Tensor, p: Tensor, shift: Tensor) -> None:
         self.log_p, self.p, self.shift = log_p, p, shift
-        peak = shift.amax(-1)
-        self.peak = peak.nan_to_num(nan=torch.inf)
+        peak = shift.amax(-1).numpy().astype(np.float64)
+        self.peak = np.where(np.isnan(peak), np.inf, peak)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the vocabulary."""
         return self.shift.dtype
 
-    def _within(self, alpha: float) -> Tensor:
+    def _within(self, alpha: Array) -> Array:
         return self.peak * alpha <= exponent_limit(self.shift.dtype)
 
     def nodes(self, places: tuple[float, ...]) -> tuple[Array, Array]:
         """A and its slope at evenly spaced alphas: (N, K) each."""
         easy = self._within(places[-1])
-        if bool(easy.all()):
-            log_norm, mean = _node_sums(self.log_p, self.p, self.shift, places)
-            return log_norm.numpy(), mean.numpy()
-        log_norm, mean = (_wide(len(easy), len(places)) for _ in range(2))
-        rows = easy.nonzero().squeeze(-1)
+        if easy.all():
+            return _node_sums(self.log_p, self.p, self.shift, places)
+        log_norm, mean = (np.zeros((len(easy), len(places))) for _ in range(2))
+        rows = np.flatnonzero(easy)
         if len(rows):
             log_norm[rows], mean[rows] = _node_sums(self.log_p[rows], self.p[rows], self.shift[rows], places)
-        rows = (~easy).nonzero().squeeze(-1)
+        rows = np.flatnonzero(~easy)
         log_p, shift = self.log_p[rows], self.shift[rows]
         for j, place in enumerate(places):
-            alpha = torch.full((len(rows),), place, dtype=torch.float64)
-            log_norm[rows, j], mean[rows, j] = _moments(log_p, shift, alpha, 1, hard=True)
-        return log_norm.numpy(), mean.numpy()
+            log_norm[rows, j], mean[rows, j] = _moments(log_p, shift, np.full(len(rows), place), 1, hard=True)
+        return log_norm, mean
 
     def moments(self, alpha: Array) -> Tilted:
         """All four statistics at one alpha per row."""
-        place = as_tensor(alpha)
-        return _central(_moments(self.log_p, self.shift, place, 3, hard=self._hard(place)))
+        return _central(_moments(self.log_p, self.shift, alpha, 3, hard=not self._within(alpha).all()))
 
     def normalizer(self, alpha: Array) -> tuple[Array, Array]:
         """A and its slope at one alpha per row."""
-        place = as_tensor(alpha)
-        log_norm, mean = _moments(self.log_p, self.shift, place, 1, hard=self._hard(place))
-        return log_norm.numpy(), mean.numpy()
-
-    def _hard(self, alpha: Tensor) -> bool:
-        return not bool((self.peak * alpha <= exponent_limit(self.shift.dtype)).all())
+        alpha = as_array(alpha)
+        log_norm, mean = _moments(self.log_p, self.shift, alpha, 1, hard=not self._within(alpha).all())
+        return log_norm, mean
 
 
-def _node_sums(log_p: Tensor, p: Tensor, shift: Tensor, alphas: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+def _node_sums(log_p: Tensor, p: Tensor, shift: Tensor, alphas: tuple[float, ...]) -> tuple[Array, Array]:
     rows, vocab = shift.shape
     count = len(alphas)
     spacing = (alphas[-1] - alphas[0]) / max(count - 1, 1)
@@ -162,14 +157,23 @@ def _node_sums(log_p: Tensor, p: Tensor, shift: Tensor, alphas: tuple[float, ...
                 ratio.mul_(ratio)
         total[i] += weight.sum(-1).t()
         moment[i] += torch.bmm(d.unsqueeze(1), weight.permute(1, 2, 0)).squeeze(1)
-    return total.log(), moment / total
+    sums = total.numpy()
+    return np.log(sums), moment.numpy() / sums
 
 
-def _moments(log_p: Tensor, shift: Tensor, alpha: Tensor, order: int, *, hard: bool) -> tuple[Tensor, ...]:
-    """A and the first ``order`` raw moments of the shift."""
+def _moments(log_p: Tensor, shift: Tensor, alpha: Array, order: int, *, hard: bool) -> Array:
+    """A and the first ``order`` raw moments of the shift, (order + 1, N)."""
     rows, vocab = shift.shape
-    sums = _wide(order + 1, rows)
-    scale = alpha.to(shift.dtype).unsqueeze(-1)
+    scale = torch.from_numpy(alpha).to(shift.dtype).unsqueeze(-1)
+    if rows * vocab <= TILE and not hard:  # one tile: a few rows are over in few calls
+        weight = torch.addcmul(log_p, shift, scale).exp_()
+        found = [weight.sum(-1)]
+        found += (weight.mul_(shift).sum(-1) for _ in range(order))
+        sums = torch.stack(found).numpy().astype(np.float64)
+        sums[1:] /= sums[0]
+        sums[0] = np.log(sums[0])
+        return sums
+    total = _wide(order + 1, rows)
     top = None
     if hard:
         top = torch.addcmul(log_p, shift, scale).amax(-1, keepdim=True)
@@ -183,16 +187,18 @@ def _moments(log_p: Tensor, shift: Tensor, alpha: Tensor, order: int, *, hard: b
         if top is not None:
             weight.sub_(top[i])
         weight.exp_()
-        sums[0, i] += weight.sum(-1)
+        total[0, i] += weight.sum(-1)
         for k in range(1, order + 1):
-            sums[k, i] += weight.mul_(d).sum(-1)
-    log_norm = sums[0].log()
+            total[k, i] += weight.mul_(d).sum(-1)
+    sums = total.numpy()
+    sums[1:] /= sums[0]
+    sums[0] = np.log(sums[0])
     if top is not None:
-        log_norm = log_norm + top.squeeze(-1)
-    return log_norm, *(sums[1:] / sums[0])
+        sums[0] += top.squeeze(-1).numpy()
+    return sums
 
 
-def _central(raw: tuple[Tensor, ...]) -> Tilted:
-    log_norm, mean, second, third = (x.numpy() for x in raw)
-    var = (second - mean * mean).clip(0.0)
+def _central(raw: Array) -> Tilted:
+    log_norm, mean, second, third = raw
+    var = positive(second - mean * mean)
     return Tilted(log_norm, mean, var, third - mean * (3.0 * var + mean * mean))
