@@ -5,6 +5,7 @@ Every entry of :data:`ROWS` makes rows; ``gvdepth bench --only ground`` runs tho
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def meshgrid_depth(camera: Camera, device: str) -> torch.Tensor:
 
 
 def ground_rows(repeats: int, device: str) -> list[Row]:
-    """The ground map of a KITTI image, computed anew each time, without and with roll.
+    """The ground map of a KITTI image, without and with roll, and of another camera each time.
 
     Raises:
         FusionError: the two ways differ.
@@ -60,6 +61,23 @@ def ground_rows(repeats: int, device: str) -> list[Row]:
         note = f"{camera.height}x{camera.width}"
         options: dict[str, Any] = {"dtype": "float32", "against": "meshgrid, inverse K, dot", "note": note}
         rows.append(paired(name, ours, reference, repeats=repeats, target=target, device=device, **options))
+    # More cameras than are remembered.
+    others = itertools.cycle(
+        [Camera(**_KITTI, camera_height=1.659, pitch_deg=0.01 * step) for step in range(-100, 100)]
+    )
+    target_device = None if device == "cpu" else device
+    rows.append(
+        paired(
+            "ground map, another camera each time",
+            lambda: ground_depth(next(others), device=target_device),
+            lambda: meshgrid_depth(next(others), device),
+            repeats=repeats,
+            device=device,
+            dtype="float32",
+            against="meshgrid, inverse K, dot",
+            note=f"{_KITTI['height']}x{_KITTI['width']}",
+        )
+    )
     return rows
 
 
