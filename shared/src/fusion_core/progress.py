@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 
@@ -27,10 +24,14 @@ def track(
         >>> list(track([1, 2], "counting"))
         [1, 2]
     """
-    console = Console(stderr=True)
-    if not (console.is_terminal if enabled is None else enabled):
+    if enabled is False or (enabled is None and not sys.stderr.isatty()):
         yield from iterable
         return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=console.is_terminal) as bar:
         yield from bar.track(iterable, total=total, description=escape(text))

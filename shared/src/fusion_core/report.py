@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
@@ -71,7 +70,9 @@ class Figure:
 
 
 @lru_cache(maxsize=1)
-def _templates() -> Environment:
+def _templates() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     loader = PackageLoader("fusion_core", "templates")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -248,17 +249,21 @@ def sce_merge(
     """
     if keep is not None and variant != "fusechat":
         deltas = deltas * keep
-    sign = elect_sign(deltas.sum(0))
-    total, whole = torch.zeros_like(sign), torch.zeros_like(sign)
+    sign = elect_sign(reduce(torch.add, deltas))
+    total = whole = None
     for weight, delta in zip(weights.to(deltas).tolist(), deltas, strict=True):  # few targets, few passes
         agreeing = (delta * sign).clamp_(min=0)  # the size of what agrees, 0 elsewhere
-        total.add_(agreeing, alpha=weight)
+        total = agreeing * weight if total is None else total.add_(agreeing, alpha=weight)
         if normalize:
-            whole.add_(agreeing.sign_(), alpha=weight)
+            agreeing.sign_()
+            whole = agreeing.mul_(weight) if whole is None else whole.add_(agreeing, alpha=weight)
+    if total is None:
+        return base.clone()
     total *= sign
-    if normalize:
-        total /= whole.clamp_(min=torch.finfo(whole.dtype).tiny)  # total is 0 where nothing agrees
-    return total.add_(base)
+    if whole is None:
+        return total.add_(base)
+    # Where nothing agrees total is 0.
+    return torch.addcdiv(base, total, whole.clamp_(min=torch.finfo(whole.dtype).tiny))
 
 
 def ties_merge(

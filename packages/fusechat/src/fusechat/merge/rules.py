@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 BLOCK = 1 << 16
+ROW = 1 << 10
 Level = Literal["matrix", "module", "layer", "model", "element"]
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.(.*)$")
 
@@ -72,6 +73,14 @@ def block_sums(values: Tensor) -> Tensor:
     for part in values.split(BLOCK, -1):
         total = total + part.double().sum(-1)
     return total
+
+
+def square_sum(values: Tensor) -> Tensor:
+    """Sums of squares along the last axis: of rows of ``ROW`` as they are, of those in float64."""
+    whole = values.shape[-1] // ROW * ROW
+    rows = torch.linalg.vector_norm(values[..., :whole].unflatten(-1, (-1, ROW)), dim=-1)
+    rest = torch.linalg.vector_norm(values[..., whole:], dim=-1, dtype=torch.float64)
+    return rows.double().square().sum(-1) + rest.square()
 
 
 def _vector(weights: Sequence[float] | None, count: int) -> Tensor:
@@ -253,7 +262,7 @@ class Sce(Rule):
             if keep is not None:
                 deltas = deltas * keep[chunk.start : chunk.start + chunk.base.numel()]
             for part in deltas.split(BLOCK, -1):
-                squares = squares + torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64).square()
+                squares = squares + square_sum(part)
         return formulas.sce_weights(squares, variant=self.variant, count=max(size, 1)), keep, some
 
     def _selected(self, chunks: Chunks, size: int) -> tuple[Tensor | None, bool]:
