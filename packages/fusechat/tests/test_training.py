@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -99,48 +96,17 @@ def test_batches_do_not_change_the_store(
         np.testing.assert_allclose(one[row].lse, store[row].lse, rtol=1e-5)
 
 
-RANK = """
-import json, sys
-import torch
-from fusechat import collect
-from transformers import AutoTokenizer
-torch.distributed.init_process_group("gloo")
-model, out, data = sys.argv[1:]
-made = collect(model, json.load(open(data)), out=out, k=8, shard_rows=2, device="cpu", dtype="float32")
-assert made.complete
-torch.distributed.destroy_process_group()
-"""
-
-
-def _port():
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def collect_rank(rank, model, dialogues, out):
+    made = collect(model, dialogues, out=out, k=8, shard_rows=2, device="cpu", dtype="float32")
+    return made.complete
 
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(source_model, source_tokenizer, dialogues, tmp_path):
     source_model.save_pretrained(tmp_path / "model")
     source_tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "data.json").write_text(json.dumps(dialogues))
-    world = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_port()),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    words = [
-        sys.executable,
-        "-c",
-        RANK,
-        str(tmp_path / "model"),
-        str(tmp_path / "two"),
-        str(tmp_path / "data.json"),
-    ]
-    ranks = [subprocess.Popen(words, env={**os.environ, **world, "RANK": str(rank)}) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    words = (str(tmp_path / "model"), dialogues, str(tmp_path / "two"))
+    assert spawn(collect_rank, 2, *words, timeout=120) == [True, True]
     one = collect(
         str(tmp_path / "model"),
         dialogues,

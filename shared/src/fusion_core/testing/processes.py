@@ -131,7 +131,7 @@ def spawn(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: floa
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
+        context = _context(multiprocessing)
         job = ((fn.__module__, inspect.getsourcefile(fn), fn.__qualname__), world_size, port, folder, args)
         processes: list[Any] = [
             context.Process(target=_member, args=(rank, *job), daemon=True) for rank in range(world_size)
@@ -162,6 +162,16 @@ def spawn(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: floa
                 raise RuntimeError(f"rank {rank}: {told}")
             values.append(torch.load(value, weights_only=False))  # written by the processes above
         return values
+
+
+def _context(multiprocessing: Any) -> Any:
+    """Processes forked from one that has done the slow imports, or fresh ones where there is no such thing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    slow = ("torch.distributed", "accelerate", "transformers", "transformers.trainer")
+    context.set_forkserver_preload([name for name in slow if name == slow[0] or name in sys.modules])
+    return context
 
 
 def _found(module: str, file: str | None, name: str) -> Callable[..., Any]:
