@@ -165,7 +165,7 @@ def spawn(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: floa
 
 
 def _context(multiprocessing: Any) -> Any:
-    """Processes forked from one that has done the slow imports, or fresh ones where there is no such thing."""
+    """Processes forked from one that has done the slow imports; fresh ones where that cannot be."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -249,7 +249,8 @@ def sce_merge(
     """
     if keep is not None and variant != "fusechat":
         deltas = deltas * keep
-    sign = elect_sign(reduce(torch.add, deltas))
+    # A sum of -0.0 is one of zeros, none of which agrees with anything: its sign does not matter.
+    sign = torch.copysign(torch.ones((), dtype=deltas.dtype), reduce(torch.add, deltas))
     total = whole = None
     for weight, delta in zip(weights.to(deltas).tolist(), deltas, strict=True):  # few targets, few passes
         agreeing = (delta * sign).clamp_(min=0)  # the size of what agrees, 0 elsewhere

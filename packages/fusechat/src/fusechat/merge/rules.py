@@ -63,6 +63,10 @@ class Chunk:
             self._made.append(self.targets - self.base)
         return self._made[0]
 
+    def only_deltas(self) -> Chunk:
+        """The same without the targets, which give their memory to the differences."""
+        return Chunk(self.start, self.base, self.targets[:0], [self.targets.sub_(self.base)])
+
 
 Chunks = Callable[[], Iterator[Chunk]]
 
@@ -75,12 +79,23 @@ def block_sums(values: Tensor) -> Tensor:
     return total
 
 
-def square_sum(values: Tensor) -> Tensor:
-    """Sums of squares along the last axis: of rows of ``ROW`` as they are, of those in float64."""
-    whole = values.shape[-1] // ROW * ROW
-    rows = torch.linalg.vector_norm(values[..., :whole].unflatten(-1, (-1, ROW)), dim=-1)
+def square_sums(values: Tensor) -> Tensor:
+    """Sums of squares of each block along the last axis, in float64 but for rows of ``ROW`` entries.
+
+    Args:
+        values: (..., entries), whole blocks but for the last.
+
+    Returns:
+        (blocks, ...) float64.
+    """
+    count = values.shape[-1]
+    whole = count // BLOCK * BLOCK
+    norms = torch.linalg.vector_norm(values[..., :whole].unflatten(-1, (-1, BLOCK // ROW, ROW)), dim=-1)
+    blocks = norms.double().square_().sum(-1).movedim(-1, 0)
+    if whole == count:
+        return blocks
     rest = torch.linalg.vector_norm(values[..., whole:], dim=-1, dtype=torch.float64)
-    return rows.double().square().sum(-1) + rest.square()
+    return torch.cat([blocks, rest.square().unsqueeze(0)])
 
 
 def _vector(weights: Sequence[float] | None, count: int) -> Tensor:
@@ -96,6 +111,8 @@ class Rule(ABC):
 
     name: str
     needs_base = True
+    needs_targets = True
+    """Whether the targets themselves are looked at, not only their differences to the pivot."""
 
     def check(self, count: int) -> None:
         """Refuse settings that do not fit the number of targets.
@@ -151,6 +168,7 @@ class TaskArithmetic(Rule):
     lam: float = 1.0
     normalize: bool = False
     name = "task_arithmetic"
+    needs_targets = False
 
     def measure(self, key: str, chunks: Chunks, size: int, count: int) -> Tensor:  # noqa: ARG002
         """The weights."""
@@ -246,6 +264,7 @@ class Sce(Rule):
     variant: Variant = "paper"
     normalize: bool = True
     name = "sce"
+    needs_targets = False
 
     def __post_init__(self) -> None:
         if not self.tau > 0:
@@ -261,8 +280,8 @@ class Sce(Rule):
             deltas = chunk.deltas
             if keep is not None:
                 deltas = deltas * keep[chunk.start : chunk.start + chunk.base.numel()]
-            for part in deltas.split(BLOCK, -1):
-                squares = squares + square_sum(part)
+            for part in square_sums(deltas):  # in this order under any chunking
+                squares = squares + part
         return formulas.sce_weights(squares, variant=self.variant, count=max(size, 1)), keep, some
 
     def _selected(self, chunks: Chunks, size: int) -> tuple[Tensor | None, bool]:
@@ -358,6 +377,7 @@ class Dare(Rule):
     consensus: Literal["linear", "ties"] = "ties"
     seed: int = 0
     name = "dare"
+    needs_targets = False
 
     def __post_init__(self) -> None:
         _checked_density(self.density)

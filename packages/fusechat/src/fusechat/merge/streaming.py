@@ -147,9 +147,14 @@ class Merge:
                 for row, source in zip(targets, self.targets, strict=True):
                     row.copy_(source.read(key, start, stop))
                 base = targets[0] if self.base is None else self.base.read(key, start, stop).to(work)
-                yield Chunk(start, base, targets)
+                chunk = Chunk(start, base, targets)
+                yield chunk if self.rule.needs_targets else chunk.only_deltas()
 
         return read
+
+    def _parts(self) -> int:
+        """How many entries a chunk holds for one of the result: pivot, differences, targets where needed."""
+        return 1 + len(self.targets) * (2 if self.rule.needs_targets else 1)
 
     def _prepare(self, keys: list[str]) -> None:
         self.rule.prepare({key: self._chunks(key) for key in keys}, {key: self._span(key) for key in keys})
@@ -157,7 +162,7 @@ class Merge:
     def _pieces(self, key: str) -> Iterator[tuple[int, Tensor]]:
         """The merged entries of a tensor, in order; rows that are not common come from the first."""
         size = self._span(key)
-        chunks = _Reread(self._chunks(key), size * (2 * len(self.targets) + 1) <= _HELD)
+        chunks = _Reread(self._chunks(key), size * self._parts() <= _HELD)
         state = self.rule.measure(key, chunks, size, len(self.targets))
         for chunk in chunks.last():
             yield chunk.start, self.rule.join(key, state, chunk)
@@ -236,7 +241,7 @@ class Merge:
         held = {"sce": 9, "ties": 5 + len(self.targets)}.get(self.rule.name, 0)
         held = 0 if getattr(self.rule, "tau", 0.0) >= 1 else held
         piece = self.chunk * 4 * (3 * len(self.targets) + 4)
-        sizes = [place.count * (2 * len(self.targets) + 1) for place in places]
+        sizes = [place.count * self._parts() for place in places]
         piece += 4 * max((size for size in sizes if size <= _HELD), default=0)
         return {
             "method": self.rule.name,
