@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from fusechat.errors import IncompatibleCheckpoints
 from fusion_core.atomic import PathLike
 from fusion_core.checkpoint import load_foreign
 from fusion_core.errors import CheckpointError, InputError
-from fusion_core.shards import ShardReader, raw_bytes
+from fusion_core.shards import ShardReader
 
 __all__ = ["DiskSource", "MemorySource", "Source", "check_sources", "open_source"]
 
 _TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared.weight", "embed_in", "embed_out")
 _SHOWN = 10
+
+Read = Callable[[int, int], Tensor]
 
 
 class Source(ABC):
@@ -43,8 +47,13 @@ class Source(ABC):
         """Shape and dtype."""
 
     @abstractmethod
+    def opened(self, key: str) -> AbstractContextManager[Read]:
+        """A tensor to be read in pieces: what is entered gives its flat entries from start to stop."""
+
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Entries ``start`` to ``stop`` of the flat tensor, in its own dtype."""
+        with self.opened(key) as read:
+            return read(start, stop)
 
 
 class MemorySource(Source):
@@ -61,9 +70,10 @@ class MemorySource(Source):
         """Shape and dtype."""
         return tuple(self.state[key].shape), self.state[key].dtype
 
-    def read(self, key: str, start: int, stop: int) -> Tensor:
+    def opened(self, key: str) -> AbstractContextManager[Read]:
         """Entries of the flat tensor."""
-        return self.state[key].detach().cpu().reshape(-1)[start:stop]
+        flat = self.state[key].detach().cpu().reshape(-1)
+        return contextlib.nullcontext(lambda start, stop: flat[start:stop])
 
 
 class DiskSource(Source):
@@ -81,20 +91,25 @@ class DiskSource(Source):
         found = self.reader.info(key)
         return tuple(found.shape), getattr(torch, found.dtype)
 
-    def read(self, key: str, start: int, stop: int) -> Tensor:
+    @contextlib.contextmanager
+    def opened(self, key: str) -> Generator[Read]:
         """Entries of the flat tensor.
 
         Raises:
             CheckpointError: the file is cut off.
         """
         found = self.reader.info(key)
-        part = torch.empty(stop - start, dtype=getattr(torch, found.dtype))
+        dtype = getattr(torch, found.dtype)
         with found.file.open("rb", buffering=0) as file:
-            file.seek(found.offset + start * part.element_size())
-            count = file.readinto(raw_bytes(part).data) if part.numel() else 0
-        if count != part.nbytes:
-            raise CheckpointError(f"{found.file} is cut off inside {key!r}; copy it again")
-        return part
+
+            def read(start: int, stop: int) -> Tensor:
+                part = torch.empty(stop - start, dtype=dtype)
+                file.seek(found.offset + start * part.element_size())
+                if part.numel() and file.readinto(part.view(torch.uint8).numpy().data) != part.nbytes:
+                    raise CheckpointError(f"{found.file} is cut off inside {key!r}; copy it again")
+                return part
+
+            yield read
 
 
 def open_source(value: Any, name: str) -> Source:

@@ -5,6 +5,7 @@ Bounded memory, resumable, the same bits under any chunking and workers.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -141,14 +142,18 @@ class Merge:
         size = self._span(key)
 
         def read() -> Iterator[Chunk]:
-            for start in range(0, size, self.chunk):
-                stop = min(start + self.chunk, size)
-                targets = torch.empty(len(self.targets), stop - start, dtype=work)
-                for row, source in zip(targets, self.targets, strict=True):
-                    row.copy_(source.read(key, start, stop))
-                base = targets[0] if self.base is None else self.base.read(key, start, stop).to(work)
-                chunk = Chunk(start, base, targets)
-                yield chunk if self.rule.needs_targets else chunk.only_deltas()
+            with contextlib.ExitStack() as files:
+                enter = files.enter_context
+                pieces = [enter(source.opened(key)) for source in self.targets]
+                pivot = None if self.base is None else enter(self.base.opened(key))
+                for start in range(0, size, self.chunk):
+                    stop = min(start + self.chunk, size)
+                    targets = torch.empty(len(pieces), stop - start, dtype=work)
+                    for row, piece in zip(targets, pieces, strict=True):
+                        row.copy_(piece(start, stop))
+                    base = targets[0] if pivot is None else pivot(start, stop).to(work)
+                    chunk = Chunk(start, base, targets)
+                    yield chunk if self.rule.needs_targets else chunk.only_deltas()
 
         return read
 
