@@ -114,7 +114,8 @@ def parse(text: str, id: str = "") -> tuple[Meme, Debate]:  # noqa: A002
             f"text has the tags {tags}, wanted Text, Caption, then Harmful and Harmless in either order"
         )
     values = {tag: "\n".join(lines) for tag, lines in found}
-    return (
-        Meme(id, None, values["Text"], values["Caption"]),
-        Debate(id, values["Harmful"], values["Harmless"], int(tags[2] == "Harmful")),
-    )
+    meme = Meme(id or "-", None, values["Text"], values["Caption"])
+    debate = Debate(id or "-", values["Harmful"], values["Harmless"], int(tags[2] == "Harmful"))
+    for record in (meme, debate):  # a text alone has no id, which the records' own check would refuse
+        object.__setattr__(record, "id", id)
+    return meme, debate

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 from transformers.utils.generic import ModelOutput
@@ -256,12 +257,27 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         (save_directory / CARD).write_text(self.settings.card("fused", self.fusion), encoding="utf-8")
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
-        folder = Path(model_id)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Read a judge's folder, or one from the Hugging Face hub, with tokenizer and calibration; in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: what ``save_pretrained`` or :func:`train_judge` wrote.
+            **options: of ``PyTorchModelHubMixin.from_pretrained``.
+
+        Raises:
+            CheckpointError: no judge there, or a damaged one.
+        """
+        name = pretrained_model_name_or_path
         try:
-            judge = super()._from_pretrained(model_id=model_id, **options)
-        except (TypeError, OSError) as error:
-            raise CheckpointError(f"{model_id} holds no fused judge: {error}") from error
+            return super().from_pretrained(str(name), **options)
+        except (TypeError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+            words = " ".join(str(error).split())
+            raise CheckpointError(f"{name} holds no fused judge: {words[:300]}") from error
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        judge = super()._from_pretrained(model_id=model_id, **options)
+        folder = Path(model_id)
         if (folder / CALIBRATION).is_file():
             judge.calibration = Calibration.load(folder / CALIBRATION)
         if (folder / TOKENIZER).is_dir():
