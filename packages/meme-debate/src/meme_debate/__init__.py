@@ -67,7 +67,7 @@ _load, __dir__ = lazy_exports(
 
 
 class _Package(ModuleType):
-    """Keeps ``metrics``, ``detect`` and ``audit`` the functions although their submodules have these names."""
+    """Keeps ``metrics``, ``detect`` and ``audit`` functions although submodules have these names."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in __all__ and isinstance(value, ModuleType):

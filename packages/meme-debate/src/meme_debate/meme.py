@@ -120,11 +120,16 @@ def _check_id(value: Any, kind: str) -> None:
 def _check_text(where: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: {name} is a {type(value).__name__}, wanted text")
+    return mend(value)
+
+
+def mend(text: str) -> str:
+    """Text that every file and server takes: half a surrogate pair, as in scraped JSON, becomes U+FFFD."""
     try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a pair, as scraped JSON has it: no file and no server takes it
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _check_class(where: str, name: str, value: Any) -> int | None:
