@@ -13,8 +13,8 @@ from fusion_core.testing.server import FaultServer, Reply
 from meme_debate import Meme
 
 WORDS = {
-    "harmful": "The picture shows a rocket and the words call it small, which turns praise into mockery of the team.",
-    "harmless": "The picture shows a rocket and the words are a mild joke about its size, and nobody is hurt by it.",
+    "harmful": "The picture shows a rocket and the words call it small, which turns praise into mockery.",
+    "harmless": "The picture shows a rocket and the words are a mild joke about its size. Nobody is hurt.",
 }
 
 

@@ -163,7 +163,7 @@ save_debates(out, debates)
 
 
 def test_kill_and_resume(tmp_path):
-    """Killed without a chance to clean up, the next run gives the same bytes and repeats no committed call."""
+    """Killed without a chance to clean up, the next run gives the same bytes, no committed call twice."""
     save_memes(tmp_path / "memes.jsonl", memes(tmp_path, 10))
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
@@ -225,7 +225,7 @@ def test_cache_of_something_else(tmp_path):
     with sqlite3.connect(tmp_path / "other.sqlite") as database:
         database.execute("CREATE TABLE other (x)")
     run = lambda name: Debater(_never, cache=tmp_path / name).run([Meme("a", None, "x")])
-    with pytest.raises(StoreError, match="text.sqlite is no debate cache, or broken"):
+    with pytest.raises(StoreError, match=r"text.sqlite is no debate cache, or broken"):
         run("text.sqlite")
     with pytest.raises(StoreError, match="database of something else; name another file"):
         run("other.sqlite")

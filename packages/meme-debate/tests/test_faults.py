@@ -70,7 +70,7 @@ def test_a_fault_that_stays(name, words, tries, tmp_path):
         with pytest.raises(BackendError, match=words):
             hold(server, memes(tmp_path, 1), timeout=0.3)
         assert len(server.requests) == tries
-    with Stub({number: FAULTS[name] for number in range(3)}) as server:
+    with Stub(dict.fromkeys(range(3), FAULTS[name])) as server:
         found = memes(tmp_path, 3)
         debater = Debater(server.v1, "stub", retries=2, timeout=0.3)
         debates = debater.run(found, 1, on_error="skip", progress=False)
@@ -84,7 +84,7 @@ def test_unauthorized_is_not_retried_and_names_the_variable(key, tmp_path, monke
     if key:
         monkeypatch.setenv("MEME_DEBATE_API_KEY", key)
     caplog.set_level(logging.DEBUG)
-    with Stub(dict.fromkeys(range(9), {"status": 401, "body": f"wrong key {key}"})) as server:
+    with Stub({key_0: {"status": 401, "body": f"wrong key {key}"} for key_0 in range(9)}) as server:
         debater = Debater(server.v1, "stub", cache=tmp_path / "c.sqlite")
         with pytest.raises(ConfigError) as told:
             debater.run(memes(tmp_path, 1), on_error="skip", progress=False)
@@ -116,7 +116,9 @@ def test_keys_go_only_where_they_were_named_for(tmp_path, monkeypatch):
 
 def test_no_such_model(tmp_path):
     with Stub({0: {"status": 404, "body": "The model `stub` does not exist."}}) as server:
-        with pytest.raises(ConfigError, match="does not exist.; check that the URL ends .* the model 'stub'"):
+        with pytest.raises(
+            ConfigError, match=r"does not exist.; check that the URL ends .* the model 'stub'"
+        ):
             hold(server, memes(tmp_path, 1))
         assert len(server.requests) == 1
 

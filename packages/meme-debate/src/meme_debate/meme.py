@@ -173,7 +173,11 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, An
         raise InputError(f"{file} is {'a folder' if file.is_dir() else 'not there'}, wanted a .jsonl file")
     if file.suffix == ".parquet":
         parquet: Any = require_extra("pyarrow.parquet", "parquet", "meme-debate")
-        for number, row in enumerate(parquet.read_table(file).to_pylist(), 1):
+        try:
+            rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+        except (ValueError, OSError) as error:  # pyarrow's own errors are ValueErrors
+            raise DataError(f"{file} is no Parquet file: {error}") from error
+        for number, row in enumerate(rows, 1):
             yield f"{file}, row {number}", row
         return
     with file.open("rb") as lines:
