@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from judges import make_judge, make_memes
 from sklearn import metrics as sk
@@ -31,6 +31,7 @@ from meme_debate.metrics import metrics, reversed_labels
 from meme_debate.tokens import word_tokenizer
 from meme_debate.truncate import balanced, keep, tail
 
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 lines = st.lists(
     st.sampled_from(["Text: a", "\\Caption: b", "\\\\Harmful: ", "Harmless: x", "", "é\r", "plain", " Text: "]),
     max_size=4,
@@ -38,6 +39,7 @@ lines = st.lists(
 texts = st.one_of(st.text(max_size=60), lines)
 
 
+@quick
 @given(text=texts, caption=texts, harmful=texts, harmless=texts, verdict=st.sampled_from([0, 1, None]),
        first=st.sampled_from(["verdict", "harmful", "harmless"]))  # fmt: skip
 def test_parse_inverts_compose_for_any_text(text, caption, harmful, harmless, verdict, first):
@@ -51,6 +53,7 @@ def test_parse_inverts_compose_for_any_text(text, caption, harmful, harmless, ve
     assert compose(again, back) == composed
 
 
+@quick
 @given(a=texts, b=texts)
 def test_swapping_the_verdict_swaps_the_order_only(a, b):
     meme = Meme("m", None, "t", "c")
@@ -105,6 +108,7 @@ def test_pairs_are_checked():
 sizes = st.lists(st.tuples(*[st.integers(0, 300)] * 4), min_size=1, max_size=8)
 
 
+@quick
 @given(lengths=sizes, limit=st.integers(0, 512))
 def test_truncation_keeps_all_that_fits_and_shares_the_rest(lengths, limit):
     size = np.array(lengths)
@@ -148,6 +152,7 @@ def test_encoded_tokens_know_their_place():
     assert turkish.spans.max() == 4
 
 
+@quick
 @given(values=st.tuples(texts, texts))
 def test_places_in_the_text_are_places_in_the_fields(values):
     parts = list(zip(("Text", "Harmful"), values, strict=True))
@@ -159,6 +164,7 @@ def test_places_in_the_text_are_places_in_the_fields(values):
             assert parts[field][1][start] == whole[place]
 
 
+@quick
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=80), size=st.integers(1, 9),
        epoch=st.integers(0, 3))  # fmt: skip
 def test_batches_hold_each_row_once(lengths, size, epoch):
@@ -183,6 +189,7 @@ def test_windows_save_padding():
 scored = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 1)), min_size=2, max_size=60)
 
 
+@quick
 @given(rows=scored, threshold=st.floats(0, 1))
 def test_metrics_are_scikit_learns(rows, threshold):
     scores, labels = map(np.array, zip(*rows, strict=True))
@@ -201,6 +208,7 @@ def test_metrics_are_scikit_learns(rows, threshold):
     assert 0 <= found["ece"] <= 1
 
 
+@quick
 @given(rows=scored, temperature=st.floats(0.1, 10))
 def test_temperature_keeps_the_ranking(rows, temperature):
     scores = np.array([row[0] for row in rows])
@@ -224,7 +232,7 @@ def test_temperature_is_found():
     assert Calibration.from_dict(made.to_dict()) == made
 
 
-@settings(max_examples=50)
+@quick
 @given(rows=scored, threshold=st.floats(0, 1), coverage=st.floats(0.05, 1))
 def test_the_band_decides_at_least_the_coverage(rows, threshold, coverage):
     scores, labels = map(np.array, zip(*rows, strict=True))
@@ -236,6 +244,7 @@ def test_the_band_decides_at_least_the_coverage(rows, threshold, coverage):
         assert 0 <= band[0] <= threshold <= band[1] <= 1
 
 
+@quick
 @given(rows=scored, error=st.floats(0.02, 0.9))
 def test_the_band_bounds_the_errors(rows, error):
     scores, labels = map(np.array, zip(*rows, strict=True))
@@ -245,6 +254,7 @@ def test_the_band_bounds_the_errors(rows, error):
     assert band == (0.0, 1.0) or (wrong.sum() + 1) / (len(scores) + 1) <= error + 1e-9
 
 
+@quick
 @given(score=st.floats(0, 1), low=st.floats(0, 1), high=st.floats(0, 1))
 def test_decisions_are_monotone_in_the_threshold(score, low, high):
     low, high = min(low, high), max(low, high)
@@ -252,6 +262,7 @@ def test_decisions_are_monotone_in_the_threshold(score, low, high):
         assert decide(score, low) == "harmful"
 
 
+@quick
 @given(rows=scored, miss=st.floats(0.1, 20), alarm=st.floats(0.1, 20))
 def test_the_chosen_threshold_costs_least(rows, miss, alarm):
     scores, labels = map(np.array, zip(*rows, strict=True))

@@ -180,18 +180,21 @@ def abstain_band(
         check_range("coverage", coverage, 0.0, 1.0)
         inside = np.searchsorted(np.sort(distance), widths, side="right")
         fits = widths[(inside + 1) / count <= 1 - coverage]
-        return None if fits.size == 0 else _band(threshold, float(fits[-1]))
+        return None if fits.size == 0 else _band(found, threshold, float(fits[-1]))
     allowed = check_range("max_error", float(max_error or 0), 0.0, 1.0, open=True)
     wrong = np.sort(distance[(found >= threshold) != (truth == 1)])
     if (len(wrong) + 1) / count <= allowed:
         return None
     outside = len(wrong) - np.searchsorted(wrong, widths, side="right")
     fits = widths[(outside + 1) / count <= allowed]
-    return (0.0, 1.0) if fits.size == 0 else _band(threshold, float(fits[0]))
+    return (0.0, 1.0) if fits.size == 0 else _band(found, threshold, float(fits[0]))
 
 
-def _band(threshold: float, width: float) -> tuple[float, float]:
-    return max(0.0, threshold - width), min(1.0, threshold + width)
+def _band(scores: Floats, threshold: float, width: float) -> tuple[float, float]:
+    """Ends that are scores themselves where a score lies on them, so that rounding moves none out."""
+    inside = scores[np.abs(scores - threshold) <= width]
+    low, high = min(threshold - width, float(inside.min())), max(threshold + width, float(inside.max()))
+    return max(0.0, low), min(1.0, high)
 
 
 def decide(score: float, threshold: float, band: tuple[float, float] | None = None) -> Decision:
