@@ -78,14 +78,15 @@ def make_multioff(folder):
 
 def make_pridemm(folder):
     (folder / "PrideMM.csv").write_text(
-        "name,text,hate,target,stance,humour,split\na.png,x,1,0,1,1,train\nb.png,y,0,,1,1,test\n", encoding="utf-8"
+        "name,text,hate,target,stance,humour,split\na.png,x,1,0,1,1,train\nb.png,y,0,,1,1,test\n",
+        encoding="utf-8",
     )
     images(folder / "Images", "a.png", "b.png")
     return {"train": {"1": 1}, "test": {"0": 1}}
 
 
-MAKERS = {"harmc": make_harm, "harmp": make_harm, "fhm": make_fhm, "mami": make_mami, "multioff": make_multioff,
-          "pridemm": make_pridemm}  # fmt: skip
+MAKERS = {"harmc": make_harm, "harmp": make_harm, "fhm": make_fhm, "mami": make_mami,
+          "multioff": make_multioff, "pridemm": make_pridemm}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -115,7 +116,9 @@ def test_positive_labels_are_explicit(tmp_path):
         convert("harmc", tmp_path, tmp_path / "m.jsonl", positive=["awful"])
     with pytest.raises(ConfigError, match="format is 'harm', wanted one of harmc"):
         convert("harm", tmp_path, tmp_path / "m.jsonl")
-    lines(tmp_path / "annotations" / "val.jsonl", [{"id": "d", "image": "a.png", "labels": ["odd"], "text": ""}])
+    lines(
+        tmp_path / "annotations" / "val.jsonl", [{"id": "d", "image": "a.png", "labels": ["odd"], "text": ""}]
+    )
     with pytest.raises(DataError, match="meme 'd' has the label 'odd'"):
         convert("harmc", tmp_path, tmp_path / "m.jsonl")
 
@@ -132,8 +135,9 @@ def test_duplicates_are_counted_within_and_across_splits(tmp_path):
     images(tmp_path, "a.png", "b.png", "c.png")
     (tmp_path / "a2.png").write_bytes((tmp_path / "a.png").read_bytes())
     a, a2, b, c = (tmp_path / f"{n}.png" for n in ("a", "a2", "b", "c"))
-    memes = [Meme("1", a, "x", split="train"), Meme("2", a2, "y", split="train"), Meme("3", a, "z", split="test"),
-             Meme("4", b, "Same  Words", split="train"), Meme("5", c, "same words", split="test"),
+    memes = [Meme("1", a, "x", split="train"), Meme("2", a2, "y", split="train"),
+             Meme("3", a, "z", split="test"), Meme("4", b, "Same  Words", split="train"),
+             Meme("5", c, "same words", split="test"),
              Meme("6", None, "same words", split="test")]  # fmt: skip
     found = find_duplicates(memes)
     assert found.images == (("1", "2", "3"),)
@@ -157,7 +161,11 @@ def test_the_authors_pickles_are_read_as_texts_only(tmp_path):
     (tmp_path / "v.pkl").write_bytes(pickle.dumps({"a": "1"}))
     found = load_official_debates(tmp_path / "d.pkl", tmp_path / "v.pkl")
     assert found == [Debate("a", "x", "y", 1), Debate("b", "z", "")]
-    for bad, words in ((Evil(), "posix.system|nt.system"), ({"a": np.zeros(2)}, "numpy"), ([1], "holds a list")):
+    for bad, words in (
+        (Evil(), "posix.system|nt.system"),
+        ({"a": np.zeros(2)}, "numpy"),
+        ([1], "holds a list"),
+    ):
         (tmp_path / "bad.pkl").write_bytes(pickle.dumps(bad))
         with pytest.raises(DataError, match=words):
             load_official_debates(tmp_path / "bad.pkl")
@@ -205,9 +213,16 @@ def test_train_predict_evaluate_detect_and_audit_by_command(files):
     done = run_cli(main, "judge", "evaluate", memes, *said, "--judge", judge, "--ablate", "MD", "--json")
     assert done.code == 0, done.stderr
     assert "w/o MD" in done.stdout
-    done = run_cli(main, "detect", memes, *said, "--judge", judge, "--out", files / "cards", "--report", "page.html")
+    done = run_cli(
+        main, "detect", memes, *said, "--judge", judge, "--out", files / "cards", "--report", "page.html"
+    )
     assert done.code == 0, done.stderr
-    assert {p.name for p in (files / "cards").iterdir()} == {"cards.jsonl", "page.html", "report.json", "table.csv"}
+    assert {p.name for p in (files / "cards").iterdir()} == {
+        "cards.jsonl",
+        "page.html",
+        "report.json",
+        "table.csv",
+    }
     done = run_cli(main, "audit", memes, *said, "--judge", judge, "--swap", "rude=cold", "--json")
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["flips"] > 0

@@ -43,7 +43,7 @@ def test_light_judge_saves_without_pickle_and_comes_back(light, tmp_path):
     memes, debates = make_memes(40)
     assert back.digest() == light.digest()
     assert np.array_equal(back.score_memes(memes, debates), light.score_memes(memes, debates))
-    with pytest.raises(InputError, match="not empty|exists|holds"):
+    with pytest.raises(InputError, match="not empty"):
         light.save(tmp_path / "judge")
     (tmp_path / "judge" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
@@ -89,7 +89,9 @@ def test_pixels_are_clips(size, normalize):
 
     image = picture(1, size)
     options = {} if normalize == "clip" else {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **options)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **options
+    )
     theirs = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
     ours = pixels_of(image, 16, normalize)
     assert (ours - theirs).abs().mean() < 0.02  # their resize may be torchvision's
@@ -102,7 +104,11 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path):
     picture().save(tmp_path / "a.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
     Image.new("1", (8000, 7000)).save(tmp_path / "bomb.png")
-    for name, words in (("cut.png", "broken or cut off|no image"), ("bomb.png", "max_pixels"), ("no.png", "not there")):
+    for name, words in (
+        ("cut.png", "broken or cut off|no image"),
+        ("bomb.png", "max_pixels"),
+        ("no.png", "not there"),
+    ):
         with pytest.raises(InputError, match=words) as caught:
             pixels_of(tmp_path / name, 16)
         assert name in str(caught.value)
@@ -119,7 +125,9 @@ def test_cached_features_equal_fresh_ones_and_know_their_tower(tmp_path):
     rows = [5, 0, 3]
     assert torch.equal(stored[rows], again[rows])
     assert torch.allclose(fresh[rows], stored[rows], atol=1e-6)
-    assert np.allclose(score_memes(judge, memes, debates, features=stored), score_memes(judge, memes, debates), atol=1e-6)
+    assert np.allclose(
+        score_memes(judge, memes, debates, features=stored), score_memes(judge, memes, debates), atol=1e-6
+    )
     other = make_judge(seed=3)
     with pytest.raises(StoreError, match="tower"):
         image_features(other, images, tmp_path / "states")
@@ -182,7 +190,11 @@ def test_training_learns_sees_each_picture_once_and_resumes_exactly(tmp_path):
     assert back.calibration.size == 20
     assert np.allclose(score_memes(back, *held), score_memes(judge, *held), atol=1e-7)
     written = json.loads((tmp_path / "a" / "train.json").read_text())
-    assert (written["train"]["lr"], written["fusion"], written["settings"]["max_length"]) == (3e-3, "layerwise", 64)
+    assert (written["train"]["lr"], written["fusion"], written["settings"]["max_length"]) == (
+        3e-3,
+        "layerwise",
+        64,
+    )
 
     class Stop(Exception):
         pass
@@ -263,12 +275,17 @@ def test_cards_say_what_was_read_and_decided(light):
         else:
             assert card.explanation == getattr(said, card.decision)
             assert card.faithfulness["flips"] in (True, False)
-        fields = {"text": meme.text, "caption": meme.caption, "harmful": card.harmful, "harmless": card.harmless}
+        fields = {
+            "text": meme.text,
+            "caption": meme.caption,
+            "harmful": card.harmful,
+            "harmless": card.harmless,
+        }
         for word in card.words:
             assert fields[word.field][word.start : word.end].isidentifier()
-    assert {"id", "score", "decision", "threshold", "band", "explanation", "explanation_side", "harmful", "harmless",
-            "verdict", "agreement", "judge", "inputs", "words", "patches", "faithfulness", "flags",
-            "schema"} == set(line)  # fmt: skip
+    assert {"id", "score", "decision", "threshold", "band", "explanation", "explanation_side",
+            "harmful", "harmless", "verdict", "agreement", "judge", "inputs", "words", "patches",
+            "faithfulness", "flags", "schema"} == set(line)  # fmt: skip
 
 
 def test_permuting_memes_permutes_cards_and_the_threshold_is_monotone(light):
@@ -281,7 +298,11 @@ def test_permuting_memes_permutes_cards_and_the_threshold_is_monotone(light):
             assert (card.id, card.decision) == (cards[i].id, cards[i].decision)
             assert card.score == pytest.approx(cards[i].score, abs=2e-6)
     called = [
-        {card.id for card in detect(memes, debates, make_judge(), threshold=level, words=0) if card.decision == "harmful"}
+        {
+            card.id
+            for card in detect(memes, debates, make_judge(), threshold=level, words=0)
+            if card.decision == "harmful"
+        }
         for level in (0.2, 0.5, 0.8)
     ]
     assert called[0] >= called[1] >= called[2]

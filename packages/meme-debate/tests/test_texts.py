@@ -33,7 +33,9 @@ from meme_debate.truncate import balanced, keep, tail
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 lines = st.lists(
-    st.sampled_from(["Text: a", "\\Caption: b", "\\\\Harmful: ", "Harmless: x", "", "é\r", "plain", " Text: "]),
+    st.sampled_from(
+        ["Text: a", "\\Caption: b", "\\\\Harmful: ", "Harmless: x", "", "é\r", "plain", " Text: "]
+    ),
     max_size=4,
 ).map("\n".join)
 texts = st.one_of(st.text(max_size=60), lines)
@@ -68,7 +70,7 @@ def test_swapping_the_verdict_swaps_the_order_only(a, b):
      "Text: a\nCaption: b\nHarmful: c\nHarmful: d", "Text: a\nCaption: b\nHarmful: c\nHarmless: d\nText: e"],
 )  # fmt: skip
 def test_other_tag_sequences_are_refused(text):
-    with pytest.raises(InputError, match="text (begins with|has the tags)"):
+    with pytest.raises(InputError, match=r"text (begins with|has the tags)"):
         parse(text)
 
 
@@ -136,7 +138,12 @@ def test_the_tail_loses_the_second_rationale_first():
 
 def test_encoded_tokens_know_their_place():
     tokenizer = word_tokenizer(["text caption harmful harmless : a b c d e rude words \\"])
-    parts = [("Text", "A b\nHarmful: c"), ("Caption", "d"), ("Harmful", "rude words rude"), ("Harmless", "e e")]
+    parts = [
+        ("Text", "A b\nHarmful: c"),
+        ("Caption", "d"),
+        ("Harmful", "rude words rude"),
+        ("Harmless", "e e"),
+    ]
     whole = encode_fields(tokenizer, [parts], max_length=64, truncate="balanced")[0]
     assert whole.ids == tokenizer(compose_parts(parts).lower())["input_ids"]
     assert whole.cut == 0
@@ -271,7 +278,7 @@ def test_the_chosen_threshold_costs_least(rows, miss, alarm):
     assert costs[np.flatnonzero(thresholds == chosen)[0]] <= costs.min() + 1e-9
     for threshold, cost in zip(thresholds, costs, strict=True):
         predicted = scores >= threshold
-        wanted = (miss * (~predicted & (labels == 1)).sum() + alarm * (predicted & (labels == 0)).sum())
+        wanted = miss * (~predicted & (labels == 1)).sum() + alarm * (predicted & (labels == 0)).sum()
         assert math.isclose(cost, wanted / len(scores), abs_tol=1e-9)
 
 

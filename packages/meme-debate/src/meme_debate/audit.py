@@ -31,7 +31,8 @@ class AuditReport(Report):
     """What an audit found; ``rows`` are one line a check and group.
 
     Args:
-        gap: largest difference of false alarm rates between groups of at least ten harmless memes; nan = none.
+        gap: largest difference of false alarm rates between groups of at least ten harmless memes; nan =
+            none.
         flips: share of memes whose decision changes when words are swapped; nan = not tested.
         order: mean difference of the score between the harmful side first and last; nan = no debates.
         order_flips: share of memes whose decision depends on the order.
@@ -67,7 +68,9 @@ def swap_words(text: str, swaps: Sequence[tuple[str, str]]) -> str:
     both = {a.lower(): b for a, b in swaps} | {b.lower(): a for a, b in swaps}
     if not both:
         return text
-    pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(both, key=len, reverse=True)))})(?!\w)", re.I)
+    pattern = re.compile(
+        rf"(?<!\w)({'|'.join(map(re.escape, sorted(both, key=len, reverse=True)))})(?!\w)", re.I
+    )
 
     def other(found: re.Match[str]) -> str:
         word = found[0]
@@ -147,9 +150,7 @@ def audit(
             {"check": "confounders", "what": "same words, other picture: both right", "memes": len(pairs),
              "rate": facts["pairs"]}
         )  # fmt: skip
-        lines.append(
-            {"check": "confounders", "what": "ranked rightly", "memes": len(pairs), "rate": apart}
-        )
+        lines.append({"check": "confounders", "what": "ranked rightly", "memes": len(pairs), "rate": apart})
     return AuditReport(title="Audit of a judge", rows=lines, **facts)
 
 
@@ -174,7 +175,9 @@ def _line(check: str, what: str, called: NDArray[np.bool_], truth: NDArray[np.in
     }
 
 
-def _groups(rows: Sequence[Meme], called: NDArray[np.bool_], truth: NDArray[np.int64]) -> list[dict[str, Any]]:
+def _groups(
+    rows: Sequence[Meme], called: NDArray[np.bool_], truth: NDArray[np.int64]
+) -> list[dict[str, Any]]:
     groups = sorted({meme.group for meme in rows if meme.group is not None})
     lines: list[dict[str, Any]] = []
     for group in groups:
@@ -205,7 +208,11 @@ def _swapped(
         )
         for debate in debates
     ]
-    touched = [i for i, (a, b, c, d) in enumerate(zip(rows, memes, debates, said, strict=True)) if (a.text, a.caption, c) != (b.text, b.caption, d)]  # fmt: skip
+    touched = [
+        i
+        for i, (meme, new) in enumerate(zip(rows, memes, strict=True))
+        if (meme.text, meme.caption, debates[i]) != (new.text, new.caption, said[i])
+    ]
     if not touched:
         lines.append({"check": "swap", "what": "no meme has any of the words", "memes": 0})
         return math.nan

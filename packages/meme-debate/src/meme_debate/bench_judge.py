@@ -64,7 +64,9 @@ def _judge(memes: list[Meme], debates: list[Debate]) -> Judge:
     tokenizer = word_tokenizer(texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(0, "bench").initial_seed())
-        judge = Judge({**TEXT, "vocab_size": len(tokenizer)}, VISION, settings=JudgeSettings(max_length=LENGTH))
+        judge = Judge(
+            {**TEXT, "vocab_size": len(tokenizer)}, VISION, settings=JudgeSettings(max_length=LENGTH)
+        )
     judge.tokenizer = tokenizer
     judge.image_transformer.requires_grad_(False)
     return judge

@@ -96,7 +96,9 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> float:
 
 def _both(truth: NDArray[np.int64], what: str) -> None:
     if len(np.unique(truth)) < 2:
-        raise DataError(f"labels for {what} holds only class {int(truth[0])}, wanted harmless and harmful memes")
+        raise DataError(
+            f"labels for {what} holds only class {int(truth[0])}, wanted harmless and harmful memes"
+        )
 
 
 def cost_curve(
@@ -153,7 +155,8 @@ def abstain_band(
 ) -> tuple[float, float] | None:
     """The band of scores around the threshold in which the judge leaves the decision to a person.
 
-    Split conformal on the distance to the threshold: with memes exchangeable with those of the calibration, at
+    Split conformal on the distance to the threshold: with memes exchangeable with those of the calibration,
+    at
     least ``coverage`` of new ones are decided, or at most ``max_error`` of all new ones are decided wrongly.
 
     Args:
@@ -282,6 +285,4 @@ def calibrate(
         band = abstain_band(scaled, truth, threshold, coverage=coverage, max_error=max_error)
     decided = np.array([decide(float(score), threshold, band) != "abstain" for score in scaled])
     wrong = ((scaled >= threshold) != (truth == 1)) & decided
-    return Calibration(
-        temperature, threshold, band, len(scaled), float(decided.mean()), float(wrong.mean())
-    )
+    return Calibration(temperature, threshold, band, len(scaled), float(decided.mean()), float(wrong.mean()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -142,7 +143,7 @@ class CardReport(Report):
             page.raw(card_html(card))
         return page
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | os.PathLike[str]) -> None:
         """``report.html``, ``report.json``, ``table.csv`` and ``cards.jsonl``."""
         super().save(directory)
         save_lines(Path(directory) / "cards.jsonl", self.cards, lambda card: card.to_dict())

@@ -34,7 +34,8 @@ def add_commands(app: typer.Typer) -> None:
     add_demo(
         app,
         "meme-debate",
-        "Stand-in memes over photographs of scikit-image, a scripted debater behind a local server, and every "
+        "Stand-in memes over photographs of scikit-image, a scripted debater behind a local server, and "
+        "every "
         "judge in one table.",
         "Five seeds, all fusions, unseen photographs; within five minutes.",
     )
@@ -86,7 +87,8 @@ def train(
         str | None, typer.Option("--validation", help="fused: the split that chooses and calibrates.")
     ] = None,
     policy: Annotated[
-        Path | None, typer.Option("--policy", help="File of the policy that the labels follow, .toml or .json.")
+        Path | None,
+        typer.Option("--policy", help="File of the policy that the labels follow, .toml or .json."),
     ] = None,
     features: Annotated[
         Path | None, typer.Option("--features", help="fused: folder of the pictures' states, kept.")
@@ -243,7 +245,8 @@ def predict(
 def evaluate(
     memes: Annotated[Path, typer.Argument(help="memes.jsonl with labels.")],
     judge: Annotated[
-        Path | None, typer.Option("--judge", help="A trained judge; without one a light judge is cross-validated.")
+        Path | None,
+        typer.Option("--judge", help="A trained judge; without one a light judge is cross-validated."),
     ] = None,
     debates: Debates = None,
     ablate: Annotated[
@@ -264,7 +267,8 @@ def evaluate(
     Example: meme-debate judge evaluate memes.jsonl --debates debates.jsonl --ablate all
     """
     from meme_debate.detect import load_judge
-    from meme_debate.evaluation import ablation_names, evaluate as compared
+    from meme_debate.evaluation import ablation_names
+    from meme_debate.evaluation import evaluate as compared
 
     rows, said = _read(memes, debates, on_error, limit)
     if split:
@@ -288,7 +292,9 @@ def detect(
     report: Annotated[
         str | None, typer.Option("--report", help="Name of the page inside --out; report.html by default.")
     ] = None,
-    words: Annotated[int, typer.Option("--words", min=0, help="Most words shown a card; 0 = no reasons.")] = 20,
+    words: Annotated[
+        int, typer.Option("--words", min=0, help="Most words shown a card; 0 = no reasons.")
+    ] = 20,
     on_error: OnError = "raise",
     out: cli.Out = None,
     limit: cli.Limit = None,
@@ -339,7 +345,9 @@ def convert(
     folder: Annotated[Path, typer.Argument(help="The folder of the data set.")],
     positive: Annotated[
         str | None,
-        typer.Option("--positive", help='Labels that count as harmful, such as "very harmful,somewhat harmful".'),
+        typer.Option(
+            "--positive", help='Labels that count as harmful, such as "very harmful,somewhat harmful".'
+        ),
     ] = None,
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Keep the first of equal memes only.")

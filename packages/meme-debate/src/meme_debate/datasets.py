@@ -135,7 +135,9 @@ def _harm(folder: Path) -> Iterator[Raw]:
         for row in _json_lines(path):
             labels = tuple(str(label) for label in _key(path, row, "labels"))
             image = str(_key(path, row, "image"))
-            yield Raw(str(_key(path, row, "id")), f"images/{image}", str(row.get("text") or ""), labels[:1], split)
+            yield Raw(
+                str(_key(path, row, "id")), f"images/{image}", str(row.get("text") or ""), labels[:1], split
+            )
 
 
 def _fhm(folder: Path) -> Iterator[Raw]:
@@ -203,7 +205,9 @@ def _pridemm(folder: Path) -> Iterator[Raw]:
         name = str(_key(path, row, "name"))
         label = str(_key(path, row, "hate"))
         image = f"Images/{name}"
-        yield Raw(name, image, str(row.get("text") or ""), (label,) if label else (), str(row.get("split") or "all"))
+        yield Raw(
+            name, image, str(row.get("text") or ""), (label,) if label else (), str(row.get("split") or "all")
+        )
 
 
 _HARM = ("very harmful", "somewhat harmful")
@@ -221,11 +225,13 @@ FORMATS: dict[str, Format] = {
         "train.jsonl, dev_seen.jsonl, test_seen.jsonl ... and img/", ("1",), ("0",), _fhm,
     ),
     "mami": Format(
-        "MAMI", "SemEval-2022 task 5", "training.csv (or .tsv, .json), test.csv, test_labels.txt and the pictures",
+        "MAMI", "SemEval-2022 task 5", "training.csv (or .tsv, .json), test.csv, test_labels.txt and the "
+        "pictures",
         ("1",), ("0",), _mami,
     ),
     "multioff": Format(
-        "MultiOFF", "bharathichezhiyan/Multimodal-Meme-Classification-Identifying-Offensive-Content-in-Image-and-Text"
+        "MultiOFF",
+        "bharathichezhiyan/Multimodal-Meme-Classification-Identifying-Offensive-Content-in-Image-and-Text"
         " on GitHub",
         "'Split Dataset'/{Training,Validation,Testing}_meme_dataset.csv and 'Labelled Images'/",
         ("offensive",), ("Non-offensiv", "Non-offensive"), _multioff,
@@ -250,7 +256,8 @@ def convert(
         name: a key of :data:`FORMATS`.
         folder: that its authors' archive unpacks to.
         out: the file; pictures stay where they are, their paths are relative to it.
-        positive: labels that count as class 1; the others that occur count as 0. None takes the data set's own.
+        positive: labels that count as class 1; the others that occur count as 0. None takes the data set's
+            own.
         drop: leave out all but the first of equal pictures (and of equal texts without a picture).
 
     Returns:
@@ -268,7 +275,8 @@ def convert(
     records = list(known.read(place)) if place.is_dir() else []
     if not records:
         raise InputError(
-            f"{place} holds no {known.title}; wanted a folder with {known.expects} (from {known.page}; nothing "
+            f"{place} holds no {known.title}; wanted a folder with {known.expects} (from {known.page}; "
+            f"nothing "
             "is downloaded)"
         )
     counts: dict[str, int] = {}
@@ -288,7 +296,9 @@ def convert(
         label = _label(record, wanted, None if positive is not None else known.negative)
         memes.append(Meme(record.id, image, record.text, "", label, split=record.split, source=name))
     if not memes:
-        raise InputError(f"{place} lacks all {len(missing)} pictures, such as {missing[0]}; wanted {known.expects}")
+        raise InputError(
+            f"{place} lacks all {len(missing)} pictures, such as {missing[0]}; wanted {known.expects}"
+        )
     duplicates = find_duplicates(memes)
     dropped: tuple[str, ...] = ()
     if drop:
@@ -337,7 +347,8 @@ def _unpickle(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
         raise DataError(
-            f"{path} is not loaded: {error}; only dictionaries of texts are read, as a pickle can run any code"
+            f"{path} is not loaded: {error}; only dictionaries of texts are read, as a pickle can run any "
+            f"code"
         ) from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise DataError(f"{path} holds a {type(found).__name__}, wanted a dictionary by meme id")
@@ -361,10 +372,14 @@ def load_official_debates(
     said = {} if verdicts is None else _unpickle(Path(verdicts))
     made: list[Debate] = []
     for name, sides in found.items():
-        if not isinstance(sides, dict) or not all(isinstance(sides.get(s), str) for s in ("harmful", "harmless")):
+        if not isinstance(sides, dict) or not all(
+            isinstance(sides.get(s), str) for s in ("harmful", "harmless")
+        ):
             raise DataError(f"{debates}: {name!r} lacks a side, wanted texts 'harmful' and 'harmless'")
         verdict = said.get(name)
         if verdict not in (None, "0", "1"):
             raise DataError(f"{verdicts}: {name!r} is {verdict!r}, wanted '0' or '1'")
-        made.append(Debate(name, sides["harmful"], sides["harmless"], None if verdict is None else int(verdict)))
+        made.append(
+            Debate(name, sides["harmful"], sides["harmless"], None if verdict is None else int(verdict))
+        )
     return made

@@ -16,7 +16,7 @@ from torch import nn
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
 from fusion_core.errors import require_extra
-from fusion_core.report import Claim, Figure, Page
+from fusion_core.report import Figure, Page
 from fusion_core.seeding import generator
 
 from . import demo_claims as words
@@ -82,7 +82,9 @@ class Set:
 
 def _memes(folder: Path, scale: Scale, seed: int) -> dict[str, list[StandIn]]:
     parts = {"train": scale.train, "test": scale.test}
-    found = {name: make_memes(folder / f"{seed}", count, seed=seed, split=name) for name, count in parts.items()}
+    found = {
+        name: make_memes(folder / f"{seed}", count, seed=seed, split=name) for name, count in parts.items()
+    }
     if scale.unseen:
         found["unseen"] = make_memes(
             folder / f"{seed}", scale.unseen, seed=seed, split="unseen", things=HELD_OUT
@@ -90,7 +92,9 @@ def _memes(folder: Path, scale: Scale, seed: int) -> dict[str, list[StandIn]]:
     return found
 
 
-def _debates(folder: Path, url: str, parts: dict[str, list[StandIn]], seed: int) -> tuple[dict[str, Set], Any]:
+def _debates(
+    folder: Path, url: str, parts: dict[str, list[StandIn]], seed: int
+) -> tuple[dict[str, Set], Any]:
     """Debates over HTTP by the real client, with a cache; and its report."""
     who = Debater(url, f"stand-in-{seed}", cache=folder / f"debates-{seed}.sqlite", swap=False)
     everything = [each.meme for part in parts.values() for each in part]
@@ -226,7 +230,9 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         folder = Path(place)
         made: dict[int, dict[str, list[StandIn]]] = {}
         for each in seeds:
-            made[each] = _memes(folder, scale, each) if scale.new_memes or each == seeds[0] else made[seeds[0]]
+            made[each] = (
+                _memes(folder, scale, each) if scale.new_memes or each == seeds[0] else made[seeds[0]]
+            )
         known = [item for each in seeds for part in made[each].values() for item in part]
         sets: dict[int, dict[str, Set]] = {}
         with debater(known, folder) as url:
@@ -267,7 +273,7 @@ def _add(table: Comparison, rows: dict[str, dict[str, Floats]], sets: dict[str, 
 
 
 def _abstention(scores: dict[str, Floats], labels: NDArray[np.int64]) -> float:
-    """Share of memes over unseen photographs in the band that leaves a fifth of the test memes to a person."""
+    """Share of memes over unseen photographs in a band that holds a fifth of the test memes."""
     made = calibrate(scores["test"], labels, coverage=0.8)
     if made.band is None:
         return 0.0

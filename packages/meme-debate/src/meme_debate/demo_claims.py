@@ -12,7 +12,11 @@ TEXT_ONLY = "text only (light judge)"
 PICTURE_ONLY = "picture only (linear on features)"
 VERDICT = "the debating model's verdict"
 LIGHT = "debate, light judge"
-_NAMES = {"none": 'fusion="none" (released code)', "final": 'fusion="final"', "layerwise": 'fusion="layerwise"'}
+_NAMES = {
+    "none": 'fusion="none" (released code)',
+    "final": 'fusion="final"',
+    "layerwise": 'fusion="layerwise"',
+}
 
 
 def without_debate(fusion: str) -> str:
@@ -55,7 +59,8 @@ def claims(table: Comparison, fusions: Sequence[str], *, unseen: bool) -> list[C
             "The debate helps the judge",
             "ablation w/o MD",
             _all_above(rows, ours, layer),
-            f"{mean[layer]:.3f} without and {mean[ours]:.3f} with the debate; debate without the picture gives "
+            f"{mean[layer]:.3f} without and {mean[ours]:.3f} with the debate; debate without the picture "
+            f"gives "
             f"{mean[blind]:.3f}.",
         ),
         Claim(
@@ -99,7 +104,8 @@ def _unseen(rows: dict[str, dict[str, Any]], ours: str, layer: str) -> Claim:
         "limit of this demo",
         bool(fused >= light),
         f"Over two photographs held out of everything, the fused judge has {fused:.3f} with and "
-        f"{float(rows[layer]['mean']):.3f} without debate, the light judge {light:.3f}: a tower that knows six "
+        f"{float(rows[layer]['mean']):.3f} without debate, the light judge {light:.3f}: a tower that "
+        f"knows six "
         "photographs takes moon and coins for the wrong kind.",
     )
 
@@ -115,16 +121,23 @@ def notes(scale: Any, reports: Sequence[Any], again: Any, cards: Sequence[Any]) 
     flips = sum(bool(card.faithfulness["flips"]) for card in tested)
     left = sum(card.decision == "abstain" for card in cards)
     return [
-        "A stand-in, no data set of memes: photographs that ship with scikit-image, with words about the size of "
-        "a thing or a pet written on them; teasing = the words do not fit the picture. No number here compares "
+        "A stand-in, no data set of memes: photographs that ship with scikit-image, with words about the "
+        "size of "
+        "a thing or a pet written on them; teasing = the words do not fit the picture. No number here "
+        "compares "
         "with the paper's.",
-        "The debater is a script behind a local server of the chat-completions schema: it sees the wrong kind of "
-        "thing in a fifth of the pictures and gives its own verdict with noise. The client, its retries and its "
+        "The debater is a script behind a local server of the chat-completions schema: it sees the wrong "
+        "kind of "
+        "thing in a fifth of the pictures and gives its own verdict with noise. The client, its retries "
+        "and its "
         "cache are those of real use.",
-        f"{calls} calls, {tokens} tokens (as the server counts), {retries} retries after 503, {refused} refused "
-        f"sides, {seconds:.1f} s; a second run over the first seed's memes took {again.cached} of {again.calls} "
+        f"{calls} calls, {tokens} tokens (as the server counts), {retries} retries after 503, {refused} "
+        f"refused "
+        f"sides, {seconds:.1f} s; a second run over the first seed's memes took {again.cached} of "
+        f"{again.calls} "
         "replies from the cache.",
-        f"Of {len(cards)} calibrated cards {left} are left to a person; deleting the case that was decided for "
+        f"Of {len(cards)} calibrated cards {left} are left to a person; deleting the case that was "
+        f"decided for "
         f"changes {flips} of {len(tested)} decisions. cards.html shows one right, one wrong, one left to a "
         "person, one with a refused side.",
         f"{scale.train} training and {scale.test} test memes, {scale.steps} steps of 32, every second batch "
@@ -136,6 +149,7 @@ def abstention(shares: Sequence[float]) -> str:
     """The note about unseen photographs and the band."""
     return (
         "With the band that leaves a fifth of the test memes to a person, the judge abstains on "
-        f"{sum(shares) / len(shares):.0%} of the memes over unseen photographs: it does not notice that they are "
+        f"{sum(shares) / len(shares):.0%} of the memes over unseen photographs: it does not notice that "
+        f"they are "
         "new."
     )

@@ -62,14 +62,15 @@ def calibration_figure(
     figure.savefig(out / "calibration.png", dpi=110)
     return Figure(
         "calibration.png",
-        "Left: score against the share of jibes before and after temperature scaling. Right: histograms of the "
+        "Left: score against the share of jibes before and after temperature scaling. Right: histograms "
+        "of the "
         "calibrated score of both classes with the band that is left to a person.",
         "Temperature and band come from one half of the test memes, the plot shows the other half.",
     )
 
 
 def choose_cards(cards: Sequence[Card]) -> dict[str, Card]:
-    """One card that is right, one wrong, one left to a person, one with a refused side, where there are such."""
+    """One card that is right, one wrong, one left to a person, one with a refused side, if any."""
 
     def correct(card: Card) -> bool:
         return card.decision == ("harmful" if card.meme.label else "harmless")
@@ -93,7 +94,8 @@ def cards_page(chosen: Mapping[str, Card]) -> Page:
     """The cards on one page."""
     page = Page("Stand-in memes: four cards")
     page.text(
-        "Stand-in memes over photographs of scikit-image; a jibe is praise or blame of size that does not fit "
+        "Stand-in memes over photographs of scikit-image; a jibe is praise or blame of size that does not "
+        "fit "
         "the picture. A gray picture was withheld from the judge."
     )
     for name, card in chosen.items():
@@ -114,7 +116,9 @@ def cards_figure(out: Path, chosen: Mapping[str, Card], items: Mapping[str, Stan
         hidden = " (withheld from the judge)" if item.hidden else ""
         truth = NAMES[int(item.meme.label or 0)]
         axis.set_title(f"{name}\nscore {card.score:.2f}: {_decision(card)}\ntruth: {truth}", fontsize=9)
-        axis.set_xlabel("\n".join(_lines(card.explanation or "(no single reason)")) + f"\n{hidden}", fontsize=8)
+        axis.set_xlabel(
+            "\n".join(_lines(card.explanation or "(no single reason)")) + f"\n{hidden}", fontsize=8
+        )
     figure.savefig(out / "cards.png", dpi=110)
     return Figure(
         "cards.png",

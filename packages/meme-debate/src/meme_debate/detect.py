@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ AnyJudge = TextJudge | Judge
 Floats = NDArray[np.float64]
 CHUNK = 256
 _DIGITS = 6
+Decision = Literal["harmful", "harmless", "abstain"]
+Side = Literal["harmful", "harmless"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +58,11 @@ class Card:
 
     id: str
     score: float
-    decision: Literal["harmful", "harmless", "abstain"]
+    decision: Decision
     threshold: float
     band: tuple[float, float] | None
     explanation: str | None
-    explanation_side: Literal["harmful", "harmless"] | None
+    explanation_side: Side | None
     harmful: str
     harmless: str
     verdict: int | None
@@ -124,9 +126,7 @@ def score(
     if isinstance(judge, Judge):  # pyright: ignore[reportUnnecessaryIsInstance]
         from .fused import score_memes
 
-        return score_memes(
-            judge, memes, debates, first=first, calibrated=calibrated, batch_size=batch_size
-        )
+        return score_memes(judge, memes, debates, first=first, calibrated=calibrated, batch_size=batch_size)
     raise InputError(f"judge is {type(judge).__name__}, wanted a TextJudge or a Judge")
 
 
@@ -186,7 +186,8 @@ def _check_policy(judge: AnyJudge, debates: Iterable[Debate]) -> None:
         other = settings.policy_digest and digest and digest != settings.policy_digest
         if name not in (None, settings.policy) or other:
             raise InputError(
-                f"the judge learned the policy {settings.policy!r}, debate {debate.id!r} was made for {name!r}"
+                f"the judge learned the policy {settings.policy!r}, debate {debate.id!r} was made for "
+                f"{name!r}"
                 + (" with another definition" if name == settings.policy else "")
                 + "; take a judge and debates of one policy"
             )
@@ -225,11 +226,11 @@ def _cards(
             yield Card(
                 id=meme.id,
                 score=float(scores[at]),
-                decision=decision,
+                decision=cast("Decision", decision),
                 threshold=level,
                 band=band,
                 explanation=reason,
-                explanation_side=side if reason else None,
+                explanation_side=cast("Side", side) if reason else None,
                 harmful=spoken.harmful if spoken else "",
                 harmless=spoken.harmless if spoken else "",
                 verdict=spoken.verdict if spoken else None,

@@ -36,7 +36,8 @@ class Duplicates(Result):
         if not (self.within or self.across or self.texts_across):
             return None
         return (
-            f"{self.within} pictures repeat within a split, {self.across} across splits; {self.texts_across} texts "
+            f"{self.within} pictures repeat within a split, {self.across} across splits; "
+            f"{self.texts_across} texts "
             "repeat across splits: a judge's test may contain what it learned from"
         )
 
@@ -90,9 +91,7 @@ def find_duplicates(memes: Sequence[Meme]) -> Duplicates:
     )
 
 
-def drop_duplicates(
-    memes: Sequence[Meme], duplicates: Duplicates
-) -> tuple[list[Meme], tuple[str, ...]]:
+def drop_duplicates(memes: Sequence[Meme], duplicates: Duplicates) -> tuple[list[Meme], tuple[str, ...]]:
     """The memes without the later ones of equal pictures, and of equal texts where there is no picture.
 
     Returns:

@@ -42,9 +42,7 @@ class Encoded:
 
     __slots__ = ("cut", "fields", "ids", "spans")
 
-    def __init__(
-        self, ids: list[int], fields: NDArray[np.int64], spans: NDArray[np.int64], cut: int
-    ) -> None:
+    def __init__(self, ids: list[int], fields: NDArray[np.int64], spans: NDArray[np.int64], cut: int) -> None:
         self.ids, self.fields, self.spans, self.cut = ids, fields, spans, cut
 
     def __len__(self) -> int:
@@ -59,9 +57,7 @@ def _lower(text: str) -> str:
     return "".join(low if len(low := letter.lower()) == 1 else letter for letter in text)
 
 
-def encode_fields(
-    tokenizer: Any, parts: Sequence[Parts], *, max_length: int, truncate: str
-) -> list[Encoded]:
+def encode_fields(tokenizer: Any, parts: Sequence[Parts], *, max_length: int, truncate: str) -> list[Encoded]:
     """Tokenize composed texts, lower-cased, and keep at most ``max_length`` tokens of each.
 
     The text is tokenized once and whole; each token belongs to the field in which it begins, a newline to the
@@ -107,7 +103,9 @@ def _fit(
     fields, spans = locate(parts, offsets.reshape(-1, 2))
     fields = np.where(special, -1, fields)
     places = {"Text": 0, "Caption": 1}
-    columns = [places.get(tag, 2 + sum(t not in places for t, _ in parts[:i])) for i, (tag, _) in enumerate(parts)]
+    columns = [
+        places.get(tag, 2 + sum(t not in places for t, _ in parts[:i])) for i, (tag, _) in enumerate(parts)
+    ]
     lengths = np.zeros((1, 4), np.int64)
     for number, column in enumerate(columns):
         lengths[0, column] = int((fields == number).sum())
@@ -119,9 +117,7 @@ def _fit(
     return Encoded([ids[i] for i in rows], fields[rows], spans[rows], len(ids) - len(rows))
 
 
-def locate(
-    parts: Parts, offsets: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def locate(parts: Parts, offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where places of the composed text lie within the fields.
 
     Args:
@@ -129,14 +125,17 @@ def locate(
         offsets: (L, 2) start and end in :func:`meme_debate.compose.compose_parts`'s text.
 
     Returns:
-        (L,) the field in which each place starts, a newline between two counting to the second; and (L, 2) start
+        (L,) the field in which each place starts, a newline between two counting to the second; and (L, 2)
+        start
         and end in that field's value, without the backslashes that compose puts in; a place inside a tag is
         empty.
     """
     sizes = [len(compose_parts([part])) + 1 for part in parts]
     ends = np.cumsum(sizes) - 1
     fields = np.searchsorted(ends, offsets[:, 0], side="right").clip(max=len(parts) - 1)
-    starts = np.array([end + 1 - size + len(tag) + 2 for end, size, (tag, _) in zip(ends, sizes, parts, strict=True)])
+    starts = np.array(
+        [end + 1 - size + len(tag) + 2 for end, size, (tag, _) in zip(ends, sizes, parts, strict=True)]
+    )
     spans = offsets - starts[fields][:, None]
     for number, (tag, value) in enumerate(parts):
         escaped = compose_parts([(tag, value)])[len(tag) + 2 :]
@@ -152,7 +151,9 @@ def locate(
     return fields, spans
 
 
-def collate(rows: Sequence[Sequence[int]], pad: int, labels: Sequence[int] | None = None) -> dict[str, Tensor]:
+def collate(
+    rows: Sequence[Sequence[int]], pad: int, labels: Sequence[int] | None = None
+) -> dict[str, Tensor]:
     """Token rows as one right-padded batch: ``input_ids``, ``attention_mask``, and ``labels`` where given.
 
     Raises:

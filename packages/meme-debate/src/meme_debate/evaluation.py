@@ -24,9 +24,11 @@ __all__ = ["ablation_names", "evaluate"]
 Floats = NDArray[np.float64]
 ALL = "all"
 NOTE = (
-    "Published: every ablation hurts, w/o SLMJ and w/o MF most, w/o HlD more than w/o HfD. With a light judge on "
+    "Published: every ablation hurts, w/o SLMJ and w/o MF most, w/o HlD more than w/o HfD. With a light "
+    "judge on "
     "the 354 Harm-C test memes (accuracy / macro-F1, three foldings): all .856 / .840, w/o LLMJ .856 / .839, "
-    "w/o HlD .849 / .832, w/o HfD .831 / .810, w/o UR .831 / .808, w/o MD .832 / .812: there the harmful rationale "
+    "w/o HlD .849 / .832, w/o HfD .831 / .810, w/o UR .831 / .808, w/o MD .832 / .812: there the harmful "
+    "rationale "
     "carries the gain and the order none. One standard error of an accuracy is .019 there."
 )
 
@@ -122,7 +124,9 @@ def evaluate(
             raise ConfigError(f"ablations holds {name!r}, wanted some of {list(ABLATIONS)}")
     used = [0] if judge is not None else list(seeds)
     what = "a light judge, five folds" if judge is None else f"{judge.settings.name} ({judge.kind})"
-    shown: dict[str, Any] = {name: {"better": "higher"} for name in ("accuracy", "macro_f1", "auroc", "auprc")}
+    shown: dict[str, Any] = {
+        name: {"better": "higher"} for name in ("accuracy", "macro_f1", "auroc", "auprc")
+    }
     shown["ece"] = {"better": "lower"}
     table = Comparison(shown, ALL, used, f"{len(rows)} memes, {what}")
     question: str | None = None

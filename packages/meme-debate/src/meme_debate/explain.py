@@ -1,4 +1,4 @@
-"""Which words and patches moved a score: exact for the light judge, gradient times input for the fused one."""
+"""Which words and patches moved a score: exact for the light judge, by gradients for the fused one."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def explain(
     """Words and patches of each meme.
 
     For the light judge the weights are exact: over all words they sum to its logit without the intercept. For
-    the fused judge they are gradient times input of the difference of the logits: what a small change does, not
+    the fused judge they are gradient times input of the difference of the logits: what a small change does,
+    not
     what the network would say without the word.
 
     Args:
@@ -143,18 +144,19 @@ def _fused(
                 image = states.detach().requires_grad_()
             logits = judge.from_embeddings(words, mask, image).logits
             inputs = [words] if image is None else [words, image]
+            assert logits is not None
             grads = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), inputs)
     finally:
         judge.train(mode)
-    moved = [(g.double() * x.detach().double()).sum(-1).cpu().numpy() for g, x in zip(grads, inputs, strict=True)]
+    moved = [
+        (g.double() * x.detach().double()).sum(-1).cpu().numpy() for g, x in zip(grads, inputs, strict=True)
+    ]
     found: list[Explanation] = []
     for number, (meme, debate, each) in enumerate(zip(*part, encoded, strict=True)):
         parts = fields_of(meme, debate, caption=settings.caption, ablation=settings.ablation)
         listed = _whole_words(parts, each.fields, each.spans, moved[0][number][: len(each)])
         looked = len(moved) > 1 and meme.image is not None and settings.image
-        found.append(
-            Explanation(_strongest(listed, top), _patches(moved[1][number]) if looked else None)
-        )
+        found.append(Explanation(_strongest(listed, top), _patches(moved[1][number]) if looked else None))
     return found
 
 

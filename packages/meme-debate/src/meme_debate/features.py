@@ -75,7 +75,8 @@ def image_features(
 
     Args:
         judge: its tower and its settings make the states.
-        images: N pictures, as :func:`fusion_core.images.read_image` takes them; None = no picture (plain gray).
+        images: N pictures, as :func:`fusion_core.images.read_image` takes them; None = no picture (plain
+            gray).
         folder: a store on disk, made or used again; None keeps the states in memory.
         batch_size: pictures a forward pass.
         progress: True shows a bar.
@@ -86,7 +87,7 @@ def image_features(
     """
     names = [picture_digest(image) for image in images]
     distinct = list(dict.fromkeys(names))
-    source = {name: image for name, image in zip(names, images, strict=True)}
+    source = dict(zip(names, images, strict=True))
     number = {name: i for i, name in enumerate(distinct)}
     place = np.array([number[name] for name in names], np.int64)
     config = judge.vision_config
@@ -108,9 +109,7 @@ def image_features(
         "preprocessing": {"size": side, "normalize": judge.settings.normalize, "resize": "bicubic"},
         "images": digest(distinct),
     }
-    store = ShardStore.create(
-        folder, fingerprint, {"states": ("float32", (patches, width))}, kind=KIND
-    )
+    store = ShardStore.create(folder, fingerprint, {"states": ("float32", (patches, width))}, kind=KIND)
     for start, stop in store.missing(len(distinct)):
         at = start
         for found in map_batches(states, distinct[start:stop], batch_size, progress=progress):

@@ -51,9 +51,7 @@ def encode(
         )
         for meme, debate in zip(memes, debates, strict=True)
     ]
-    return encode_fields(
-        judge.tokenizer, parts, max_length=settings.max_length, truncate=settings.truncate
-    )
+    return encode_fields(judge.tokenizer, parts, max_length=settings.max_length, truncate=settings.truncate)
 
 
 def pad_id(judge: Judge) -> int:

@@ -42,7 +42,7 @@ def cross_attention(
 
 
 class CrossAttention(nn.Module):
-    """:func:`cross_attention` with its weights; the authors' names ``proj_q``, ``proj_k``, ``proj_v``, ``proj_o``.
+    """:func:`cross_attention` with its weights, ``proj_q``, ``proj_k``, ``proj_v``, ``proj_o``.
 
     Args:
         width: of the text states, even.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
-import torch
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
@@ -75,8 +74,10 @@ class Judge(nn.Module, PyTorchModelHubMixin):
     """Reads a meme's text, both rationales and the picture, and tells how probable it is that it is harmful.
 
     A T5 encoder whose blocks look at the states of a frozen CLIP tower; the decoder runs over the same tokens
-    (causal, unshifted), its mean over the unpadded positions goes through one linear layer. The state dict has
-    the same names for every fusion: ``image_transformer``, ``text_transformer`` (with ``encoder.ca_block.i``),
+    (causal, unshifted), its mean over the unpadded positions goes through one linear layer. The state dict
+    has
+    the same names for every fusion: ``image_transformer``, ``text_transformer`` (with
+    ``encoder.ca_block.i``),
     ``clf``.
 
     Args:
@@ -113,19 +114,20 @@ class Judge(nn.Module, PyTorchModelHubMixin):
             raise ConfigError(f"fusion is {fusion!r}, wanted one of {', '.join(map(repr, FUSIONS))}")
         text = text_config if isinstance(text_config, T5Config) else T5Config(**text_config)
         vision = (
-            vision_config if isinstance(vision_config, CLIPVisionConfig) else CLIPVisionConfig(**vision_config)
+            vision_config
+            if isinstance(vision_config, CLIPVisionConfig)
+            else CLIPVisionConfig(**vision_config)
         )
         text.use_cache = False
         self.fusion: Fusion = fusion
         self.settings = (
-            settings
-            if isinstance(settings, JudgeSettings)
-            else JudgeSettings.from_dict(settings or {})
+            settings if isinstance(settings, JudgeSettings) else JudgeSettings.from_dict(settings or {})
         )
         tower = CLIPVisionModel(vision)
         self.image_transformer: nn.Module = getattr(tower, "vision_model", tower)
         self.text_transformer = T5ForConditionalGeneration(text)
-        self.text_config, self.vision_config = text, vision
+        self.text_config: Any = text
+        self.vision_config: Any = vision
         encoder: Any = self.text_transformer.encoder
         encoder.ca_block = nn.ModuleList(
             CrossAttention(text.d_model, vision.hidden_size) for _ in range(text.num_layers)
@@ -257,8 +259,8 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         (save_directory / CARD).write_text(self.settings.card("fused", self.fusion), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Read a judge's folder, or one from the Hugging Face hub, with tokenizer and calibration; in eval mode.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Read a judge's folder, or one from the Hugging Face hub, with tokenizer and calibration.
 
         Args:
             pretrained_model_name_or_path: what ``save_pretrained`` or :func:`train_judge` wrote.

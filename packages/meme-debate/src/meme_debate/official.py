@@ -27,7 +27,9 @@ _HEAD = 64
 
 def _shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
     if key not in state:
-        raise CheckpointError(f"the checkpoint lacks {key}; give text_config and vision_config, or its source")
+        raise CheckpointError(
+            f"the checkpoint lacks {key}; give text_config and vision_config, or its source"
+        )
     return tuple(state[key].shape)
 
 

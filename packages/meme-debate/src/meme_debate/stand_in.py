@@ -48,10 +48,10 @@ CORES = {
     False: ("tiny thing", "small fry", "crumb", "speck", "little one", "wee dot"),
 }
 CLOSERS = {
-    True: ("you can see it from space", "it blocks out the sun", "it needs its own map", "it fills the horizon",
-           "doors are too narrow for it", "it has its own gravity"),
-    False: ("it fits in a pocket", "bring a magnifying glass", "blink and you miss it", "an ant could carry it",
-            "it hides behind a grain of rice", "it came in a thimble"),
+    True: ("you can see it from space", "it blocks out the sun", "it needs its own map",
+           "it fills the horizon", "doors are too narrow for it", "it has its own gravity"),
+    False: ("it fits in a pocket", "bring a magnifying glass", "blink and you miss it",
+            "an ant could carry it", "it hides behind a grain of rice", "it came in a thimble"),
 }  # fmt: skip
 TAILS = ("", "no doubt", "every single day", "ask anyone", "true story", "as always")
 SIDE, HIDDEN = 224, 0.4
@@ -90,8 +90,12 @@ def photograph(thing: str) -> Any:
 
     spec = find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError('scikit-image is not installed; it comes with: pip install "meme-debate[demo]"')
-    image = Image.fromarray(read_image(Path(next(iter(spec.submodule_search_locations))) / "data" / PHOTOGRAPHS[thing]))
+        raise MissingExtraError(
+            'scikit-image is not installed; it comes with: pip install "meme-debate[demo]"'
+        )
+    image = Image.fromarray(
+        read_image(Path(next(iter(spec.submodule_search_locations))) / "data" / PHOTOGRAPHS[thing])
+    )
     image.thumbnail((640, 640))
     return image
 
@@ -130,12 +134,15 @@ def make_memes(
         image = photographs[thing]
         side = int(min(image.size) * draws.uniform(0.55, 0.95))
         left, upper = (int(draws.integers(0, extent - side + 1)) for extent in image.size)
-        square = image.crop((left, upper, left + side, upper + side)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        square = image.crop((left, upper, left + side, upper + side)).resize(
+            (SIDE, SIDE), Image.Resampling.BILINEAR
+        )
         if draws.random() < 0.5:
             square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         square = ImageEnhance.Contrast(square).enhance(float(draws.uniform(0.7, 1.3)))
         shift = float(draws.uniform(-25, 25))
-        square = square.point(lambda value, shift=shift: max(0, min(255, value + shift)))
+        levels = [max(0, min(255, round(value + shift))) for value in range(256)]
+        square = square.point(levels * 3)
         pen = ImageDraw.Draw(square)
         for words, y, anchor in ((top, 6, "ma"), (bottom, SIDE - 6, "md")):
             pen.multiline_text((SIDE // 2, y), _wrapped(words.upper()), "white", font, anchor, align="center",

@@ -1,7 +1,8 @@
 """A scripted debater behind a local server of the chat-completions schema; the standard library only.
 
 It looks a picture up by the digest of the bytes it was sent and takes the words from the fence. It errs: it
-sees the wrong kind of thing in a fifth of the pictures, and its own verdict is noisy. All it says follows from
+sees the wrong kind of thing in a fifth of the pictures, and its own verdict is noisy. All it says follows
+from
 picture, words and the model's name, whose number is the seed, so no order and no concurrency changes a reply.
 
 Started by the demo as ``python -m meme_debate.stand_in_server PICTURES.json``; prints its port.

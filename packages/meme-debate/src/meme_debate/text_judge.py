@@ -41,7 +41,9 @@ def folds(labels: Sequence[int] | NDArray[Any], count: int = 5, seed: int = 0) -
     for value in np.unique(truth):
         rows = draws.permutation(np.flatnonzero(truth == value))
         if len(rows) < count:
-            raise DataError(f"class {value} has {len(rows)} members, wanted at least {count} for {count} folds")
+            raise DataError(
+                f"class {value} has {len(rows)} members, wanted at least {count} for {count} folds"
+            )
         for place, row in enumerate(rows):
             parts[place % count].append(int(row))
     return [np.array(sorted(part), np.int64) for part in parts]
@@ -89,7 +91,9 @@ class TextJudge:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         return TfidfVectorizer(
-            ngram_range=(1, self.ngrams), min_df=self.min_df if vocabulary is None else 1, vocabulary=vocabulary
+            ngram_range=(1, self.ngrams),
+            min_df=self.min_df if vocabulary is None else 1,
+            vocabulary=vocabulary,
         )
 
     def fit(self, texts: Sequence[str], labels: ArrayLike) -> Self:
@@ -121,7 +125,9 @@ class TextJudge:
         model = LogisticRegression(C=self.c, class_weight="balanced", max_iter=1000, solver="lbfgs")
         model.fit(matrix, truth)
         self._vectorizer = vectorizer
-        self.coef, self.intercept = np.asarray(model.coef_[0], np.float64), float(model.intercept_[0])
+        coef: Any = model.coef_
+        intercept: Any = model.intercept_
+        self.coef, self.intercept = np.asarray(coef[0], np.float64), float(intercept[0])
         self.calibration = Calibration()
         return self
 
@@ -180,13 +186,14 @@ class TextJudge:
         self, texts: Sequence[str], labels: ArrayLike, *, count: int = 5, seed: int = 0
     ) -> Floats:
         """Scores of each text by a judge of the same settings that learned from the other folds."""
-        truth = check_labels(labels, len(texts))
-        scores = np.zeros(len(texts))
+        rows = _texts(texts)
+        truth = check_labels(labels, len(rows))
+        scores = np.zeros(len(rows))
         for part in folds(truth, count, seed):
-            rest = np.setdiff1d(np.arange(len(texts)), part)
+            rest = np.setdiff1d(np.arange(len(rows)), part)
             other = TextJudge(self.c, min_df=self.min_df, ngrams=self.ngrams, settings=self.settings)
-            other.fit([texts[i] for i in rest], truth[rest])
-            scores[part] = other.predict_proba([texts[i] for i in part])
+            other.fit([rows[int(i)] for i in rest], truth[rest])
+            scores[part] = other.predict_proba([rows[int(i)] for i in part])
         return scores
 
     def score_memes(
@@ -253,7 +260,9 @@ class TextJudge:
             text = json.dumps(config, ensure_ascii=False, allow_nan=False)
             (place / CONFIG).write_text(text + "\n", encoding="utf-8")
             weights = {"idf": self.idf, "coef": self.coef, "intercept": np.array([self.intercept])}
-            save_tensors(place / WEIGHTS, {k: torch.tensor(v, dtype=torch.float64) for k, v in weights.items()})
+            save_tensors(
+                place / WEIGHTS, {k: torch.tensor(v, dtype=torch.float64) for k, v in weights.items()}
+            )
             (place / CALIBRATION).write_text(json.dumps(self.calibration.to_dict()), encoding="utf-8")
             (place / CARD).write_text(self.settings.card(self.kind, None), encoding="utf-8")
 

@@ -30,7 +30,7 @@ from .encoding import Encoded, collate
 from .features import Features, image_features
 from .fused import encode, gather, pad_id, picture_batch, score_memes, share_of_rank
 from .judge import Judge
-from .lengths import WINDOW, padding_share, window_batches
+from .lengths import WINDOW, window_batches
 from .meme import Debate, Meme
 from .metrics import check_labels, metrics
 
@@ -91,9 +91,10 @@ class JudgeTrainConfig(Config):
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The authors' two groups: parameters of modules named ``norm`` or ``LayerNorm``, and biases, do not decay.
+    """The authors' two groups: modules named ``norm`` or ``LayerNorm``, and biases, do not decay.
 
-    T5 calls its norms ``layer_norm``, so their weights do decay, as with the authors. Frozen parameters are in
+    T5 calls its norms ``layer_norm``, so their weights do decay, as with the authors. Frozen parameters are
+    in
     neither group.
 
     Args:
@@ -218,8 +219,7 @@ class JudgeBatches:
         lengths = {True: [len(t) for t in self.short], False: [len(t) for t in self.whole]}
         plan = self.plan()
         places = sum(max(lengths[kind][i] for i in rows) * len(rows) for rows, kind in plan)
-        full = sum((1 - padding_share(lengths[kind], [rows])) * max(lengths[kind][i] for i in rows) * len(rows)
-                   for rows, kind in plan)  # fmt: skip
+        full = sum(sum(lengths[kind][i] for i in rows) for rows, kind in plan)
         return 1 - full / places if places else 0.0
 
 
