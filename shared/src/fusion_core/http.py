@@ -167,6 +167,7 @@ class Client:
         self.max_wait = max_wait
         self.stats = Stats()
         self._hosts: dict[str, _Host] = {}
+        self._urls: dict[str, _Host] = {}
         self._random = random.SystemRandom()
         self._session: Any = None
         self._aiohttp: Any = None
@@ -255,6 +256,8 @@ class Client:
             await asyncio.sleep(pause)
 
     def _host(self, url: str) -> _Host:
+        if (known := self._urls.get(url)) is not None:
+            return known
         try:
             parts = urlsplit(url)
         except ValueError:
@@ -264,6 +267,8 @@ class Client:
         host = self._hosts.get(parts.netloc)
         if host is None:
             host = self._hosts[parts.netloc] = _Host(self.rate)
+        if len(self._urls) < 1024:
+            self._urls[url] = host
         return host
 
     async def _once(self, method: str, url: str, kw: dict[str, Any], tries: int) -> Response:
