@@ -7,7 +7,6 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from meme_debate.prompts import VERSION
 
 _KIND = "meme-debate.cache/1"
 _BUSY_SECONDS = 30.0
+_CHECKPOINT_PAGES = 16_000  # a checkpoint waits for the disk; the log is some 64 MB by then
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def cache_key(fields: Iterable[str | bytes]) -> bytes:
@@ -67,6 +68,7 @@ class ReplyCache:
         execute = self._database.execute
         execute("PRAGMA journal_mode=WAL")
         execute("PRAGMA synchronous=NORMAL")
+        execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT_PAGES}")
         execute("BEGIN IMMEDIATE")
         known = {name for (name,) in execute("SELECT name FROM sqlite_master WHERE type='table'")}
         if known and "meme_debate" not in known:
@@ -125,7 +127,7 @@ class ReplyCache:
         Raises:
             StoreError: the file is broken, locked, or the disk is full.
         """
-        text = json.dumps(asdict(reply), ensure_ascii=False)
+        text = _ENCODE({name: getattr(reply, name) for name in Reply.__slots__})
         try:
             done = self._database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", (key, call, text))
             if done.rowcount == 1:

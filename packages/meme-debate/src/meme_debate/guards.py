@@ -103,9 +103,12 @@ def echoes_order(reply: str, text: str) -> bool:
         >>> echoes_order(f"Right: {order}", order), echoes_order(f'The words "{order}" are there.', order)
         (True, False)
     """
-    spoken = " ".join(_WORD.findall(_QUOTED.sub(" ", reply).lower()))
-    for sentence in _SENTENCE.split(text):
-        words = _WORD.findall(sentence.lower())
-        if len(words) >= _ECHO_WORDS and _ORDER.search(sentence) and f" {' '.join(words)} " in f" {spoken} ":
-            return True
-    return False
+    orders = [
+        words
+        for sentence in _SENTENCE.split(text)
+        if _ORDER.search(sentence) and len(words := _WORD.findall(sentence.lower())) >= _ECHO_WORDS
+    ]
+    if not orders:
+        return False
+    spoken = f" {' '.join(_WORD.findall(_QUOTED.sub(' ', reply).lower()))} "
+    return any(f" {' '.join(words)} " in spoken for words in orders)

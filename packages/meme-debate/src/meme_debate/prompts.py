@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from meme_debate.policy import Policy
@@ -104,6 +105,7 @@ def clean(text: str) -> str:
     return found if len(found) <= CUT and piece is text else found[:CUT] + " (cut)"
 
 
+@lru_cache(maxsize=1024)
 def fence(text: str) -> str:
     """Text, cleaned, between two fence lines that it cannot contain.
 

@@ -78,6 +78,7 @@ class Session:
         self._system = prompts.system(settings.policy)
         self._digest = settings.policy.digest()
         self._stances = {side: prompts.stance(side, settings.policy) for side in ("harmful", "harmless")}
+        self._samplings: dict[tuple[int, float, int, int, bool], str] = {}
         self._waiting: dict[bytes, asyncio.Future[Reply]] = {}
 
     async def debate(self, meme: Meme) -> Debate:
@@ -237,17 +238,24 @@ class Session:
 
     def _key(self, backend: Backend, talk: _Talk, call: Call, quoted: str) -> bytes:
         meme, shown = talk.meme, talk.prompt.picture
-        sampling = {
-            "temperature": call.temperature, "seed": call.seed, "max_tokens": call.max_tokens,
-            "structured": call.schema is not None, **backend.settings(),
-        }  # fmt: skip
         return cache_key(
             (
                 "" if shown is None else shown.digest, meme.text, meme.caption, self._digest,
                 f"{call.name}:{quoted}", prompts.VERSION, backend.model,
-                json.dumps(sampling, sort_keys=True),
+                self._sampling(backend, call),
             )
         )  # fmt: skip
+
+    def _sampling(self, backend: Backend, call: Call) -> str:
+        kind = (id(backend), call.temperature, call.seed, call.max_tokens, call.schema is not None)
+        known = self._samplings.get(kind)
+        if known is None:
+            fields = {
+                "temperature": call.temperature, "seed": call.seed, "max_tokens": call.max_tokens,
+                "structured": call.schema is not None, **backend.settings(),
+            }  # fmt: skip
+            known = self._samplings[kind] = json.dumps(fields, sort_keys=True)
+        return known
 
     def _finished(self, talk: _Talk, rounds: list[dict[str, str]], votes: list[Vote]) -> Debate:
         settings, last = self._settings, rounds[-1]

@@ -65,6 +65,8 @@ class HttpBackend:
         self._client_options: dict[str, Any] = {"timeout": timeout, "retries": retries, "rate": rate}
         self._client: Client | None = None
         self._lent = False
+        self._borrower: HttpBackend | None = None
+        self._tails: dict[tuple[int, float, int, bool], bytes] = {}
 
     def for_model(self, model: str) -> HttpBackend:
         """The same server, another model, through the same connections."""
@@ -84,9 +86,8 @@ class HttpBackend:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         async with Client(concurrency, headers=headers, **self._client_options) as client:
             self._client = client
-            borrower = getattr(self, "_borrower", None)
-            if borrower is not None:
-                borrower._client = client
+            if self._borrower is not None:
+                self._borrower._client = client
             yield self
 
     async def ask(self, call: Call) -> Reply:
@@ -118,17 +119,22 @@ class HttpBackend:
         head = call.prompt.built.get(self.model)
         if head is None:
             head = call.prompt.built[self.model] = self._head(call.prompt)
+        kind = (call.max_tokens, call.temperature, call.seed, call.schema is not None)
+        tail = self._tails.get(kind)
+        if tail is None:
+            tail = self._tails[kind] = self._tail(call)
+        return b"%b%b}]}],%b" % (head, _json(call.suffix), tail)
+
+    def _tail(self, call: Call) -> bytes:
         rest: dict[str, Any] = {
-            "max_tokens": call.max_tokens,
-            "temperature": call.temperature,
-            "seed": call.seed,
-        }
+            "max_tokens": call.max_tokens, "temperature": call.temperature, "seed": call.seed,
+        }  # fmt: skip
         if call.schema is not None:
             rest["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {"name": "verdict", "strict": True, "schema": call.schema},
             }
-        return b"%b%b}]}],%b" % (head, _json(call.suffix), _json(rest | self.extra)[1:])
+        return _json(rest | self.extra)[1:]
 
     def _head(self, prompt: Prompt) -> bytes:
         image = b""
@@ -163,8 +169,11 @@ class HttpBackend:
         return BackendError(str(error))
 
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODE(value).encode()
 
 
 def read_reply(answer: Response) -> Reply:
