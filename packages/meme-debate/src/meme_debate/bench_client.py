@@ -28,7 +28,9 @@ RATE_TARGET, LATENCY_TARGET = 500.0, 0.010
 IMAGE_TOKENS, CHARACTERS = 576, 4.3
 CONCURRENCY, PICTURES = 64, 32
 _WORDS = "when you find out that the thing you praised all week is not what anybody thought it was"
-_CAPTION = "a photograph of a large thing on a wooden table in front of a window, with a person behind it in daylight"
+_CAPTION = (
+    "a photograph of a large thing on a wooden table before a window, with a person behind it in daylight"
+)
 
 
 def made_memes(folder: Path, count: int, size: int = 40_000, name: str = "m") -> list[Meme]:
@@ -282,13 +284,21 @@ def _texts(memes: Path | None, debates: Path | None) -> tuple[list[Meme], list[D
 
 
 def rows(
-    *, debates: int = 800, repeats: int = 3, memes: Path | None = None, recorded: Path | None = None
+    *,
+    debates: int = 800,
+    repeats: int = 3,
+    rate: float = 250.0,
+    seconds: float = 4.0,
+    memes: Path | None = None,
+    recorded: Path | None = None,
 ) -> list[Row]:
     """Measure the client against a stub in another process.
 
     Args:
         debates: of each timed run.
         repeats: timed runs.
+        rate: debates a second that are offered for the latency.
+        seconds: so long.
         memes: count shared prompt tokens over these memes (with ``recorded``) instead of made ones.
         recorded: ``debates.jsonl`` of them.
     """
@@ -297,7 +307,7 @@ def rows(
         folder = Path(name)
         for swap in (True, False):
             found += rate_rows(folder, url, debates=debates, repeats=repeats, size=40_000, swap=swap)
-        found.append(latency_row(folder, url))
+        found.append(latency_row(folder, url, rate=rate, seconds=seconds))
         found.append(cached_row(folder, url, debates=debates))
     found.append(encode_row())
     return found + prefix_rows(*_texts(memes, recorded))

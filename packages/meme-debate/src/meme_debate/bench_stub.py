@@ -14,8 +14,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 STATEMENT = (
-    "The picture shows a thing on a plain ground, and the words above it call it by a name that does not fit, so "
-    "that praise turns into mockery once both are read together. "
+    "The picture shows a thing on a plain ground, and the words call it by a name that does not fit, "
+    "so that praise turns into mockery once both are read together. "
 ) * 5
 _TAIL = 6_000
 
@@ -83,7 +83,7 @@ async def _serve() -> None:
 @contextmanager
 def stub_process() -> Generator[str, None, None]:
     """The server in a process of its own; gives its URL and ends it afterwards."""
-    with subprocess.Popen(
+    with subprocess.Popen(  # noqa: S603 - our own module
         [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:  # fmt: skip

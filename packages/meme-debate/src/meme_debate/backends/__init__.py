@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from fusion_core.errors import InputError
 from meme_debate.meme import mend
@@ -86,7 +86,7 @@ class FunctionBackend:
         Raises:
             InputError: it gave something else than text.
         """
-        said: object = await self.function(messages(call))
+        said = cast("object", await self.function(messages(call)))
         if not isinstance(said, str):
             raise InputError(f"the backend function gave a {type(said).__name__}, wanted text")
         return Reply(mend(said))
