@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
@@ -25,12 +25,21 @@ from .calibrate import calibrate, scale_scores
 from .debate import Debater
 from .demo_pages import calibration_figure, cards_figure, cards_page, choose_cards
 from .detect import Card, detect
-from .features import Features, image_features
+from .encoding import pixels_of
+from .features import Features
 from .fused import score_memes
 from .judge import Fusion, Judge
 from .meme import Debate, Meme
 from .metrics import metrics
-from .stand_in import HELD_OUT, StandIn, debater, make_judge, make_memes, train_tower
+from .stand_in import (
+    HELD_OUT,
+    StandIn,
+    debater,
+    make_judge,
+    make_memes,
+    read_pixels,
+    train_tower,
+)
 from .text_judge import TextJudge
 from .training import JudgeBatches, JudgeTrainConfig, decay_groups, linear_schedule
 
@@ -68,6 +77,7 @@ class Set:
 
     items: list[StandIn]
     debates: list[Debate]
+    pixels: Tensor
 
     @property
     def memes(self) -> list[Meme]:
@@ -93,14 +103,20 @@ def _memes(folder: Path, scale: Scale, seed: int) -> dict[str, list[StandIn]]:
 
 
 def _debates(
-    folder: Path, url: str, parts: dict[str, list[StandIn]], seed: int
+    folder: Path,
+    url: str,
+    parts: dict[str, list[StandIn]],
+    pixels: dict[str, Tensor],
+    seed: int,
 ) -> tuple[dict[str, Set], Any]:
     """Debates over HTTP by the real client, with a cache; and its report."""
     who = Debater(url, f"stand-in-{seed}", cache=folder / f"debates-{seed}.sqlite", swap=False)
     everything = [each.meme for part in parts.values() for each in part]
     found = who.run(everything, 32, progress=False)
     by_id = {debate.id: debate for debate in found}
-    sets = {name: Set(part, [by_id[each.meme.id] for each in part]) for name, part in parts.items()}
+    sets = {
+        name: Set(part, [by_id[each.meme.id] for each in part], pixels[name]) for name, part in parts.items()
+    }
     return sets, found.report
 
 
@@ -110,7 +126,7 @@ def fit(judge: Judge, data: Set, features: Features, scale: Scale, seed: int) ->
         steps=scale.steps, batch_size=32, lr=scale.lr, debate_dropout=0.5, max_grad_norm=1.0, seed=seed
     )
     batches = JudgeBatches(judge, data.memes, list(data.debates), config, features)
-    optimizer = torch.optim.AdamW(decay_groups(judge, config.weight_decay), lr=config.lr)
+    optimizer = torch.optim.AdamW(decay_groups(judge, config.weight_decay), lr=config.lr, fused=True)
     schedule = linear_schedule(optimizer, scale.steps, config.warmup)
     judge.train()
     for batch in _endless(batches, scale.steps):
@@ -122,7 +138,7 @@ def fit(judge: Judge, data: Set, features: Features, scale: Scale, seed: int) ->
     judge.eval()
 
 
-def _endless(batches: JudgeBatches, steps: int) -> Iterator[dict[str, torch.Tensor]]:
+def _endless(batches: JudgeBatches, steps: int) -> Iterator[dict[str, Tensor]]:
     epoch = 0
     while steps > 0:
         batches.set_epoch(epoch)
@@ -160,16 +176,23 @@ def _light(sets: dict[str, Set], *, debate: bool) -> tuple[TextJudge, dict[str, 
     return judge, {name: judge.predict_proba(texts(part)) for name, part in sets.items() if name != "train"}
 
 
+@torch.no_grad()
+def _states(judge: Judge, part: Set) -> Features:
+    """The tower's states of a part's pictures, and of the gray one where a picture is withheld."""
+    gray = pixels_of(None, part.pixels.shape[-1])[None]
+    pictures = torch.cat([part.pixels, gray])
+    states = [judge.image_states(rows) for rows in pictures.split(256)]
+    place = np.array([len(part.items) if each.hidden else i for i, each in enumerate(part.items)], np.int64)
+    return Features(torch.cat(states).numpy(), place)
+
+
 def _one_seed(sets: dict[str, Set], scale: Scale, seed: int) -> tuple[dict[str, dict[str, Floats]], Judge]:
     """Scores of every judge on every part, by the row's name; and the layer-wise judge."""
     train = sets["train"]
     texts = [judge_text(meme, said) for meme, said in zip(train.memes, train.debates, strict=True)]
     first = make_judge(texts, "layerwise", seed)
-    train_tower(first, train.items, seed=seed)
-    features = {
-        name: image_features(first, [meme.image for meme in part.memes], batch_size=256)
-        for name, part in sets.items()
-    }
+    train_tower(first, train.items, train.pixels, seed=seed)
+    features = {name: _states(first, part) for name, part in sets.items()}
     rows: dict[str, dict[str, Floats]] = {}
     rows[words.TEXT_ONLY] = _light(sets, debate=False)[1]
     rows[words.PICTURE_ONLY] = _picture_only(features, sets)
@@ -229,17 +252,20 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         made: dict[int, dict[str, list[StandIn]]] = {}
+        pixels: dict[int, dict[str, Tensor]] = {}
         for each in seeds:
-            made[each] = (
-                _memes(folder, scale, each) if scale.new_memes or each == seeds[0] else made[seeds[0]]
-            )
+            if scale.new_memes or each == seeds[0]:
+                made[each] = _memes(folder, scale, each)
+                pixels[each] = {name: read_pixels(part) for name, part in made[each].items()}
+            else:
+                made[each], pixels[each] = made[seeds[0]], pixels[seeds[0]]
         known = [item for each in seeds for part in made[each].values() for item in part]
         sets: dict[int, dict[str, Set]] = {}
         with debater(known, folder) as url:
             for each in seeds:
-                sets[each], report = _debates(folder, url, made[each], each)
+                sets[each], report = _debates(folder, url, made[each], pixels[each], each)
                 reports.append(report)
-            again = _debates(folder, url, made[seeds[0]], seeds[0])[1]
+            again = _debates(folder, url, made[seeds[0]], pixels[seeds[0]], seeds[0])[1]
         first: tuple[Judge, Set, Floats] | None = None
         abstained: list[float] = []
         for each in seeds:

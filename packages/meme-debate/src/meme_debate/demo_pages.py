@@ -58,7 +58,7 @@ def calibration_figure(
         axes[1].axvspan(*calibration.band, color="#b07d00", alpha=0.25, label="left to a person")
     axes[1].axvline(calibration.threshold, color="black", linewidth=1)
     axes[1].set(xlabel="calibrated score", ylabel="memes", title=f"T = {calibration.temperature:.2f}")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="upper center")
     figure.savefig(out / "calibration.png", dpi=110)
     return Figure(
         "calibration.png",

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusion_core.errors import FusionError, MissingExtraError
 from fusion_core.images import read_image
 from fusion_core.seeding import generator, rng
 
-from .encoding import pixels_of
+from .encoding import stack_pixels
 from .judge import Fusion, Judge
 from .meme import Meme
 from .settings import JudgeSettings
@@ -214,12 +214,20 @@ def make_judge(texts: Sequence[str], fusion: Fusion, seed: int) -> Judge:
     return judge
 
 
-def train_tower(judge: Judge, memes: Sequence[StandIn], *, seed: int = 0, steps: int = TOWER_STEPS) -> float:
+def read_pixels(memes: Sequence[StandIn]) -> Tensor:
+    """The pictures (N, 3, S, S) as the stand-in judges' tower takes them, none withheld."""
+    return stack_pixels([each.meme.image for each in memes], int(VISION["image_size"]))
+
+
+def train_tower(
+    judge: Judge, memes: Sequence[StandIn], pixels: Tensor, *, seed: int = 0, steps: int = TOWER_STEPS
+) -> float:
     """Let the tower learn to name its photograph, which stands for CLIP's pretraining; it sees no label.
 
     Args:
         judge: its tower is trained in place, then frozen.
         memes: whose pictures are shown.
+        pixels: (N, 3, S, S) of :func:`read_pixels`.
         seed: of weights and order.
         steps: of 64 pictures.
 
@@ -227,14 +235,12 @@ def train_tower(judge: Judge, memes: Sequence[StandIn], *, seed: int = 0, steps:
         The share of the last steps' pictures that it named.
     """
     names = sorted({each.thing for each in memes})
-    size, normalize = int(judge.vision_config.image_size), judge.settings.normalize
-    pixels = torch.stack([pixels_of(each.meme.image, size, normalize) for each in memes])
     target = torch.tensor([names.index(each.thing) for each in memes])
     tower, right = judge.image_transformer, 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "tower").initial_seed())
         head = nn.Linear(int(judge.vision_config.hidden_size), len(names))
-        optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3)
+        optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3, fused=True)
         draws = rng(seed, "tower order")
         for _ in range(steps):
             rows = torch.from_numpy(draws.integers(0, len(memes), 64))
