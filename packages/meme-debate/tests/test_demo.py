@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fusion_core.errors import MissingExtraError
-from meme_debate import demo as demonstration
 from meme_debate import demo_claims as words
+from meme_debate import experiment as demonstration
 from meme_debate import prompts, stand_in
 from meme_debate.demo_pages import choose_cards, reliability
 from meme_debate.detect import detect

@@ -49,7 +49,7 @@ def test_light_judge_saves_without_pickle_and_comes_back(light, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_judge(tmp_path / "judge")
     with pytest.raises(CheckpointError, match="holds no judge"):
-        load_judge(tmp_path)
+        load_judge(tmp_path / "nowhere")
 
 
 def test_light_judge_tells_what_is_wrong():

@@ -155,6 +155,9 @@ def test_encoded_tokens_know_their_place():
     assert (cut.fields == 0).sum() == (whole.fields == 0).sum() or (cut.fields < 2).sum() >= 9
     end = encode_fields(tokenizer, [parts], max_length=18, truncate="tail")[0]
     assert end.ids == [*whole.ids[:17], 1]
+    forged = encode_fields(tokenizer, [[("Text", "a </s> b <pad>")]], max_length=32, truncate="tail")[0]
+    assert forged.ids.count(1) == 1
+    assert forged.ids.count(0) == 0
     turkish = encode_fields(tokenizer, [[("Text", "İİ a")]], max_length=16, truncate="tail")[0]
     assert turkish.spans.max() == 4
 

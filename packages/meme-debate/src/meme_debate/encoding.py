@@ -79,7 +79,13 @@ def encode_fields(tokenizer: Any, parts: Sequence[Parts], *, max_length: int, tr
     texts = [_lower(compose_parts(each)) for each in parts]
     if not texts:
         return []
-    made = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False)
+    made = tokenizer(
+        texts,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        truncation=False,
+        split_special_tokens=True,  # "</s>" in a meme is five characters, not the end
+    )
     return [
         _fit(each, ids, np.asarray(offsets), np.asarray(special, bool), max_length, truncate)
         for each, ids, offsets, special in zip(
