@@ -28,12 +28,11 @@ def cache_key(fields: Iterable[str | bytes]) -> bytes:
         >>> cache_key(["ab", "c"]) == cache_key(["a", "bc"])
         False
     """
-    sha = hashlib.sha256()
+    parts: list[bytes] = []
     for field in fields:
         data = field.encode() if isinstance(field, str) else field
-        sha.update(len(data).to_bytes(8, "little"))
-        sha.update(data)
-    return sha.digest()
+        parts += (len(data).to_bytes(8, "little"), data)
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 class ReplyCache:

@@ -42,6 +42,8 @@ def strip_thinking(text: str) -> str:
         >>> strip_thinking("<think>hm</think>The picture shows a cup.")
         'The picture shows a cup.'
     """
+    if "<" not in text:
+        return text.strip()
     found = _THINKING.sub("", text)
     if "</think" in found.lower():  # some templates put the opening tag into the prompt
         found = _CLOSED.sub("", found)
@@ -59,7 +61,14 @@ def is_refusal(text: str) -> bool:
     """
     if not text.strip():
         return True
-    return len(text.split()) < _REFUSAL_WORDS and _REFUSAL.match(text.strip()[:_REFUSAL_HEAD]) is not None
+    return _REFUSAL.match(text.strip()[:_REFUSAL_HEAD]) is not None and len(text.split()) < _REFUSAL_WORDS
+
+
+def _may_name(text: str, policy: Policy) -> bool:
+    low = text.lower()
+    return "reasoned" in low or any(
+        word.split()[0].lower() in low for word in (policy.positive, policy.negative)
+    )
 
 
 @lru_cache(maxsize=64)
@@ -76,7 +85,7 @@ def names_label(text: str, policy: Policy) -> bool:
         >>> names_label("This is harmless fun.", Policy()), names_label("No harm is done.", Policy())
         (True, False)
     """
-    return _labels(policy.positive, policy.negative).search(text) is not None
+    return _may_name(text, policy) and _labels(policy.positive, policy.negative).search(text) is not None
 
 
 def mask_labels(text: str, policy: Policy) -> str:

@@ -6,9 +6,9 @@ import base64
 import hashlib
 import io
 import os
+import struct
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fusion_core.errors import InputError, check_range
@@ -50,14 +50,15 @@ def read_file(path: str | os.PathLike[str], name: str = "image") -> bytes:
     Raises:
         InputError: no such file, or one that is too large to be a meme.
     """
-    file = Path(path)
+    shown = str(path)
     try:
-        size = file.stat().st_size
-        if size > _LARGEST_FILE:
-            raise InputError(f"{name} {str(file)!r} has {size} bytes, more than {_LARGEST_FILE}")
-        return file.read_bytes()
+        with open(path, "rb") as file:  # noqa: PTH123 - a Path costs more than the reading
+            data = file.read(_LARGEST_FILE + 1)
     except OSError as error:
-        raise InputError(f"{name} {str(file)!r} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{name} {shown!r} cannot be read: {error.strerror or error}") from error
+    if len(data) > _LARGEST_FILE:
+        raise InputError(f"{name} {shown!r} has more than {_LARGEST_FILE} bytes")
+    return data
 
 
 def picture(source: Any, max_side: int = MAX_SIDE, name: str = "image") -> Picture:
@@ -95,12 +96,37 @@ def needs_work(source: Any, size: int = 1 << 20) -> bool:
     if hasattr(source, "getbands"):
         return True
     try:
-        return (len(source) if isinstance(source, bytes) else Path(source).stat().st_size) > size
+        return (len(source) if isinstance(source, bytes) else os.stat(source).st_size) > size  # noqa: PTH116
     except OSError:
         return False
 
 
 def _head(data: bytes, label: str) -> tuple[str, int, int]:
+    """Format, width and height; the common ones without the cost of an image library."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
+        width, height = struct.unpack_from(">II", data, 16) if len(data) >= 24 else (0, 0)
+        if width and height:
+            return "PNG", width, height
+    if data[:3] == b"\xff\xd8\xff" and (size := _jpeg_size(data)) is not None:
+        return "JPEG", *size
+    return _pillow_head(data, label)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height from the frame header of a plain JPEG; None where it is anything special."""
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in (0xC0, 0xC1, 0xC2):
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return (width, height) if width and height else None
+        if not (0xE0 <= marker <= 0xEF or marker in (0xDB, 0xC4, 0xDD, 0xFE)):
+            return None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _pillow_head(data: bytes, label: str) -> tuple[str, int, int]:
     from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
