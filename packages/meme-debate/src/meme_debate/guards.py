@@ -112,12 +112,14 @@ def echoes_order(reply: str, text: str) -> bool:
         >>> echoes_order(f"Right: {order}", order), echoes_order(f'The words "{order}" are there.', order)
         (True, False)
     """
-    orders = [
-        words
-        for sentence in _SENTENCE.split(text)
-        if _ORDER.search(sentence) and len(words := _WORD.findall(sentence.lower())) >= _ECHO_WORDS
-    ]
-    if not orders:
+    if not (orders := _orders(text)):
         return False
     spoken = f" {' '.join(_WORD.findall(_QUOTED.sub(' ', reply).lower()))} "
-    return any(f" {' '.join(words)} " in spoken for words in orders)
+    return any(f" {words} " in spoken for words in orders)
+
+
+@lru_cache(maxsize=256)
+def _orders(text: str) -> tuple[str, ...]:
+    """The words of each sentence that gives an order and is long enough not to be there by chance."""
+    found = [_WORD.findall(sentence.lower()) for sentence in _SENTENCE.split(text) if _ORDER.search(sentence)]
+    return tuple(" ".join(words) for words in found if len(words) >= _ECHO_WORDS)
