@@ -204,7 +204,7 @@ def share(rank):
 @pytest.mark.slow
 def test_two_processes_score_each_meme_once_and_the_same():
     one = score_memes(make_judge(), *make_memes(7), batch_size=1)
-    ranks = spawn(share, 2)
+    ranks = spawn(share, 2, timeout=240)
     assert sorted(ranks[0][0] + ranks[1][0]) == list(range(7))
     for _, scores in ranks:
         assert np.array_equal(scores, one)
