@@ -6,13 +6,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 
 import pytest
-from debate_stub import Stub, jpeg, memes
+from debate_stub import Stub, answer, jpeg, memes
 
-from fusion_core.testing import run_cli
+from fusion_core.errors import InputError
+from fusion_core.testing import heed_ctrl_c, run_cli
 from meme_debate import Debate, Debater, Meme, TextJudge
 from meme_debate.cli import main
 from meme_debate.meme import save_memes
@@ -117,6 +120,46 @@ def test_a_server_that_never_answers(given, monkeypatch):
     assert "failed after 2 tries, ClientConnectorError" in done.stderr
 
 
+def test_ctrl_c_and_resume(given, tmp_path):
+    started = threading.Event()
+
+    def slow(request):
+        if len(server.requests) > 6:
+            started.set()
+        time.sleep(0.05)
+        return answer(request)
+
+    code = "from meme_debate.cli import main; main()"
+    out = given.with_name("d.jsonl")
+    words = ["debate", given, "--model", "stub", "--out", out, "-q", "--concurrency", "1", "--url"]
+    with Stub(make=slow) as server:
+        command = [sys.executable, "-c", code, *map(str, words), server.v1]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c) as process:
+            assert started.wait(60)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+            assert "Traceback" not in process.stderr.read()
+        assert not out.exists()
+        before = len(server.requests)
+        assert before < 12
+        done = debate(server, given, "--json")
+        assert json.loads(done.stdout)["cached"] >= 6
+        assert len(server.requests) <= 13, "only the call that was in flight is made again"
+
+
+def test_one_run_at_a_time(given):
+    debater = None
+
+    def make(request):
+        with pytest.raises(InputError, match="this debater runs already"):
+            debater.run([Meme("z", None, "z")], progress=False)
+        return answer(request)
+
+    with Stub(make=make) as server:
+        debater = Debater(server.v1, "stub")
+        assert len(debater.run([Meme("a", None, "x")], progress=False)) == 1
+
+
 def judge():
     found = [Meme(str(i), None, f"{'giant' if i % 2 else 'tiny'} thing {i}", label=i % 2) for i in range(40)]
     debates = [
@@ -133,14 +176,15 @@ def client():
 
     with Stub() as server:
         debater = Debater(server.v1, "stub")
-        yield TestClient(create_app(Detector(judge(), debater, max_memes=3), 200_000)), server
+        with TestClient(create_app(Detector(judge(), debater, max_memes=3), 200_000)) as http:
+            yield http, server
 
 
 def test_detect_over_http(client):
     http, server = client
     image = base64.b64encode(jpeg()).decode()
     own = {"harmful": "a", "harmless": "b", "verdict": 0}
-    answer = http.post(
+    got = http.post(
         "/v1/detect",
         json={
             "memes": [
@@ -149,8 +193,8 @@ def test_detect_over_http(client):
             ]
         },
     )
-    assert answer.status_code == 200, answer.text
-    cards = answer.json()["cards"]
+    assert got.status_code == 200, got.text
+    cards = got.json()["cards"]
     assert [card["id"] for card in cards] == ["x", "y"]
     assert cards[0]["schema"] == "meme-debate.card/1"
     assert cards[0]["harmful"].startswith("The picture shows a rocket")
@@ -161,7 +205,7 @@ def test_detect_over_http(client):
     )
     assert url.status_code == 200
     metrics = http.get("/metrics").text
-    assert "meme_debate_model_calls 8" in metrics
+    assert "meme_debate_calls 8" in metrics
     assert 'http_requests_total{route="/v1/detect",status="200"} 2' in metrics
     assert http.get("/healthz").json() == {"status": "ok"}
 
@@ -176,7 +220,7 @@ def test_detect_over_http(client):
             "meme 'a': image of 3 bytes is no image",
         ),
         ({"memes": [{"id": "a", "text": " "}]}, 422, "meme 'a' has no image and no text"),
-        ({"memes": [{"id": "a", "text": "x"}] * 2}, 422, "'a' is there twice"),
+        ({"memes": [{"id": "a", "text": "x"}] * 2}, 422, "an id that is there twice"),
         ({"memes": [{"id": str(i), "text": "x"} for i in range(4)]}, 422, "4 entries, wanted at most 3"),
         ({"memes": []}, 422, "at least 1 item"),
         ({"memes": [{"text": 3}]}, 422, "valid string"),
@@ -190,9 +234,9 @@ def test_detect_over_http(client):
     ],
 )
 def test_bad_requests(body, code, told, client):
-    answer = client[0].post("/v1/detect", json=body)
-    assert answer.status_code == code
-    assert told in answer.text
+    got = client[0].post("/v1/detect", json=body)
+    assert got.status_code == code
+    assert told in got.text
 
 
 def test_debater_that_fails(monkeypatch):
@@ -202,9 +246,10 @@ def test_debater_that_fails(monkeypatch):
 
     with Stub(dict.fromkeys(range(9), 500)) as server:
         app = create_app(Detector(judge(), Debater(server.v1, "stub", retries=0)))
-        answer = TestClient(app).post("/v1/detect", json={"memes": [{"text": "x"}]})
-    assert answer.status_code == 502
-    assert "status 500" in answer.json()["detail"]
+        with TestClient(app) as http:
+            got = http.post("/v1/detect", json={"memes": [{"text": "x"}]})
+    assert got.status_code == 502
+    assert "status 500" in got.json()["detail"]
 
 
 @pytest.mark.slow
@@ -216,8 +261,8 @@ def test_serve(tmp_path):
         url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())[0]
         body = json.dumps({"memes": [{"id": "a", "text": "a giant"}]}).encode()
         request = urllib.request.Request(url + "/v1/detect", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            card = json.loads(answer.read())["cards"][0]
+        with urllib.request.urlopen(request, timeout=60) as got:
+            card = json.loads(got.read())["cards"][0]
         process.send_signal(signal.SIGTERM)
         process.wait(20)
     assert card["inputs"][0] == "text"

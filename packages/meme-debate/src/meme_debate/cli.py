@@ -194,7 +194,7 @@ def serve(
 
     options: dict[str, Any] = {"backend": {"key_variable": key_variable}}
     debater = None if url is None else _debater(url, model, policy, cache, **options)
-    detector = Detector(load_judge(judge), debater, threshold, max_memes)
+    detector = Detector(load_judge(judge), debater, threshold, max_memes, concurrency)
     run_server(create_app(detector, max_body), host, port, concurrency)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +17,7 @@ from fusion_core.serve import MAX_BODY, secure
 from meme_debate import __version__
 from meme_debate.debate import Debater
 from meme_debate.meme import MAX_PIXELS, Debate, Meme, check_shown
+from meme_debate.talking import Session
 
 MAX_MEMES = 32
 
@@ -47,13 +50,14 @@ class DetectRequest(BaseModel):
 
 
 class Detector:
-    """Judges requests, one at a time; counts them.
+    """Holds debates side by side, judges one request at a time, and counts.
 
     Args:
         judge: a :class:`TextJudge` or :class:`Judge`.
         debater: argues about memes that come without a debate; None judges them by words and picture.
         threshold: harmful from this score on; None takes the judge's own.
         max_memes: most memes of one request.
+        concurrency: debates at once.
     """
 
     def __init__(
@@ -62,38 +66,57 @@ class Detector:
         debater: Debater | None = None,
         threshold: float | None = None,
         max_memes: int = MAX_MEMES,
+        concurrency: int = 16,
     ) -> None:
         self.judge, self.debater = judge, debater
         self.threshold = None if threshold is None else check_range("threshold", threshold, 0.0, 1.0)
         self.max_memes = int(check_range("max_memes", max_memes, 1, 1 << 20))
         self.decisions: dict[str, int] = {"harmful": 0, "harmless": 0, "abstain": 0}
-        self.calls = 0
+        self.concurrency = concurrency
+        self._session: Session | None = None
         self._lock = threading.Lock()
 
-    def detect(self, memes: Sequence[MemeIn]) -> list[dict[str, Any]]:
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[None, None]:
+        """Keep the debater's connections and cache open for all requests."""
+        if self.debater is None:
+            yield
+            return
+        async with self.debater.open(self.concurrency) as session:
+            self._session = session
+            try:
+                yield
+            finally:
+                self._session = None
+
+    async def detect(self, memes: Sequence[MemeIn]) -> list[dict[str, Any]]:
         """The cards of some memes, in their order.
 
         Raises:
             InputError: too many memes, a picture that is none, an id that occurs twice.
             BackendError: the debater's server gave no answer.
         """
-        from meme_debate import detect
-
         if len(memes) > self.max_memes:
             raise InputError(f"memes holds {len(memes)} entries, wanted at most {self.max_memes}")
-        wanted = [read_meme(meme) for meme in memes]
+        if len({meme.id for meme in memes}) < len(memes):
+            raise InputError("memes holds an id that is there twice; ids have to differ")
+        wanted = await asyncio.to_thread(lambda: [read_meme(meme) for meme in memes])
+        both = list(zip(wanted, memes, strict=True))
         debates = [
             Debate(meme.id, given.debate.harmful, given.debate.harmless, given.debate.verdict)
-            for meme, given in zip(wanted, memes, strict=True)
+            for meme, given in both
             if given.debate is not None
         ]
-        open_ones = [meme for meme, given in zip(wanted, memes, strict=True) if given.debate is None]
-        if self.debater is not None and open_ones:
-            held = self.debater.run(open_ones, progress=False)
-            debates += held
-            self.calls += held.report.calls - held.report.cached
+        if self._session is not None:
+            hold = self._session.debate
+            debates += await asyncio.gather(*(hold(meme) for meme, given in both if given.debate is None))
+        return await asyncio.to_thread(self._judge, wanted, debates)
+
+    def _judge(self, memes: list[Meme], debates: list[Debate]) -> list[dict[str, Any]]:
+        from meme_debate import detect
+
         with self._lock:
-            cards = [card.to_dict() for card in detect(wanted, debates, self.judge, threshold=self.threshold)]
+            cards = [card.to_dict() for card in detect(memes, debates, self.judge, threshold=self.threshold)]
             for card in cards:
                 self.decisions[card["decision"]] += 1
         return cards
@@ -101,7 +124,10 @@ class Detector:
     def gauges(self) -> dict[str, float]:
         """Numbers of ``/metrics``."""
         found = {f"meme_debate_decisions_{name}": float(count) for name, count in self.decisions.items()}
-        return {**found, "meme_debate_model_calls": float(self.calls)}
+        if self._session is not None:
+            counts = self._session.counts
+            found |= {"meme_debate_calls": counts.calls, "meme_debate_calls_cached": counts.cached}
+        return found
 
 
 def read_meme(given: MemeIn) -> Meme:
@@ -145,12 +171,20 @@ def create_app(detector: Detector, max_body: int = MAX_BODY) -> Any:
         MissingExtraError: FastAPI is not installed.
     """
     fastapi: Any = require_extra("fastapi", "serve", "meme-debate")
-    app = fastapi.FastAPI(title="meme-debate", version=__version__, docs_url=None, redoc_url=None)
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncGenerator[None, None]:
+        async with detector.open():
+            yield
+
+    app = fastapi.FastAPI(
+        title="meme-debate", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+    )
 
     @app.post("/v1/detect")
-    def answer(request: DetectRequest) -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
+    async def answer(request: DetectRequest) -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         try:
-            return {"cards": detector.detect(request.memes)}
+            return {"cards": await detector.detect(request.memes)}
         except InputError as error:
             raise fastapi.HTTPException(422, " ".join(str(error).split())) from error
         except FusionError as error:

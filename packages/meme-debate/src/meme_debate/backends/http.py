@@ -64,7 +64,7 @@ class HttpBackend:
         self.extra = dict(extra or {})
         self._client_options: dict[str, Any] = {"timeout": timeout, "retries": retries, "rate": rate}
         self._client: Client | None = None
-        self._lent = False
+        self._open = self._lent = False
         self._borrower: HttpBackend | None = None
         self._tails: dict[tuple[int, float, int, bool], bytes] = {}
 
@@ -84,11 +84,16 @@ class HttpBackend:
             return
         key = os.environ.get(self.key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if self._open:
+            raise InputError("this debater runs already; make another one for a second run at the same time")
         async with Client(concurrency, headers=headers, **self._client_options) as client:
-            self._client = client
+            self._client, self._open = client, True
             if self._borrower is not None:
                 self._borrower._client = client
-            yield self
+            try:
+                yield self
+            finally:
+                self._open = False
 
     async def ask(self, call: Call) -> Reply:
         """Send a call until it is answered or given up.
