@@ -74,8 +74,10 @@ class ReplyCache:
             execute("ROLLBACK")
             self._database.close()
             raise StoreError(f"{self.path} is a database of something else; name another file for the cache")
-        execute("CREATE TABLE IF NOT EXISTS meme_debate (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
-        execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, call TEXT, reply TEXT)")
+        execute("CREATE TABLE IF NOT EXISTS meme_debate (name TEXT PRIMARY KEY, value TEXT)")
+        execute(
+            "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, call TEXT, reply TEXT) WITHOUT ROWID"
+        )
         execute("INSERT OR IGNORE INTO meme_debate VALUES ('kind', ?), ('prompts', ?)", (_KIND, VERSION))
         facts = dict(execute("SELECT name, value FROM meme_debate"))
         execute("COMMIT")

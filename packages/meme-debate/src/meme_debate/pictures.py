@@ -61,6 +61,36 @@ def read_file(path: str | os.PathLike[str], name: str = "image") -> bytes:
     return data
 
 
+def read_small(path: str | os.PathLike[str], limit: int = 1 << 20) -> bytes | None:
+    """A file's bytes by as few system calls as can be; None where it is larger or cannot be read so."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError:
+        return None
+    try:
+        size = os.fstat(handle).st_size
+        data = os.read(handle, size) if size <= limit else b""
+        return data if data and len(data) == size else None
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+
+
+def as_it_is(data: bytes, max_side: int, label: str) -> Picture | None:
+    """A JPEG, PNG or WebP file that is sent as it is; None where it has to be decoded.
+
+    Raises:
+        InputError: no picture, or more than 50 million pixels.
+    """
+    kind, width, height = _head(data, label)
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{label} has {height} x {width} pixels, more than {MAX_PIXELS}")
+    if kind not in _FORMATS or max(width, height) > max_side or not _whole(kind, data):
+        return None
+    return Picture(hashlib.sha256(data).hexdigest(), _FORMATS[kind], base64.b64encode(data))
+
+
 def picture(source: Any, max_side: int = MAX_SIDE, name: str = "image") -> Picture:
     """Encode a picture; a JPEG, PNG or WebP file within ``max_side`` is sent as it is.
 
@@ -80,25 +110,14 @@ def picture(source: Any, max_side: int = MAX_SIDE, name: str = "image") -> Pictu
         return _encode_pil(source, max_side, name)
     data = source if isinstance(source, bytes) else read_file(source, name)
     label = f"{name} of {len(data)} bytes" if isinstance(source, bytes) else f"{name} {str(source)!r}"
+    if (found := as_it_is(data, max_side, label)) is not None:
+        return found
+    array = _decode(data, label)
     digest = hashlib.sha256(data).hexdigest()
     kind, width, height = _head(data, label)
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{label} has {height} x {width} pixels, more than {MAX_PIXELS}")
-    if kind in _FORMATS and max(width, height) <= max_side:
-        if not _whole(kind, data):
-            _decode(data, label)
+    if kind in _FORMATS and max(width, height) <= max_side:  # whole after all, with something behind its end
         return Picture(digest, _FORMATS[kind], base64.b64encode(data))
-    return _encoded(digest, _decode(data, label), max_side)
-
-
-def needs_work(source: Any, size: int = 1 << 20) -> bool:
-    """Whether encoding may take long enough for a thread: a PIL image, or a file of over a mebibyte."""
-    if hasattr(source, "getbands"):
-        return True
-    try:
-        return (len(source) if isinstance(source, bytes) else os.stat(source).st_size) > size  # noqa: PTH116
-    except OSError:
-        return False
+    return _encoded(digest, array, max_side)
 
 
 def _head(data: bytes, label: str) -> tuple[str, int, int]:

@@ -101,7 +101,9 @@ def clean(text: str) -> str:
     """
     # A mebibyte of text costs no more than what is kept of it: what is removed is looked for in a piece.
     piece = text if len(text) <= 16 * CUT else text[: 16 * CUT]
-    found = _BRACKET_TAG.sub(r"(\1)", piece.translate(_CLEAN))
+    found = piece.translate(_CLEAN)
+    if "[" in found:
+        found = _BRACKET_TAG.sub(r"(\1)", found)
     return found if len(found) <= CUT and piece is text else found[:CUT] + " (cut)"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from meme_debate import guards, prompts
 from meme_debate.backends import Backend, Reply
 from meme_debate.cache import ReplyCache, cache_key
 from meme_debate.meme import DEBATE_SCHEMA, Debate, Meme, check_shown, debate_of
-from meme_debate.pictures import Picture, needs_work, picture
+from meme_debate.pictures import Picture, as_it_is, picture, read_small
 from meme_debate.policy import Policy
 from meme_debate.prompts import Call, Prompt, Side
 from meme_debate.verdict import Vote, decide, first_side, other, parse_verdict
@@ -110,10 +111,12 @@ class Session:
     async def _picture(self, meme: Meme) -> Picture | None:
         if meme.image is None:
             return None
-        name = f"meme {meme.id!r}: image"
-        if needs_work(meme.image):
-            return await asyncio.to_thread(picture, meme.image, self._settings.max_side, name)
-        return picture(meme.image, self._settings.max_side, name)
+        name, source, side = f"meme {meme.id!r}: image", meme.image, self._settings.max_side
+        if isinstance(source, str | os.PathLike) and (data := read_small(source)) is not None:
+            found = as_it_is(data, side, f"{name} {str(source)!r}")
+            if found is not None:
+                return found
+        return await asyncio.to_thread(picture, source, side, name)
 
     async def _round(self, talk: _Talk, number: int, before: dict[str, str] | None) -> dict[str, str]:
         async def say(side: Side) -> str:
