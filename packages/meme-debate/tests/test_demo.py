@@ -98,7 +98,7 @@ def seed(tmp_path_factory):
     with debater([each for part in made.values() for each in part], folder) as url:
         sets, report = demonstration._debates(folder, url, made, pixels, 0)
         again = demonstration._debates(folder, url, made, pixels, 0)[1]
-    rows, judge = demonstration._one_seed(sets, scale, 0)
+    rows, judge = demonstration.run_seeds({0: sets}, scale)[0]
     return sets, report, again, rows, judge
 
 

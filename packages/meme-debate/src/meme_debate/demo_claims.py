@@ -29,6 +29,12 @@ def with_debate(fusion: str) -> str:
     return f"debate + picture, {_NAMES[fusion]}"
 
 
+def order(fusions: Sequence[str]) -> list[str]:
+    """The rows as the table has them."""
+    alone = [without_debate(fusion) for fusion in fusions]
+    return [TEXT_ONLY, PICTURE_ONLY, VERDICT, *alone, LIGHT, *(with_debate(fusion) for fusion in fusions)]
+
+
 def _values(table: Comparison, metric: str) -> dict[str, dict[str, Any]]:
     return {row["method"]: row for row in table.rows() if row["metric"] == metric}
 

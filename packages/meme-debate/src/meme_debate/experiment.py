@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo
+from fusion_core.device import threads
 from fusion_core.errors import require_extra
 from fusion_core.report import Figure, Page
-from fusion_core.seeding import generator
 
 from . import demo_claims as words
 from .ablations import judge_text
@@ -65,6 +66,7 @@ SCALES = {
 }
 ACCURACY = "accuracy"
 UNSEEN = "unseen photographs"
+WORKERS = 2
 
 
 @dataclass
@@ -163,13 +165,13 @@ def _picture_only(features: dict[str, Features], sets: dict[str, Set]) -> dict[s
     return {name: model.predict_proba(rows(name))[:, 1] for name in sets if name != "train"}
 
 
-def _light(sets: dict[str, Set], *, debate: bool) -> tuple[TextJudge, dict[str, Floats]]:
+def _light(sets: dict[str, Set], *, debate: bool) -> dict[str, Floats]:
     def texts(part: Set) -> list[str]:
         pairs = zip(part.memes, part.debates, strict=True)
         return [judge_text(meme, said if debate else None) for meme, said in pairs]
 
     judge = TextJudge(min_df=2).fit(texts(sets["train"]), sets["train"].labels)
-    return judge, {name: judge.predict_proba(texts(part)) for name, part in sets.items() if name != "train"}
+    return {name: judge.predict_proba(texts(part)) for name, part in sets.items() if name != "train"}
 
 
 @torch.no_grad()
@@ -182,47 +184,80 @@ def _states(judge: Judge, part: Set) -> Features:
     return Features(torch.cat(states).numpy(), place)
 
 
-def _one_seed(sets: dict[str, Set], scale: Scale, seed: int) -> tuple[dict[str, dict[str, Floats]], Judge]:
-    """Scores of every judge on every part, by the row's name; and the layer-wise judge."""
+@dataclass
+class Prepared:
+    """One seed's judges before their training, with the trained tower, and the states of all pictures."""
+
+    sets: dict[str, Set]
+    judges: dict[Fusion, Judge]
+    features: dict[str, Features]
+
+
+def _prepare(sets: dict[str, Set], scale: Scale, seed: int) -> Prepared:
     train = sets["train"]
     texts = [judge_text(meme, said) for meme, said in zip(train.memes, train.debates, strict=True)]
-    first = make_judge(texts, "layerwise", seed)
+    judges = {fusion: make_judge(texts, fusion, seed) for fusion in scale.fusions}
+    first = judges["layerwise"]
     train_tower(first, train.items, train.pixels, seed=seed)
-    features = {name: _states(first, part) for name, part in sets.items()}
-    rows: dict[str, dict[str, Floats]] = {}
-    rows[words.TEXT_ONLY] = _light(sets, debate=False)[1]
-    rows[words.PICTURE_ONLY] = _picture_only(features, sets)
-    rows[words.VERDICT] = {
-        name: np.array([0.5 if d.verdict is None else d.verdict for d in part.debates], np.float64)
-        for name, part in sets.items()
-        if name != "train"
-    }
-    fused: dict[str, dict[str, Floats]] = {}
-    kept = first
-    for fusion in scale.fusions:
-        judge = make_judge(texts, fusion, seed)
+    for judge in judges.values():
         judge.image_transformer.load_state_dict(first.image_transformer.state_dict())
         judge.image_transformer.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(seed, "training").initial_seed())
-            fit(judge, train, features["train"], scale, seed)
-        for name, part in sets.items():
-            if name == "train":
-                continue
-            for debates, row in (
-                ([None] * len(part.items), words.without_debate(fusion)),
-                (list(part.debates), words.with_debate(fusion)),
-            ):
-                fused.setdefault(row, {})[name] = score_memes(
-                    judge, part.memes, debates, features=features[name], batch_size=128
-                )
-        kept = judge
-    for fusion in scale.fusions:
-        rows[words.without_debate(fusion)] = fused[words.without_debate(fusion)]
-    rows[words.LIGHT] = _light(sets, debate=True)[1]
-    for fusion in scale.fusions:
-        rows[words.with_debate(fusion)] = fused[words.with_debate(fusion)]
-    return rows, kept
+    return Prepared(sets, judges, {name: _states(first, part) for name, part in sets.items()})
+
+
+def _fused(made: Prepared, scale: Scale, seed: int, fusion: Fusion) -> dict[str, dict[str, Floats]]:
+    """Train one judge; its scores with and without debate."""
+    judge, sets = made.judges[fusion], made.sets
+    fit(judge, sets["train"], made.features["train"], scale, seed)
+    found: dict[str, dict[str, Floats]] = {}
+    for name, part in sets.items():
+        if name == "train":
+            continue
+        nothing: list[Debate | None] = [None] * len(part.items)
+        for said, row in (
+            (nothing, words.without_debate(fusion)),
+            (list(part.debates), words.with_debate(fusion)),
+        ):
+            found.setdefault(row, {})[name] = score_memes(
+                judge, part.memes, said, features=made.features[name], batch_size=128
+            )
+    return found
+
+
+def _others(made: Prepared) -> dict[str, dict[str, Floats]]:
+    """Scores of the judges that need no network."""
+    return {
+        words.TEXT_ONLY: _light(made.sets, debate=False),
+        words.PICTURE_ONLY: _picture_only(made.features, made.sets),
+        words.VERDICT: {
+            name: np.array([0.5 if d.verdict is None else d.verdict for d in part.debates], np.float64)
+            for name, part in made.sets.items()
+            if name != "train"
+        },
+        words.LIGHT: _light(made.sets, debate=True),
+    }
+
+
+@threads()
+def run_seeds(
+    sets: Mapping[int, dict[str, Set]], scale: Scale
+) -> dict[int, tuple[dict[str, dict[str, Floats]], Judge]]:
+    """Scores of every judge on every part by the row's name, and the layer-wise judge, for each seed.
+
+    Torch runs on one thread; seeds and fusions are shared by two, which tiny networks use better.
+    """
+    seeds = list(sets)
+    jobs = [(seed, fusion) for seed in seeds for fusion in scale.fusions]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        made = dict(zip(seeds, pool.map(lambda seed: _prepare(sets[seed], scale, seed), seeds), strict=True))
+        found = list(pool.map(lambda job: _fused(made[job[0]], scale, *job), jobs))
+    scores: dict[int, dict[str, dict[str, Floats]]] = {seed: _others(made[seed]) for seed in seeds}
+    for (seed, _), rows in zip(jobs, found, strict=True):
+        scores[seed] |= rows
+    order = words.order(scale.fusions)
+    return {
+        seed: ({name: scores[seed][name] for name in order}, made[seed].judges["layerwise"]) for seed in seeds
+    }
 
 
 def experiment(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
@@ -264,8 +299,7 @@ def experiment(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
             again = _debates(folder, url, made[seeds[0]], pixels[seeds[0]], seeds[0])[1]
         first: tuple[Judge, Set, Floats] | None = None
         abstained: list[float] = []
-        for each in seeds:
-            rows, judge = _one_seed(sets[each], scale, each)
+        for each, (rows, judge) in run_seeds(sets, scale).items():
             _add(table, rows, sets[each], each)
             scores = rows[words.with_debate("layerwise")]
             if first is None:

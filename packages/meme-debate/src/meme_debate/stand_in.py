@@ -7,6 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -56,6 +57,7 @@ CLOSERS = {
 TAILS = ("", "no doubt", "every single day", "ask anyone", "true story", "as always")
 SIDE, HIDDEN = 224, 0.4
 TOWER_STEPS = 100
+_DRAWING = threading.Lock()  # weights are drawn from the global generator, one network at a time
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def make_judge(texts: Sequence[str], fusion: Fusion, seed: int) -> Judge:
         seed: of the weights; the same weights for every fusion.
     """
     tokenizer = word_tokenizer(texts)
-    with torch.random.fork_rng(devices=[]):
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "judge").initial_seed())
         settings = JudgeSettings(max_length=128, name=f"stand-in judge {seed}")
         judge = Judge({**TEXT, "vocab_size": len(tokenizer)}, VISION, fusion, settings)
@@ -237,18 +239,18 @@ def train_tower(
     names = sorted({each.thing for each in memes})
     target = torch.tensor([names.index(each.thing) for each in memes])
     tower, right = judge.image_transformer, 0.0
-    with torch.random.fork_rng(devices=[]):
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "tower").initial_seed())
         head = nn.Linear(int(judge.vision_config.hidden_size), len(names))
-        optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3, fused=True)
-        draws = rng(seed, "tower order")
-        for _ in range(steps):
-            rows = torch.from_numpy(draws.integers(0, len(memes), 64))
-            logits = head(tower(pixel_values=pixels[rows]).last_hidden_state[:, 0])
-            loss = nn.functional.cross_entropy(logits, target[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            right = 0.9 * right + 0.1 * float((logits.argmax(1) == target[rows]).float().mean())
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3, fused=True)
+    draws = rng(seed, "tower order")
+    for _ in range(steps):
+        rows = torch.from_numpy(draws.integers(0, len(memes), 64))
+        logits = head(tower(pixel_values=pixels[rows]).last_hidden_state[:, 0])
+        loss = nn.functional.cross_entropy(logits, target[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        right = 0.9 * right + 0.1 * float((logits.argmax(1) == target[rows]).float().mean())
     tower.requires_grad_(False)
     return right
