@@ -116,9 +116,7 @@ def cards_figure(out: Path, chosen: Mapping[str, Card], items: Mapping[str, Stan
         hidden = " (withheld from the judge)" if item.hidden else ""
         truth = NAMES[int(item.meme.label or 0)]
         axis.set_title(f"{name}\nscore {card.score:.2f}: {_decision(card)}\ntruth: {truth}", fontsize=9)
-        axis.set_xlabel(
-            "\n".join(_lines(card.explanation or "(no single reason)")) + f"\n{hidden}", fontsize=8
-        )
+        axis.set_xlabel("\n".join(_lines(card.explanation or _no_reason(card))) + f"\n{hidden}", fontsize=8)
     figure.savefig(out / "cards.png", dpi=110)
     return Figure(
         "cards.png",
@@ -129,6 +127,11 @@ def cards_figure(out: Path, chosen: Mapping[str, Card], items: Mapping[str, Stan
 
 def _decision(card: Card) -> str:
     return {"harmful": NAMES[1], "harmless": NAMES[0], "abstain": "a person decides"}[card.decision]
+
+
+def _no_reason(card: Card) -> str:
+    refused = card.decision != "abstain" and f"refused_{card.decision}" in card.flags
+    return "(this side's case was refused)" if refused else "(both cases are on the card)"
 
 
 def _lines(text: str, width: int = 38) -> list[str]:
