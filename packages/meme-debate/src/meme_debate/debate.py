@@ -146,6 +146,7 @@ class Debater:
             seed,
             max_side,
         )
+        self._given = backend
         self.backend = make_backend(backend, model, options)
         self.verdict_backend = self._for_verdict(verdict_model, model, options)
         self.cache = cache
@@ -154,8 +155,10 @@ class Debater:
     def _for_verdict(self, wanted: str | None, model: str, options: dict[str, Any]) -> Any:
         if wanted is None:
             return self.backend
-        if wanted.partition(":")[0] in ("http", "https", "transformers"):
-            return make_backend(wanted, model, options)
+        kind = wanted.partition(":")[0]
+        if kind in ("http", "https", "transformers"):
+            served = [name.startswith(("http://", "https://")) for name in (wanted, str(self._given))]
+            return make_backend(wanted, model, options if served[0] == served[1] else {})
         for_model = getattr(self.backend, "for_model", None)
         if for_model is None:
             raise InputError(
