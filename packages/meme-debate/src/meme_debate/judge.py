@@ -92,6 +92,7 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         ConfigError: another fusion, or settings that do not exist.
 
     Example:
+        >>> import torch
         >>> text = dict(vocab_size=50, d_model=8, d_kv=4, num_heads=2, d_ff=16, num_layers=1)
         >>> vision = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         ...               image_size=8, patch_size=4)

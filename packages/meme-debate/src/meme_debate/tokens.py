@@ -30,7 +30,7 @@ def word_tokenizer(texts: Iterable[str], *, min_count: int = 1, max_words: int =
 
     Example:
         >>> word_tokenizer(["a cat, a dog"])("A cat!")["input_ids"]
-        [3, 4, 2, 1]
+        [3, 5, 2, 1]
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
