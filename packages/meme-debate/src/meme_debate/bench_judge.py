@@ -25,7 +25,7 @@ from .training import JudgeBatches, JudgeTrainConfig, decay_groups
 
 __all__ = ["rows"]
 
-MEMES, BATCH, LENGTH = 128, 8, 512
+MEMES, BATCH, LENGTH = 64, 8, 512
 WORDS = 4000
 TEXT = {"d_model": 96, "d_kv": 24, "num_heads": 4, "d_ff": 192, "num_layers": 2, "num_decoder_layers": 2,
         "dropout_rate": 0.1}  # fmt: skip
@@ -116,14 +116,13 @@ def _fact(name: str, value: float, target: str, note: str) -> Row:
                threads=torch.get_num_threads())  # fmt: skip
 
 
-def _training(repeats: int) -> list[Row]:
+def _training(repeats: int) -> Iterator[Row]:
     memes, debates = made_debates(MEMES)
     judge = _judge(memes, debates)
     forwards: list[int] = []
     judge.image_transformer.register_forward_hook(lambda *_: forwards.append(1))
     features: Features = image_features(judge, [meme.image for meme in memes])
     first = len(forwards)
-    found: list[Row] = []
     share = 0.0
     against = f"pad to {LENGTH}, tower in every step"
     for dropout, target in ((0.0, ">= 1.5"), (0.5, ">= 2.5")):
@@ -132,29 +131,25 @@ def _training(repeats: int) -> list[Row]:
         before = len(forwards)
         run.ours()
         first += len(forwards) - before
-        found.append(
-            paired(
-                f"judge training, tiny model, debate_dropout={dropout:g}",
-                run.ours,
-                run.authors,
-                repeats=repeats,
-                warmup=1,
-                target=target,
-                dtype="float32",
-                against=against,
-                note=f"{MEMES} memes of about 412 tokens (66 without debate), batches of {BATCH}",
-            )
+        yield paired(
+            f"judge training, tiny model, debate_dropout={dropout:g}",
+            run.ours,
+            run.authors,
+            repeats=repeats,
+            warmup=1,
+            target=target,
+            dtype="float32",
+            against=against,
+            note=f"{MEMES} memes of about 412 tokens (66 without debate), batches of {BATCH}",
         )
         if dropout == 0:
             big = JudgeTrainConfig(batch_size=32, debate_dropout=0.0)
             share = JudgeBatches(judge, *made_debates(1024, 1), big, features).padding_share()
     extra = first - -(-MEMES // 32)
     note = "of 1024 memes, windows of 8 batches of 32"
-    found.append(_fact("padding share of a training epoch", share, "<= 0.05", note))
-    found.append(
-        _fact("vision forwards after the first pass", float(extra), "<= 0", "states of pictures are kept")
-    )
-    return found
+    yield _fact("padding share of a training epoch", share, "<= 0.05", note)
+    kept = "states of pictures are kept"
+    yield _fact("vision forwards after the first pass", float(extra), "<= 0", kept)
 
 
 def _light() -> Row:
@@ -178,10 +173,11 @@ def _light() -> Row:
     )
 
 
-def rows(repeats: int = 5) -> list[Row]:
+def rows(repeats: int = 5) -> Iterator[Row]:
     """All rows about judges, on the CPU.
 
     Args:
         repeats: pairs that are timed of each comparison.
     """
-    return [*_training(repeats), _light()]
+    yield from _training(repeats)
+    yield _light()
