@@ -1,0 +1,95 @@
+"""What a judge reads of a meme and its debate, whole or with parts left out as in the paper's ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from fusion_core.errors import ConfigError, DataError
+
+from .compose import First, compose_parts, order
+from .meme import Debate, Meme, pair
+
+__all__ = ["ABLATIONS", "Ablation", "fields_of", "judge_text", "labels_of", "paired"]
+
+Ablation = Literal["", "w/o MD", "w/o LLMJ", "w/o SLMJ", "w/o HlD", "w/o HfD", "w/o MF", "w/o UR"]
+ABLATIONS: dict[str, str] = {
+    "w/o MD": "no debate",
+    "w/o LLMJ": "rationales in fixed order",
+    "w/o SLMJ": "the LLM's verdict is the prediction",
+    "w/o HlD": "only the harmful rationale",
+    "w/o HfD": "only the harmless rationale",
+    "w/o MF": "no cross-attention, the caption instead of the picture",
+    "w/o UR": "only the preferred rationale",
+}
+
+
+def fields_of(
+    meme: Meme,
+    debate: Debate | None,
+    *,
+    first: First = "verdict",
+    caption: bool = True,
+    ablation: str = "",
+) -> list[tuple[str, str]]:
+    """The tagged fields that a judge reads, in order.
+
+    A debate with both sides empty (both refused) counts as no debate.
+
+    Args:
+        meme: text and caption.
+        debate: both rationales; None = none.
+        first: see :func:`meme_debate.compose.order`.
+        caption: False leaves the caption empty.
+        ablation: a key of :data:`ABLATIONS`, or "" for all.
+
+    Raises:
+        ConfigError: another ablation.
+    """
+    if ablation and ablation not in ABLATIONS:
+        raise ConfigError(f"ablation is {ablation!r}, wanted one of {', '.join(map(repr, ABLATIONS))}")
+    parts = [("Text", meme.text), ("Caption", meme.caption if caption else "")]
+    if debate is None or ablation in ("w/o MD", "w/o SLMJ") or debate.empty:
+        return parts
+    sides: Sequence[str] = order(debate.verdict, "harmful" if ablation == "w/o LLMJ" else first)
+    if ablation == "w/o HlD":
+        sides = ["harmful"]
+    elif ablation == "w/o HfD":
+        sides = ["harmless"]
+    elif ablation == "w/o UR":
+        sides = sides[:1]
+    return parts + [(side.capitalize(), getattr(debate, side)) for side in sides]
+
+
+def judge_text(meme: Meme, debate: Debate | None, **options: object) -> str:
+    """:func:`fields_of` joined to one text; without options that of :func:`meme_debate.compose`."""
+    return compose_parts(fields_of(meme, debate, **options))  # type: ignore[arg-type]
+
+
+def paired(
+    memes: Sequence[Meme], debates: Iterable[Debate] | Mapping[str, Debate] | None
+) -> list[Debate | None]:
+    """The debate of each meme; None where it has none, or where neither side said anything.
+
+    Raises:
+        DataError: an id occurs twice, or a debate is of no meme.
+    """
+    seen: set[str] = set()
+    for meme in memes:
+        if meme.id in seen:
+            raise DataError(f"memes holds the id {meme.id!r} twice, wanted each once")
+        seen.add(meme.id)
+    listed = debates.values() if isinstance(debates, Mapping) else debates
+    return [debate for _, debate in pair(memes, listed)]
+
+
+def labels_of(memes: Sequence[Meme]) -> list[int]:
+    """The labels of memes.
+
+    Raises:
+        DataError: a meme has none; it is named.
+    """
+    missing = [meme.id for meme in memes if meme.label is None]
+    if missing:
+        raise DataError(f"{len(missing)} memes have no label, the first {missing[0]!r}; wanted 0 or 1")
+    return [int(meme.label) for meme in memes]  # type: ignore[arg-type]

@@ -1,0 +1,313 @@
+"""The client's benchmark: debates per second, latency that it adds, and prompt tokens that calls share."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_core.bench import Row, check_target
+from fusion_core.errors import InputError, require_extra
+from meme_debate import prompts
+from meme_debate.backends.http import HttpBackend
+from meme_debate.bench_stub import STATEMENT, stub_process
+from meme_debate.debate import Debater
+from meme_debate.meme import Debate, Meme, load_debates, load_memes
+from meme_debate.pictures import Picture, picture
+from meme_debate.policy import Policy
+from meme_debate.prompts import Call, Prompt
+
+RATE_TARGET, LATENCY_TARGET = 500.0, 0.010
+IMAGE_TOKENS, CHARACTERS = 576, 4.3
+CONCURRENCY, PICTURES = 64, 32
+_WORDS = "when you find out that the thing you praised all week is not what anybody thought it was"
+_CAPTION = (
+    "a photograph of a large thing on a wooden table before a window, with a person behind it in daylight"
+)
+
+
+def made_memes(folder: Path, count: int, size: int = 40_000, name: str = "m") -> list[Meme]:
+    """Memes whose pictures are JPEG files of about ``size`` bytes."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    draw = random.Random(0)  # noqa: S311 - noise, no secret
+    for number in range(PICTURES):
+        path = folder / f"{size}-{number}.jpg"
+        if not path.exists():
+            side = round(math.sqrt(size / 0.26))
+            out = io.BytesIO()
+            noise = Image.frombytes("RGB", (side, side), draw.randbytes(3 * side * side))
+            noise.save(out, "JPEG", quality=25)
+            path.write_bytes(out.getvalue())
+        paths.append(path)
+    return [Meme(f"{name}{i}", paths[i % PICTURES], f"{_WORDS} {name} {i}", _CAPTION) for i in range(count)]
+
+
+async def _hold(debater: Debater, memes: Sequence[Meme]) -> float:
+    """Seconds for all debates, the opening of session and cache not counted."""
+    async with debater.open(CONCURRENCY) as session:
+        left = iter(memes)
+
+        async def work() -> None:
+            for meme in left:
+                await session.debate(meme)
+
+        start = time.perf_counter()
+        await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
+        return time.perf_counter() - start
+
+
+async def _bare(url: str, bodies: Sequence[bytes]) -> float:
+    """Seconds for the same posts by aiohttp alone, each answer read."""
+    aiohttp: Any = require_extra("aiohttp", "http", "fusion-core")
+    headers = {"Content-Type": "application/json"}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        left = iter(bodies)
+
+        async def work() -> None:
+            for body in left:
+                async with session.post(f"{url}/chat/completions", data=body, headers=headers) as answer:
+                    await answer.read()
+
+        start = time.perf_counter()
+        await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
+        return time.perf_counter() - start
+
+
+async def _offered(debater: Debater, memes: Sequence[Meme], rate: float) -> list[float]:
+    """Seconds from each debate's planned start to its end, starts being a Poisson process."""
+    draw = random.Random(1)  # noqa: S311 - arrivals, no secret
+    took: list[float] = []
+    async with debater.open(CONCURRENCY * 4) as session:
+        await session.debate(memes[0])
+        clock = asyncio.get_running_loop().time
+        at = clock() + 0.05
+
+        async def one(meme: Meme, planned: float) -> None:
+            await session.debate(meme)
+            took.append(clock() - planned)
+
+        tasks: list[asyncio.Task[None]] = []
+        for meme in memes[1:]:
+            at += draw.expovariate(rate)
+            if (wait := at - clock()) > 0:
+                await asyncio.sleep(wait)
+            tasks.append(asyncio.create_task(one(meme, at)))
+        await asyncio.gather(*tasks)
+    return sorted(took)
+
+
+def _bodies(memes: Sequence[Meme], swap: bool) -> list[bytes]:
+    backend = HttpBackend("http://127.0.0.1/v1", "stub")
+    return [
+        backend.body(call) for meme in memes for call in calls(meme, "A " + STATEMENT, STATEMENT, swap=swap)
+    ]
+
+
+def calls(
+    meme: Meme, harmful: str, harmless: str, *, swap: bool = True, policy: Policy | None = None
+) -> list[Call]:
+    """The calls of one round about a meme, as :class:`Debater` makes them."""
+    policy = policy or Policy()
+    shown = None if meme.image is None else _picture(meme.image)
+    prompt = Prompt(prompts.system(policy), shown, prompts.prefix(meme.text, meme.caption))
+    tasks = [
+        (prompts.stance("harmful", policy), 256),
+        (prompts.stance("harmless", policy), 256),
+        (prompts.verdict(harmful, harmless), 32),
+        (prompts.verdict(harmless, harmful), 32),
+    ]
+    return [Call("", prompt, suffix, tokens) for suffix, tokens in tasks[: 4 if swap else 3]]
+
+
+def _picture(image: Any) -> Picture:
+    return image if isinstance(image, Picture) else picture(image)
+
+
+def rate_rows(folder: Path, url: str, *, debates: int, repeats: int, size: int, swap: bool) -> list[Row]:
+    """Debates per second with the cache on, and calls per second against aiohttp alone, in turn."""
+    ours: list[float] = []
+    bare: list[float] = []
+    number = 4 if swap else 3
+    for turn in range(repeats + 1):
+        memes = made_memes(folder, debates, size, f"t{turn}-{size}-{number}-")
+        debater = Debater(url, "stub", cache=folder / f"{turn}-{size}-{number}.sqlite", swap=swap)
+        bodies = _bodies(memes, swap)
+        jobs = [lambda d=debater, m=memes: _hold(d, m), lambda b=bodies: _bare(url, b)]
+        took = [0.0, 0.0]
+        for which in ((0, 1), (1, 0))[turn % 2]:
+            took[which] = asyncio.run(jobs[which]())
+        if turn:  # the first turn warms up
+            ours.append(took[0])
+            bare.append(took[1])
+    label = f"{size // 1000} kB pictures, {number} calls a debate, cache on"
+    rate = debates / statistics.median(ours)
+    each = [t / debates / number for t in (statistics.median(ours), statistics.median(bare))]
+    ratios = sorted(b / a for a, b in zip(ours, bare, strict=True))
+    return [
+        Row(
+            name=f"debates/s, {label}", ratio=rate / RATE_TARGET, ours_s=1.0 / rate,
+            reference_s=1.0 / RATE_TARGET, reference="the target, 500 debates/s", repeats=repeats,
+            target=">= 1", met=check_target(rate / RATE_TARGET, ">= 1"), note=f"{rate:.0f} debates/s",
+        ),
+        Row(
+            name=f"calls/s against bare aiohttp, {label}", ratio=each[1] / each[0], ours_s=each[0],
+            reference_s=each[1], reference="aiohttp, the same bodies", ratio_low=ratios[0],
+            ratio_high=ratios[-1], repeats=repeats, target=">= 0.5",
+            met=check_target(each[1] / each[0], ">= 0.5"),
+            note=f"{1 / each[0]:.0f} of {1 / each[1]:.0f} calls/s; the interval is the range",
+        ),
+    ]  # fmt: skip
+
+
+def latency_row(folder: Path, url: str, *, rate: float = 250.0, seconds: float = 4.0) -> Row:
+    """The 99th percentile of what a debate takes beside a server that answers at once."""
+    memes = made_memes(folder, round(rate * seconds), 40_000, "l")
+    took = asyncio.run(_offered(Debater(url, "stub", cache=folder / "latency.sqlite"), memes, rate))
+    p50, p99 = took[len(took) // 2], took[math.ceil(0.99 * len(took)) - 1]
+    ratio = LATENCY_TARGET / p99
+    return Row(
+        name=f"added latency p99, {rate:.0f} debates/s offered, 4 calls", ratio=ratio, ours_s=p99,
+        reference_s=LATENCY_TARGET, reference="the target, 10 ms", target=">= 1",
+        met=check_target(ratio, ">= 1"),
+        note=f"p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms; the stub's own time counts as added",
+    )  # fmt: skip
+
+
+def cached_row(folder: Path, url: str, *, debates: int) -> Row:
+    """Debates per second where every reply is in the cache; no target."""
+    memes = made_memes(folder, debates, 40_000, "c")
+    debater = Debater(url, "stub", cache=folder / "cached.sqlite")
+    first = asyncio.run(_hold(debater, memes))
+    second = asyncio.run(_hold(debater, memes))
+    return Row(
+        name="second run, all replies cached", ratio=first / second, ours_s=second / debates,
+        reference_s=first / debates, reference="the first run", note=f"{debates / second:.0f} debates/s",
+    )  # fmt: skip
+
+
+def encode_row(*, side: int = 2000, repeats: int = 5) -> Row:
+    """A picture that is made smaller, against one that is sent as it is; no target."""
+    from PIL import Image
+
+    def data(size: int) -> bytes:
+        out = io.BytesIO()
+        Image.effect_mandelbrot((size, size), (-2, -1.5, 1, 1.5), 60).convert("RGB").save(out, "JPEG")
+        return out.getvalue()
+
+    def clock(content: bytes) -> float:
+        start = time.perf_counter()
+        picture(content)
+        return time.perf_counter() - start
+
+    large, small = data(side), data(640)
+    slow = statistics.median(clock(large) for _ in range(repeats))
+    fast = statistics.median(clock(small) for _ in range(repeats))
+    return Row(
+        name=f"picture of {side} px made smaller", ratio=fast / slow, ours_s=slow, reference_s=fast,
+        reference="one of 640 px sent as it is", repeats=repeats,
+        note="in a thread where a file has over 1 MiB; not part of the rows above",
+    )  # fmt: skip
+
+
+def _tokens(call: Call) -> list[tuple[str, float]]:
+    image = [] if call.prompt.picture is None else [(call.prompt.picture.digest, float(IMAGE_TOKENS))]
+    texts = (call.prompt.system, call.prompt.prefix, call.suffix)
+    parts = [(text, len(text) / CHARACTERS) for text in texts]
+    return [parts[0], *image, *parts[1:]]
+
+
+def shared_tokens(call: Call, first: Call) -> tuple[float, float]:
+    """Prompt tokens that a call has in common with the first from the start on, and all of its tokens.
+
+    A token is 4.3 characters of text; a picture is 576.
+    """
+    common = 0.0
+    for (ours, tokens), (theirs, _) in zip(_tokens(call), _tokens(first), strict=True):
+        if ours != theirs:
+            same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+            common += same / CHARACTERS
+            break
+        common += tokens
+    return common, sum(tokens for _, tokens in _tokens(call))
+
+
+def prefix_rows(memes: Sequence[Meme], debates: Sequence[Debate]) -> list[Row]:
+    """Shares of the prompt that a server with a prefix cache does not read again."""
+    stance: list[float] = []
+    verdict: list[float] = []
+    whole = paid = 0.0
+    for meme, debate in zip(memes, debates, strict=True):
+        first, second, *verdicts = calls(meme, debate.harmful, debate.harmless)
+        shares = [shared_tokens(call, first) for call in (second, *verdicts)]
+        stance.append(shares[0][0] / shares[0][1])
+        verdict += [common / total for common, total in shares[1:]]
+        length = shared_tokens(first, first)[1]
+        whole += length + sum(total for _, total in shares)
+        paid += length + sum(total - common for common, total in shares)
+    rows: list[Row] = []
+    for name, ratio, target in (
+        ("prompt tokens shared with the first call, second stance", statistics.mean(stance), ">= 0.9"),
+        ("prompt tokens shared with the first call, verdict", statistics.mean(verdict), ">= 0.65"),
+        ("prefill of four calls, without / with prefix cache", whole / paid, ">= 2.3"),
+    ):
+        rows.append(
+            Row(
+                name=name, ratio=ratio, reference="no sharing", target=target,
+                met=check_target(ratio, target),
+                note=f"counted over {len(memes)} memes, {IMAGE_TOKENS} image tokens, 4.3 characters a token",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _texts(memes: Path | None, debates: Path | None) -> tuple[list[Meme], list[Debate]]:
+    shown: Any = Picture("0", "image/jpeg", b"")
+    if memes is None or debates is None:
+        made = [Meme(f"m{i}", shown, f"{_WORDS} {i}", _CAPTION) for i in range(100)]
+        return made, [Debate(meme.id, STATEMENT, "Again: " + STATEMENT) for meme in made]
+    found = load_memes(memes)
+    known = {debate.id: debate for debate in load_debates(debates)}
+    pairs = [(meme, known[meme.id]) for meme in found if meme.id in known]
+    if not pairs:
+        raise InputError(f"{debates} holds no debate about a meme of {memes}")
+    return [Meme(m.id, shown, m.text, m.caption) for m, _ in pairs], [debate for _, debate in pairs]
+
+
+def rows(
+    *,
+    debates: int = 800,
+    repeats: int = 3,
+    rate: float = 250.0,
+    seconds: float = 4.0,
+    memes: Path | None = None,
+    recorded: Path | None = None,
+) -> list[Row]:
+    """Measure the client against a stub in another process.
+
+    Args:
+        debates: of each timed run.
+        repeats: timed runs.
+        rate: debates a second that are offered for the latency.
+        seconds: so long.
+        memes: count shared prompt tokens over these memes (with ``recorded``) instead of made ones.
+        recorded: ``debates.jsonl`` of them.
+    """
+    found: list[Row] = []
+    with tempfile.TemporaryDirectory() as name, stub_process() as url:
+        folder = Path(name)
+        for swap in (True, False):
+            found += rate_rows(folder, url, debates=debates, repeats=repeats, size=40_000, swap=swap)
+        found.append(latency_row(folder, url, rate=rate, seconds=seconds))
+        found.append(cached_row(folder, url, debates=debates))
+    found.append(encode_row())
+    return found + prefix_rows(*_texts(memes, recorded))

@@ -1,0 +1,138 @@
+"""The demo's stand-in memes and debater, and what one seed of it has to show."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fusion_core.errors import MissingExtraError
+from meme_debate import demo_claims as words
+from meme_debate import experiment as demonstration
+from meme_debate import prompts, stand_in
+from meme_debate.demo_pages import choose_cards, reliability
+from meme_debate.detect import detect
+from meme_debate.policy import Policy
+from meme_debate.stand_in import HELD_OUT, KNOWN, debater, make_memes, read_pixels
+from meme_debate.stand_in_server import BIG_WORDS, LARGE, REFUSAL, Script, view
+
+pytest.importorskip("skimage", reason="needs the extra demo")
+pytest.importorskip("matplotlib", reason="needs the extra demo")
+
+
+def test_the_label_is_the_pair_and_neither_half_tells_it(tmp_path):
+    made = make_memes(tmp_path, 64, seed=3)
+    cells = Counter()
+    for each in made:
+        says_large = any(word in each.meme.text for word in BIG_WORDS)
+        is_large = each.thing in LARGE
+        assert each.meme.label == int(says_large != is_large)
+        assert each.thing in KNOWN
+        cells[says_large, is_large] += 1
+    assert set(cells.values()) == {16}
+    assert 0.2 < np.mean([each.hidden for each in made]) < 0.6
+    assert all((each.judged.image is None) == each.hidden for each in made)
+    again = make_memes(tmp_path / "again", 64, seed=3)
+    assert [each.digest for each in again] == [each.digest for each in made]
+    unseen = make_memes(tmp_path, 8, split="unseen", things=HELD_OUT)
+    assert {each.thing for each in unseen} == {"moon", "coins"}
+
+
+def test_scikit_image_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(stand_in, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'pip install "meme-debate\[demo\]"'):
+        make_memes(tmp_path, 4)
+
+
+def test_the_debater_errs_as_it_says():
+    seen = [view("rocket", f"tiny thing {i}", "x", 0) for i in range(4000)]
+    right = [said.better == "harmful" for said in seen]
+    assert 0.58 < np.mean(right) < 0.72
+    named = np.mean(["rocket" in said.statements["harmful"] for said in seen])
+    assert 0.77 < named < 0.90
+    assert 0.004 < np.mean([said.refuses is not None for said in seen]) < 0.02
+    assert view("rocket", "tiny", "x", 0) == view("rocket", "tiny", "x", 0)
+    assert seen[0] != view("rocket", "tiny thing 0", "x", 1)
+    held_out = [view(thing, f"giant {i}", "x", 0) for thing in ("moon", "coins") for i in range(300)]
+    assert any("moon" in said.statements["harmful"] for said in held_out)
+
+
+def messages(task, picture=b"bytes", text="what a giant"):
+    url = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+    user = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompts.prefix(text)},
+            {"type": "text", "text": task}]  # fmt: skip
+    return {
+        "model": "stand-in-3",
+        "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": user}],
+    }
+
+
+def test_the_server_answers_the_real_prompts():
+    import hashlib
+
+    digest = hashlib.sha256(b"bytes").hexdigest()
+    script = Script({digest: "rocket"})
+    said = view("rocket", "what a giant", digest, 3)
+    for side in ("harmful", "harmless"):
+        status, document = script.answer(messages(prompts.stance(side, Policy())))
+        assert status == 200
+        text = document["choices"][0]["message"]["content"]
+        assert text == (REFUSAL if side == said.refuses else said.statements[side])
+    for a, b in (("harmful", "harmless"), ("harmless", "harmful")):
+        task = prompts.verdict(said.statements[a], said.statements[b])
+        _, document = script.answer(messages(task))
+        better = json.loads(document["choices"][0]["message"]["content"])["better"]
+        assert (a if better == "A" else b) == said.better
+
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory):
+    """One seed of the quick demo, over HTTP."""
+    folder = tmp_path_factory.mktemp("demo")
+    scale = demonstration.SCALES["quick"]
+    made = demonstration._memes(folder, scale, 0)
+    pixels = {name: read_pixels(part) for name, part in made.items()}
+    with debater([each for part in made.values() for each in part], folder) as url:
+        sets, report = demonstration._debates(folder, url, made, pixels, 0)
+        again = demonstration._debates(folder, url, made, pixels, 0)[1]
+    rows, judge = demonstration.run_seeds({0: sets}, scale)[0]
+    return sets, report, again, rows, judge
+
+
+@pytest.mark.slow
+def test_one_seed_shows_what_the_demo_claims(seed, tmp_path):
+    sets, report, again, rows, judge = seed
+    assert report.calls == report.memes * 3  # a refused side is asked twice, and then there is no verdict
+    assert report.transport["retries"] > 0
+    assert again.cached == again.calls == report.calls
+    labels = sets["test"].labels
+    accuracy = {name: demonstration._accuracy(scores["test"], labels) for name, scores in rows.items()}
+    assert 0.42 <= accuracy[words.without_debate("none")] <= 0.58
+    assert accuracy[words.without_debate("layerwise")] >= 0.70
+    ours = accuracy[words.with_debate("layerwise")]
+    assert ours >= 0.82
+    assert ours >= accuracy[words.VERDICT] + 0.10
+    assert 0.42 <= accuracy[words.TEXT_ONLY] <= 0.58
+    assert 0.42 <= accuracy[words.PICTURE_ONLY] <= 0.58
+    cards, figures = demonstration._show(
+        tmp_path, judge, sets["test"], rows[words.with_debate("layerwise")]["test"]
+    )
+    assert {figure.path for figure in figures} == {"calibration.png", "cards.png"}
+    assert (tmp_path / "cards.html").read_text().count("<article") >= 3
+    assert {"right", "wrong", "left to a person"} <= set(choose_cards(cards))
+    notes = words.notes(demonstration.SCALES["quick"], [report], again, cards)
+    assert all(isinstance(note, str) for note in notes)
+    some = list(detect(sets["test"].memes[:3], sets["test"].debates[:3], judge))
+    assert [card.id for card in some] == [meme.id for meme in sets["test"].memes[:3]]
+
+
+def test_reliability_counts_every_meme():
+    scores = np.linspace(0, 1, 50)
+    labels = (scores > 0.5).astype(np.int64)
+    _, share, count = reliability(scores, labels)
+    assert count.sum() == 50
+    assert (share[:3] == 0).all()
+    assert (share[-3:] == 1).all()
