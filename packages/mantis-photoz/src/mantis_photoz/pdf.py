@@ -116,7 +116,7 @@ class BinnedPDF:
 
     @classmethod
     def from_qp(cls, ensemble: Any, edges: Any = None) -> BinnedPDF:
-        """From a ``qp.Ensemble``; a histogram keeps its bins, others are binned on ``edges`` (extra ``qp``)."""
+        """From a ``qp.Ensemble`` (extra ``qp``): a histogram keeps its bins, others go on ``edges``."""
         from mantis_photoz import qpio
 
         return qpio.from_qp(ensemble, edges)
