@@ -122,7 +122,7 @@ class Temperature:
         found: Any = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded", options={"xatol": 1e-8})
         return cls(float(math.exp(-found.x)))
 
-    def __call__(self, pdf: BinnedPDF, features: Array | None = None) -> BinnedPDF:
+    def __call__(self, pdf: BinnedPDF, features: Array | None = None) -> BinnedPDF:  # noqa: ARG002
         """Densities to the power 1 / T; ``features`` are not used."""
         edges, pmf = wide(as_tensor(pdf.edges)), as_tensor(pdf.pmf)
         logs = torch.log(pmf / edges.diff()) / self.temperature + edges.diff().log()
@@ -169,7 +169,7 @@ class PITMap:
         x[0], x[-1] = 0.0, 1.0
         return cls(tuple(x.tolist()), tuple(levels.tolist()), smooth)
 
-    def __call__(self, pdf: BinnedPDF, features: Array | None = None) -> BinnedPDF:
+    def __call__(self, pdf: BinnedPDF, features: Array | None = None) -> BinnedPDF:  # noqa: ARG002
         """Map the CDF at the edges; ``features`` are not used."""
 
         def mapped(steps: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class Beta:
         a, b, shift = raw.detach().tolist()
         return cls(math.exp(a), math.exp(b), shift)
 
-    def __call__(self, pdf: BinnedPDF, features: Array | None = None) -> BinnedPDF:
+    def __call__(self, pdf: BinnedPDF, features: Array | None = None) -> BinnedPDF:  # noqa: ARG002
         """Map the CDF at the edges; ``features`` are not used."""
 
         def mapped(steps: Tensor) -> Tensor:

@@ -110,8 +110,8 @@ def ppf(
         levels: (levels,) shared, or (..., levels) per object, in [0, 1].
 
     Example:
-        >>> ppf(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([[0.5, 0.5]]), torch.tensor([0.0, 0.25, 0.5, 1.0]))
-        tensor([[0.0000, 0.5000, 1.0000, 3.0000]])
+        >>> ppf(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([[0.5, 0.5]]), torch.tensor([0.25, 0.5, 1.0]))
+        tensor([[0.5000, 1.0000, 3.0000]])
     """
     steps = cdf_at_edges(pmf)
     levels = levels.to(steps).expand(*steps.shape[:-1], levels.shape[-1]).contiguous()

@@ -304,7 +304,7 @@ def binned_metrics(
     return rows
 
 
-# ---- densities ---------------------------------------------------------------------------------------------
+# ---- densities ----
 
 
 def pit(pdf: BinnedPDF, z_true: Array) -> Any:
