@@ -7,8 +7,10 @@ off, a web page, a Git LFS pointer) gives a :class:`CutoutError` that says which
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 from mantis_photoz.errors import CutoutError
 
 _BLOCK, _CARD = 2880, 80
-_END = b"END     "
+_GZIP = b"\x1f\x8b"
+_END, _LONG = b"END     ", b"HIERARCH"
 _BITPIX, _NAXIS = b"BITPIX  ", b"NAXIS   "
 _SCALED = (b"BSCALE  ", b"BZERO   ")
 _AXES = tuple(f"NAXIS{n}".ljust(8).encode() for n in (1, 2, 3))
@@ -93,7 +96,7 @@ def read_fits(path: str | os.PathLike[str], *, fast: bool = True) -> list[Image]
     """All 2-D and 3-D images of a FITS file, the planes of each first.
 
     Args:
-        path: the file; ``.gz`` goes to astropy.
+        path: the file; ``.gz`` is unpacked.
         fast: take the quick way where the file allows it; both give the same numbers.
 
     Returns:
@@ -102,12 +105,20 @@ def read_fits(path: str | os.PathLike[str], *, fast: bool = True) -> list[Image]
     Raises:
         CutoutError: missing, empty, cut off, a web page, a Git LFS pointer, or without any image.
     """
+    return parse_fits(read_bytes(path), str(path), fast=fast)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        CutoutError: the file cannot be read.
+    """
     try:
         with Path(path).open("rb") as file:
-            content = file.read()
+            return file.read()
     except OSError as error:
         raise CutoutError(f"{path} cannot be read: {error.strerror or error}; fetch it again") from error
-    return parse_fits(content, str(path), fast=fast)
 
 
 def parse_fits(content: bytes, name: str, *, fast: bool = True) -> list[Image]:
@@ -121,7 +132,12 @@ def parse_fits(content: bytes, name: str, *, fast: bool = True) -> list[Image]:
     Raises:
         CutoutError: see :func:`read_fits`.
     """
-    if content[:9] != b"SIMPLE  =" and content[:2] != b"\x1f\x8b":
+    if content[:2] == _GZIP:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise CutoutError(f"{name} is cut off or damaged gzip ({error}); fetch it again") from error
+    if content[:9] != b"SIMPLE  =":
         raise CutoutError(f"{name} {_what(content)}; fetch it again")
     if fast and (found := _plain(content, name)) is not None:
         return [found]
@@ -149,7 +165,11 @@ def _plain(content: bytes, name: str) -> Image | None:
         if key == _END:
             end = start + _CARD
             break
-        cards[key] = card
+        if key == _LONG:
+            word, _, value = card[9:].partition(b"=")
+            cards[word.strip()] = b"        = " + value.strip()
+        else:
+            cards[key] = card
     if not end:
         raise CutoutError(f"{name} is cut off within its header ({len(content)} bytes); fetch it again")
     axes = _value(cards.get(_NAXIS, b""))

@@ -129,9 +129,19 @@ class Tan:
 
     def to_pixel(self, ra: float, dec: float) -> tuple[float, float]:
         """The pixel of a position in degrees; NaN for the far side of the sky."""
-        sky = torch.tensor([[ra, dec]], dtype=torch.float64)
-        found = sky_to_pixel(torch.tensor([self.row()], dtype=torch.float64), sky[None])
-        return round(float(found[0, 0, 0]), 9), round(float(found[0, 0, 1]), 9)
+        ra0, dec0, dec = self.crval[0] * _DEGREE, self.crval[1] * _DEGREE, dec * _DEGREE
+        away = ra * _DEGREE - ra0
+        depth = math.sin(dec0) * math.sin(dec) + math.cos(dec0) * math.cos(dec) * math.cos(away)
+        if depth <= 0:
+            return math.nan, math.nan
+        xi = math.cos(dec) * math.sin(away) / depth / _DEGREE
+        up = math.cos(dec0) * math.sin(dec) - math.sin(dec0) * math.cos(dec) * math.cos(away)
+        eta = up / depth / _DEGREE
+        a, b, c, d = self.cd
+        area = a * d - b * c
+        x = (d * xi - b * eta) / area + self.crpix[0] - 1
+        y = (a * eta - c * xi) / area + self.crpix[1] - 1
+        return round(x, 9), round(y, 9)
 
     def to_sky(self, x: float, y: float) -> tuple[float, float]:
         """The position in degrees of a pixel."""
@@ -152,8 +162,11 @@ def _matrix(header: Mapping[str, Any]) -> tuple[float, float, float, float]:
         cd = [float(header.get(f"CD{key}", 0.0)) for key in keys]
         return (cd[0], cd[1], cd[2], cd[3])
     steps = [float(header[f"CDELT{axis}"]) for axis in (1, 2)]
-    if any(f"PC{key}" in header for key in keys):
-        pc = [float(header.get(f"PC{key}", float(key[0] == key[2]))) for key in keys]
+    styles = ("PC{}_{}", "PC00{}00{}")  # the second is that of Pan-STARRS1
+    written = next((s for s in styles if any(s.format(*key.split("_")) in header for key in keys)), None)
+    if written is not None:
+        names = {key: written.format(*key.split("_")) for key in keys}
+        pc = [float(header.get(names[key], float(key[0] == key[2]))) for key in keys]
     else:
         angle = float(header.get("CROTA2", 0.0)) * _DEGREE
         ratio = steps[1] / steps[0]
@@ -374,9 +387,8 @@ def match_psf(
     sigma = sigma.to(torch.float64)
     reach = max(1, math.ceil(4 * float(sigma.max())))
     place = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    edges = torch.cat([place - 0.5, place[-1:] + 0.5])
-    spread = sigma.clamp_min(1e-6)[:, None] * math.sqrt(2.0)
-    kernel = torch.erf(edges / spread).diff(dim=-1)  # the Gaussian integrated over each pixel
+    # Sampled, not integrated over pixels: the pixels' own width is in the images already.
+    kernel = torch.exp(-0.5 * (place / sigma.clamp_min(1e-3)[:, None]) ** 2)
     kernel = (kernel / kernel.sum(-1, keepdim=True)).to(images)
     padded = F.pad(images, (reach, reach, reach, reach), mode="replicate")
     across = F.conv2d(padded, kernel[:, None, None, :], groups=len(fwhm))
