@@ -116,7 +116,7 @@ def read_catalog(
     """
     if isinstance(source, Catalog):
         return source
-    table = _read(source)
+    table = read_table(source)
     for word, name in (("id", id), ("ra", ra), ("dec", dec)):
         if name is not None and name not in table.colnames:
             raise CatalogError(f"--{word} names {name!r}, but the catalogue has {_listed(table)}")
@@ -146,7 +146,12 @@ def file_name(identifier: str) -> str:
     return text.replace(".", "%2E", 1) if text in (".", "..") else text
 
 
-def _read(source: Any) -> Table:
+def read_table(source: Any) -> Table:
+    """A table from a file by its suffix, an astropy table, or a mapping of columns.
+
+    Raises:
+        InputError: not there, another format, or no table.
+    """
     from astropy.table import Table
 
     if isinstance(source, Table):
