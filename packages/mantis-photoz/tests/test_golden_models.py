@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fusion_core.testing import detfill
 from torch import Tensor, nn
 
+from fusion_core.testing import detfill
 from mantis_photoz.config import EARLY, FusionConfig
 from mantis_photoz.convert import OFFICIAL, from_official, to_official
 from mantis_photoz.fusion import FusionModel

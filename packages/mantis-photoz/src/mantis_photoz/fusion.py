@@ -26,18 +26,6 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"report": nn.LeakyReLU, "late": nn.R
 Images = Mapping[str, Float[Tensor, "batch bands height width"]]
 
 
-def pmf_of(logits: Float[Tensor, "batch bins"]) -> Float[Tensor, "batch bins"]:
-    """Probabilities of the bins: a softmax in float64; rows that are not finite become uniform (section 8).
-
-    Example:
-        >>> pmf_of(torch.tensor([[0.0, 0.0], [float("nan"), 0.0]])).tolist()
-        [[0.5, 0.5], [0.5, 0.5]]
-    """
-    good = torch.isfinite(logits).all(dim=-1, keepdim=True)
-    pmf = torch.softmax(torch.where(good, logits.double(), 0.0), dim=-1)
-    return pmf / pmf.sum(dim=-1, keepdim=True)
-
-
 class Attention(nn.Module):
     """Surveys' maps as tokens of one transformer; what is absent is not attended to (hybrid fusion).
 

@@ -1,0 +1,234 @@
+"""Galaxies drawn from the recipe of section 6.1: redshifts, stars, sizes, dust, and what a survey would keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion_core.config import Config
+from fusion_core.errors import ConfigError, check_range
+from fusion_core.seeding import rng
+from mantis_photoz.simulate.bands import DEPTH, R_BAND, ZERO_POINT, pixel_noise
+from mantis_photoz.simulate.sed import component_fluxes
+
+Array = NDArray[np.float64]
+CANDIDATES = 512  # drawn at a time, so that the first n objects do not depend on how many are asked for
+GROUP = 64  # objects whose spectra are held at a time
+
+
+@dataclass(frozen=True)
+class SimulationConfig(Config):
+    """What is simulated.
+
+    Args:
+        ps1_pixels: of a cutout's side; ``SimulationConfig.full()`` has the paper's.
+        ps1_scale: arcsec.
+        galex_pixels: at 1.5 arcsec.
+        unwise_pixels: at 2.75 arcsec.
+        galex_survey: ``"AIS"`` has the recorded depths, ``"MIS"`` is 2.5 magnitudes deeper.
+        neighbour: share of the objects with another galaxy 2.5 to 12 arcsec away.
+        no_galex: share of the objects without GALEX.
+        r_bright: kept where the observed r is fainter than this
+        r_faint: and brighter than this, AB magnitudes.
+    """
+
+    ps1_pixels: int = 32
+    ps1_scale: float = 0.5
+    galex_pixels: int = 16
+    unwise_pixels: int = 16
+    galex_survey: Literal["AIS", "MIS"] = "AIS"
+    neighbour: float = 0.35
+    no_galex: float = 0.10
+    r_bright: float = 14.5
+    r_faint: float = 21.5
+
+    def __post_init__(self) -> None:
+        if min(self.ps1_pixels, self.galex_pixels, self.unwise_pixels) < 4:
+            raise ConfigError("ps1_pixels, galex_pixels and unwise_pixels take at least 4 pixels")
+        check_range("ps1_scale", self.ps1_scale, 0.0, 10.0, open=True)
+        check_range("neighbour", self.neighbour, 0.0, 1.0)
+        check_range("no_galex", self.no_galex, 0.0, 1.0)
+        if not self.r_bright < self.r_faint:
+            raise ConfigError(f"r_bright is {self.r_bright}, wanted less than r_faint, {self.r_faint}")
+
+    @classmethod
+    def full(cls, **changes: Any) -> SimulationConfig:
+        """Cutouts as large as the paper's: PS1 170 px at 0.25 arcsec, the others 32 px."""
+        sizes: dict[str, Any] = {
+            "ps1_pixels": 170,
+            "ps1_scale": 0.25,
+            "galex_pixels": 32,
+            "unwise_pixels": 32,
+        }
+        return cls(**(sizes | changes))
+
+    @property
+    def geometry(self) -> dict[str, tuple[int, float]]:
+        """Survey -> pixels of a side, arcsec per pixel."""
+        return {
+            "galex": (self.galex_pixels, 1.5),
+            "ps1": (self.ps1_pixels, self.ps1_scale),
+            "unwise": (self.unwise_pixels, 2.75),
+        }
+
+    @property
+    def depth(self) -> Array:
+        """(9,) AB magnitude of a point source at 5 sigma."""
+        deeper = np.zeros(9)
+        deeper[:2] = 2.5 if self.galex_survey == "MIS" else 0.0
+        return DEPTH + deeper
+
+    @property
+    def noise(self) -> Array:
+        """(9,) standard deviation of a pixel."""
+        scale = [self.geometry[name][1] for name in ("galex",) * 2 + ("ps1",) * 5 + ("unwise",) * 2]
+        return pixel_noise(np.array(scale), self.depth)
+
+
+@dataclass(frozen=True, slots=True)
+class Galaxies:
+    """Galaxies; every field has one entry (row) each.
+
+    Args:
+        z: redshifts.
+        red: of the red half.
+        ebv: E(B-V) of our Galaxy.
+        bulge: (n, 9) flux of the bulge in each band, in the units of the images, reddened by our Galaxy.
+        disc: (n, 9) of the disc.
+        radius: half-light radius of the disc, arcsec; the bulge's is half of it.
+        axis_ratio: of the disc; the bulge is rounder.
+        angle: position angle, radians.
+    """
+
+    z: Array
+    red: NDArray[np.bool_]
+    ebv: Array
+    bulge: Array
+    disc: Array
+    radius: Array
+    axis_ratio: Array
+    angle: Array
+
+    @property
+    def flux(self) -> Array:
+        """(n, 9) flux in each band."""
+        return self.bulge + self.disc
+
+    @property
+    def magnitude(self) -> Array:
+        """(n, 9) AB magnitudes."""
+        return ZERO_POINT - 2.5 * np.log10(self.flux)
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def take(self, index: Any) -> Galaxies:
+        """Some of the galaxies."""
+        return Galaxies(*(getattr(self, name)[index] for name in self.__slots__))
+
+    @staticmethod
+    def joined(parts: list[Galaxies]) -> Galaxies:
+        """Several sets as one."""
+        names = Galaxies.__slots__
+        return Galaxies(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+@lru_cache(maxsize=1)
+def _distances() -> tuple[Array, Array, Array]:
+    from astropy.cosmology import FlatLambdaCDM
+
+    cosmos: Any = FlatLambdaCDM(H0=70, Om0=0.3)
+    z = np.linspace(1e-4, 1.6, 4000)
+    return z, cosmos.luminosity_distance(z).to_value("pc"), cosmos.kpc_proper_per_arcmin(z).value / 60
+
+
+def distance(z: Array) -> tuple[Array, Array]:
+    """Luminosity distance in parsec and kiloparsec per arcsec, flat LCDM with H0 = 70 and Omega_m = 0.3."""
+    grid, parsec, scale = _distances()
+    return np.exp(np.interp(np.log(z), np.log(grid), np.log(parsec))), np.interp(z, grid, scale)
+
+
+def _redshifts(draw: np.random.Generator, count: int) -> Array:
+    kind = draw.random(count)
+    near, middle = draw.gamma(3.0, 0.07, count), draw.normal(0.55, 0.12, count)
+    z = np.where(kind < 0.4, near, np.where(kind < 0.7, middle, draw.uniform(0.02, 1.2, count)))
+    return np.clip(z, 0.005, 1.199)
+
+
+def draw_galaxies(draw: np.random.Generator, count: int) -> Galaxies:
+    """Galaxies of every brightness, by the recipe.
+
+    Args:
+        draw: the stream; it is advanced.
+        count: how many.
+    """
+    z, red = _redshifts(draw, count), draw.random(count) < 0.5
+
+    def either(first: Array, second: Array) -> Array:
+        return np.where(red, first, second)
+
+    bulge_share = either(draw.beta(4, 1.5, count), draw.beta(1, 4, count))
+    mix = either(draw.beta(1, 20, count), draw.beta(2, 4, count))
+    glow = either(draw.beta(1, 12, count), draw.beta(2, 2, count))
+    a_v = either(draw.exponential(0.1, count), draw.exponential(0.3, count))
+    absolute = either(draw.normal(-21.6, 1.0, count), draw.normal(-20.8, 1.2, count)) - 1.2 * np.minimum(z, 1)
+    size = 4.5 * np.exp(draw.normal(0.0, 0.35, count))
+    axis_ratio, angle = draw.uniform(0.3, 1.0, count), draw.uniform(0.0, np.pi, count)
+    ebv = np.minimum(0.04 * np.exp(draw.normal(0.0, 0.7, count)), 0.4)
+    parsec, kpc = distance(z)
+    total = 10 ** (-0.4 * absolute) * (10 / parsec) ** 2 * (1 + z)
+    unit = 10 ** (0.4 * ZERO_POINT) * 10 ** (-0.4 * ebv[:, None] * R_BAND)
+    none, faint = np.zeros(count), np.full(count, 0.1)
+    parts = [slice(start, start + GROUP) for start in range(0, count, GROUP)]
+    bulge = np.concatenate([component_fluxes(z[p], none[p], none[p], faint[p]) for p in parts])
+    disc = np.concatenate([component_fluxes(z[p], mix[p], glow[p], a_v[p]) for p in parts])
+    return Galaxies(
+        z=z,
+        red=red,
+        ebv=ebv,
+        bulge=(total * bulge_share)[:, None] * bulge * unit,
+        disc=(total * (1 - bulge_share))[:, None] * disc * unit,
+        radius=size / kpc,
+        axis_ratio=axis_ratio,
+        angle=angle,
+    )
+
+
+def population(
+    count: int, config: SimulationConfig | None = None, *, seed: int = 0, stream: str = "galaxies"
+) -> Galaxies:
+    """The first ``count`` galaxies that the magnitude limits keep; more of them begin with the same.
+
+    Args:
+        count: at least 0.
+        config: of the limits.
+        seed: of the draws.
+        stream: names the series; another gives other galaxies.
+
+    Raises:
+        ConfigError: a negative count, or limits that keep next to nothing.
+
+    Example:
+        >>> first, more = population(3, seed=1), population(5, seed=1)
+        >>> bool((first.z == more.z[:3]).all())
+        True
+    """
+    config = config or SimulationConfig()
+    if count < 0:
+        raise ConfigError(f"count is {count}, wanted at least 0")
+    kept, found, tries = list[Galaxies](), 0, 0
+    while found < count or not kept:
+        drawn = draw_galaxies(rng(seed, stream, tries), CANDIDATES)
+        r = drawn.magnitude[:, 3]
+        kept.append(drawn.take((r > config.r_bright) & (r < config.r_faint)))
+        found, tries = found + len(kept[-1]), tries + 1
+        if tries >= 50 and found < tries:
+            raise ConfigError(
+                f"r_bright {config.r_bright} and r_faint {config.r_faint} keep {found} of {tries * CANDIDATES} "
+                "galaxies; widen them"
+            )
+    return Galaxies.joined(kept).take(slice(0, count))
