@@ -109,8 +109,7 @@ class PhotoZResult:
 
     def to_qp(self, kind: Literal["hist", "interp", "quant"] = "hist") -> Any:
         """The densities as a ``qp.Ensemble`` with point estimates and flags as ``ancil`` (extra ``qp``)."""
-        names = ("id", "z_mode", "z_mean", "z_median", "flags")
-        return self.pdf.to_qp(kind, {name: np.asarray(self.table[name]) for name in names})
+        return self.pdf.to_qp(kind, self._ancil())
 
     def save(
         self,
@@ -141,15 +140,21 @@ class PhotoZResult:
         written = [target]
         write_table(self._shown(columns), target, self.pdf, self.provenance, pmf_dtype=pmf_dtype)
         if pdf is not None:
-            from mantis_photoz.qpio import write_qp
-
-            names = ("id", "z_mode", "z_mean", "z_median", "flags")
-            write_qp(self.pdf, pdf, {name: np.asarray(self.table[name]) for name in names})
+            self.save_pdf(pdf)
             written.append(Path(pdf))
         beside = provenance_file(target)
         with atomic_write(beside, "w") as file:
             file.write(dump_json(self.provenance))
         return [*written, beside]
+
+    def save_pdf(self, path: str | os.PathLike[str]) -> None:
+        """Write the densities alone, as ``pdf`` of :meth:`save`."""
+        from mantis_photoz.qpio import write_qp
+
+        write_qp(self.pdf, path, self._ancil())
+
+    def _ancil(self) -> dict[str, NDArray[Any]]:
+        return {name: np.asarray(self.table[name]) for name in ("id", "z_mode", "z_mean", "z_median", "flags")}
 
     def _shown(self, columns: str) -> Table:
         if columns not in ("own", "rail"):

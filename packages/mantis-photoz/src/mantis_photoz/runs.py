@@ -24,7 +24,7 @@ class Run:
     """The parts of one run beside its output: ``NAME.run/manifest.jsonl`` and one file per batch.
 
     Args:
-        out: the output file; its parts lie in ``NAME.run``, removed by :meth:`finish`.
+        out: the output file; its parts lie in ``NAME.run``, removed by :meth:`remove`.
         fingerprint: what the parts depend on.
         resume: take the parts of an earlier run of the same fingerprint.
         overwrite: throw an earlier run's parts away, and replace ``out``.
@@ -92,6 +92,8 @@ class Run:
         """What was noted with a batch."""
         return self.manifest.entries[str(part)]
 
-    def finish(self) -> None:
-        """Remove the parts: the output is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    @staticmethod
+    def remove(out: str | os.PathLike[str]) -> None:
+        """Remove the parts of a run whose output is written."""
+        target = Path(out)
+        shutil.rmtree(target.with_name(f"{target.name}.run"), ignore_errors=True)
