@@ -1,4 +1,4 @@
-"""The recorded cases of tests/golden: inputs by name, tolerances by array, one loader for all golden tests."""
+"""The recorded cases of tests/golden: inputs by name, tolerances by array, one loader for all of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class Case:
     def input(self, key):
         """The named input as float64 array."""
         told = self.settings["inputs"][key]
-        made = array(self.prefix + told["name"], told["shape"], told.get("scale", 1.0), told.get("shift", 0.0))
+        made = array(
+            self.prefix + told["name"], told["shape"], told.get("scale", 1.0), told.get("shift", 0.0)
+        )
         made = np.abs(made) if told.get("abs") else made
         low, high = told.get("clip", (None, None))
         return made if low is None and high is None else np.clip(made, low, high)
@@ -72,7 +74,9 @@ class Case:
                 actual, expected, rtol=tolerance["rtol"], atol=tolerance["atol"], what=what
             )
             return
-        got = actual.detach().cpu().double().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
+        got = (
+            actual.detach().cpu().double().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
+        )
         assert got.shape == expected.shape, what
         off = np.abs(got - expected) > tolerance["atol"] + tolerance["rtol"] * np.abs(expected)
         assert off.mean() <= tolerance["changed_share"], f"{what}: {off.mean():.2%} of the pixels differ"

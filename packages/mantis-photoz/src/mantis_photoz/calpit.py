@@ -161,6 +161,10 @@ class MonotoneNetwork(nn.Module):
         Raises:
             ShapeError: other features than the network's, or not one row per object.
         """
+        return self.precise(alpha, x, cells).to(x.dtype)
+
+    def precise(self, alpha: Tensor, x: Tensor, cells: int = DEFAULT_CELLS) -> Tensor:
+        """:meth:`forward` with sums and sigmoid in float64: differences of r keep their digits."""
         check_shape("x", x, "batch features", batch=len(alpha), features=self.features)
         check_range("cells", cells, 1, 1_000_000)
         offset, scale = self._ends(x)
@@ -170,15 +174,14 @@ class MonotoneNetwork(nn.Module):
         nodes = ((middle + torch.tensor([-half, half], dtype=torch.float64)) / cells).flatten().to(x)
         rows = max(1, _BLOCK // (max(self.hidden) * len(nodes)))
         g = torch.cat([self.integrand(nodes, part) for part in first.split(rows)]).unflatten(1, (cells, 2))
-        # Sums in float64: hundreds of cells would cost float32 its last digits.
         mean, slope = wide(g).mean(-1), wide(g[..., 1] - g[..., 0]) / (2 * half)
         total = F.pad(mean.cumsum(-1), (1, 0))
         place = wide(alpha).clamp(0, 1) * cells
         cell = place.detach().floor().long().clamp(max=cells - 1)
         u = place - cell
         inside = mean.gather(-1, cell) * u + slope.gather(-1, cell) * (u * u - u) / 2
-        integral = ((total.gather(-1, cell) + inside) / cells).to(x.dtype)
-        return torch.sigmoid(scale * integral + offset)
+        integral = (total.gather(-1, cell) + inside) / cells
+        return torch.sigmoid(wide(scale) * integral + wide(offset))
 
     @torch.no_grad()
     def choose_cells(
@@ -290,8 +293,7 @@ class CalPIT:
         if len(x) != len(pdf):
             raise DataError(f"features have {len(x)} rows, wanted one for each of {len(pdf)} densities")
         steps = density.cdf_at_edges(smooth_masses(as_tensor(pdf.pmf), self.floor))
-        r = wide(self.network(steps.to(x), x, self.cells))
-        r = (r - r[:, :1]) / (r[:, -1:] - r[:, :1]).clamp(min=1e-12)
+        r = _rescaled(self.network.precise(steps, x, self.cells))
         pmf = r.diff(dim=-1).clamp(min=0.0).to(steps.device)
         pmf = smooth_masses(pmf, 1e-12)  # a step that float32 swallowed leaves no hole
         return BinnedPDF(pdf.edges, pmf if pdf.is_torch else to_numpy(pmf), pdf.nodes)
@@ -363,7 +365,8 @@ class CalPIT:
     ) -> CalPIT:
         """Train on a calibration split: cross-entropy of ``PIT <= alpha`` at alphas drawn for each object.
 
-        The authors train [1024] * 4 with one alpha an object; here an object's alphas share its nodes.
+        The authors train [1024] * 4 with one alpha an object; here an object's alphas share its nodes, and the
+        loss is of r as it is used, rescaled to run from 0 to 1.
 
         Args:
             pdf: densities of the split.
@@ -406,8 +409,9 @@ class CalPIT:
         optimizer = torch.optim.Adam(network.parameters(), lr=lr, weight_decay=weight_decay)
 
         def loss(rows: Tensor, at: Tensor) -> Tensor:
-            r = network(at.to(x.device), scaled[rows], cells)
-            return F.binary_cross_entropy(r, (pits[rows, None] <= at.to(x.device)).float())
+            at = F.pad(F.pad(at.to(x.device), (1, 0), value=0.0), (0, 1), value=1.0)
+            r = _rescaled(network.precise(at, scaled[rows], cells))[:, 1:-1].clamp(1e-6, 1 - 1e-6)
+            return F.binary_cross_entropy(r, (pits[rows, None] <= at[:, 1:-1]).to(r.dtype))
 
         best, kept, history, waited = math.inf, network.state_dict(), list[float](), 0
         for _ in track(range(epochs), "Cal-PIT", enabled=progress):
@@ -426,6 +430,11 @@ class CalPIT:
                     break
         network.load_state_dict(kept)
         return cls(network, mean, std, floor, DEFAULT_CELLS, "std", tuple(history))
+
+
+def _rescaled(r: Tensor) -> Tensor:
+    """From values whose first and last are of alpha = 0 and 1."""
+    return (r - r[:, :1]) / (r[:, -1:] - r[:, :1]).clamp(min=1e-12)
 
 
 def _network_of(state: Mapping[str, Tensor]) -> MonotoneNetwork:
