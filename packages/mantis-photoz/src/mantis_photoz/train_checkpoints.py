@@ -34,7 +34,7 @@ MODELS = ("sim-ps1", "sim-early", "sim-late", "sim-early-dropout")
 """PS1 only; nine bands on one sky; an encoder each; nine bands, trained with surveys dropped at random."""
 
 DROPOUT = {"galex": 0.15, "ps1": 0.05, "unwise": 0.15}
-OBJECTS, EPOCHS, CALIBRATION, SEEN = 6000, 12, 1000, 3000
+OBJECTS, EPOCHS, CALIBRATION, SEEN = 3000, 8, 1000, 3000
 TRAIN_SEED, CALIBRATION_SEED, TEST_SEED = 100, 900, 7
 """Seeds of the simulated sets: training (plus the model's seed), calibration, and the demo's test set."""
 
