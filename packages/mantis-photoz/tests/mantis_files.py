@@ -42,7 +42,9 @@ def write_object(folder, identifier, ra, dec, surveys=SMALL, seed=0):
 
 def table(n=4, **columns):
     draw = rng(0, "table", n)
-    found = Table({"id": [f"g{k}" for k in range(n)], "ra": draw.uniform(0, 360, n), "dec": draw.uniform(-20, 80, n)})
+    found = Table(
+        {"id": [f"g{k}" for k in range(n)], "ra": draw.uniform(0, 360, n), "dec": draw.uniform(-20, 80, n)}
+    )
     found["ebv_csfd"], found["ebv_planck"] = 0.03, 0.02
     for name, value in columns.items():
         found[name] = value

@@ -67,15 +67,27 @@ def test_sexagesimal_and_skycoord():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.remove_column("ra"), "no column for ra; it has id, dec, ebv_csfd, ebv_planck: name one with --ra"),
+        (
+            lambda t: t.remove_column("ra"),
+            "no column for ra; it has id, dec, ebv_csfd, ebv_planck: name one with --ra",
+        ),
         (lambda t: t.remove_column("id"), "no column for id"),
         (lambda t: t.replace_column("id", ["a", "b", "a"]), "'a' stands in rows 0 and 2"),
         (lambda t: t.replace_column("id", ["a", "", "b"]), "row 1: id is empty"),
-        (lambda t: t.replace_column("ra", [1.0, 360.0, 3.0]), r"row 1 \(g1\): ra is 360, wanted \[0, 360\) degrees"),
+        (
+            lambda t: t.replace_column("ra", [1.0, 360.0, 3.0]),
+            r"row 1 \(g1\): ra is 360, wanted \[0, 360\) degrees",
+        ),
         (lambda t: t.replace_column("ra", [1.0, -1.0, 3.0]), "add 360 to negative"),
         (lambda t: t.replace_column("ra", [1.0, np.nan, 3.0]), "ra is nan"),
-        (lambda t: t.replace_column("dec", [1.0, 2.0, 90.5]), r"row 2 \(g2\): dec is 90.5, wanted \[-90, 90\]"),
-        (lambda t: t.replace_column("ra", ["1", "far", "3"]), "row 1: ra is 'far', wanted degrees or sexagesimal"),
+        (
+            lambda t: t.replace_column("dec", [1.0, 2.0, 90.5]),
+            r"row 2 \(g2\): dec is 90.5, wanted \[-90, 90\]",
+        ),
+        (
+            lambda t: t.replace_column("ra", ["1", "far", "3"]),
+            "row 1: ra is 'far', wanted degrees or sexagesimal",
+        ),
         (lambda t: t.replace_column("ra", [1, 2, 3] * u.m), "unit m, wanted an angle"),
         (lambda t: t.add_column([1, 2, 3], name="RA"), "columns ra, RA may all be ra: name one with --ra"),
         (lambda t: t.replace_column("ebv_csfd", [0.1, -0.1, 0.0]), "E(B-V) is -0.1"),

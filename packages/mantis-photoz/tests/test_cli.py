@@ -92,7 +92,9 @@ def test_corrections_and_views(sky, tmp_path):
     (tmp_path / "nz.json").write_text('{"z": [0, 0.4, 1.6], "n": [1, 1, 0]}')
     both = ("--recalibrate", tmp_path / "t.json", "--prior", tmp_path / "nz.json")
     assert run(sky, *both, "--out", tmp_path / "a.fits", "--tta", 2, "--nan", "zero", "--quiet").code == 0
-    assert run(sky, "--out", tmp_path / "b.parquet", "--grid", "official-infer", "--official-points").code == 0
+    assert (
+        run(sky, "--out", tmp_path / "b.parquet", "--grid", "official-infer", "--official-points").code == 0
+    )
     record = json.loads((tmp_path / "a.provenance.json").read_text())
     assert record["settings"]["recalibration"] == ["temperature"]
     assert record["uses"][-2:] == ["temperature", "prior"]
@@ -132,7 +134,9 @@ cli.main()
     assert json.loads(done.stdout)["objects"] == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["z.ecsv", "z.provenance.json"]
     assert run(sky, "--out", tmp_path / "w.ecsv").code == 0
-    np.testing.assert_allclose(Table.read(out)["z_mean"], Table.read(tmp_path / "w.ecsv")["z_mean"], atol=1e-6)
+    np.testing.assert_allclose(
+        Table.read(out)["z_mean"], Table.read(tmp_path / "w.ecsv")["z_mean"], atol=1e-6
+    )
 
 
 def test_bad_input_is_one_line(sky, tmp_path):
@@ -153,7 +157,9 @@ def test_bad_input_is_one_line(sky, tmp_path):
     refuse("--cutouts is missing", run_cli(main, "estimate", sky / "hosts.ecsv", "--model", sky / "model"))
     (sky / "model" / "model.safetensors").rename(tmp_path / "kept")
     try:
-        (sky / "model" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        (sky / "model" / "model.safetensors").write_bytes(
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+        )
         refuse("LFS", run(sky))
     finally:
         (tmp_path / "kept").replace(sky / "model" / "model.safetensors")

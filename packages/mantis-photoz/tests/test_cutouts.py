@@ -12,7 +12,7 @@ from mantis_files import SMALL, folder_of, planes, table, write
 
 from fusion_core.errors import InputError
 from fusion_core.seeding import rng
-from mantis_photoz import Cutouts, CutoutError
+from mantis_photoz import CutoutError, Cutouts
 from mantis_photoz.cutouts import FitsDirectory
 from mantis_photoz.fits_fast import read_fits
 from mantis_photoz.flags import Flag, describe
@@ -63,9 +63,9 @@ def test_other_files_go_to_astropy(tmp_path):
     scaled = fits.PrimaryHDU(data.astype(np.float32))
     scaled.header["BSCALE"] = 2.0
     scaled.writeto(tmp_path / "scaled.fits", output_verify="ignore")
-    fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(data.astype(np.float32), name="G", quantize_level=0)]).writeto(
-        tmp_path / "packed.fits"
-    )
+    fits.HDUList(
+        [fits.PrimaryHDU(), fits.CompImageHDU(data.astype(np.float32), name="G", quantize_level=0)]
+    ).writeto(tmp_path / "packed.fits")
     for name in ("int.fits", "z.fits.gz", "packed.fits"):
         np.testing.assert_allclose(read_fits(tmp_path / name)[0].data[0], data)
     assert read_fits(tmp_path / "scaled.fits")[0].data.dtype == np.float32
@@ -161,7 +161,9 @@ def test_official_names_and_extensions(tmp_path):
     whole = fits.HDUList([fits.PrimaryHDU()])
     for band, plane in zip(PS1.bands, data, strict=True):
         whole.append(fits.ImageHDU(plane, fits.Header(center().cards() | {"EXPTIME": 1.0}), name=band))
-    whole.append(fits.ImageHDU(planes(GALEX), fits.Header(center(GALEX).cards() | {"BANDS": "nf"}), name="GALEX"))
+    whole.append(
+        fits.ImageHDU(planes(GALEX), fits.Header(center(GALEX).cards() | {"BANDS": "nf"}), name="GALEX")
+    )
     whole.writeto(tmp_path / "b.fits")
     source = FitsDirectory(tmp_path)
     np.testing.assert_array_equal(source.read("b", PS1, RA, DEC).planes, data)
@@ -177,7 +179,9 @@ def test_scale_parity_place_and_size_are_mended(tmp_path):
     assert found.wcs.scale == pytest.approx(0.5)
     assert '0.25"/px instead of 0.5' in found.notes[0]
     straight = center()
-    flipped = Tan(straight.crval, straight.crpix, tuple(-c if k in (0, 2) else c for k, c in enumerate(straight.cd)))
+    flipped = Tan(
+        straight.crval, straight.crpix, tuple(-c if k in (0, 2) else c for k, c in enumerate(straight.cd))
+    )
     data = planes(PS1)
     put(tmp_path, data[..., ::-1], flipped)
     found = read(tmp_path)
@@ -238,12 +242,24 @@ def test_old_and_other_projections(tmp_path):
     step = PS1.pixel_scale / 3600
     cards = {k: v for k, v in tan.cards().items() if not k.startswith("CD")}
     for style in ({"PC001001": -1.0, "PC002002": 1.0}, {"PC1_1": -1.0}):
-        write(tmp_path / "a.ps1.fits", data, None, bands=PS1.bands, EXPTIME=1.0, CDELT1=step, CDELT2=step, **cards, **style)
+        write(
+            tmp_path / "a.ps1.fits",
+            data,
+            None,
+            bands=PS1.bands,
+            EXPTIME=1.0,
+            CDELT1=step,
+            CDELT2=step,
+            **cards,
+            **style,
+        )
         found = read(tmp_path)
         assert found.flags == 0
         np.testing.assert_allclose(found.wcs.cd, tan.cd, atol=1e-15)
     cards |= {"CTYPE1": "RA---SIN", "CTYPE2": "DEC--SIN"}
-    write(tmp_path / "a.ps1.fits", data, None, bands=PS1.bands, EXPTIME=1.0, CDELT1=-step, CDELT2=step, **cards)
+    write(
+        tmp_path / "a.ps1.fits", data, None, bands=PS1.bands, EXPTIME=1.0, CDELT1=-step, CDELT2=step, **cards
+    )
     found = read(tmp_path)
     assert found.flags == 0
     np.testing.assert_allclose(found.wcs.cd, tan.cd, atol=1e-9)
@@ -278,7 +294,9 @@ def test_splits_do_not_depend_on_the_rest(tmp_path):
     assert set(few.split("train").catalog.ids) <= parts["train"]
     with pytest.raises(InputError, match="wanted one of train, val, test"):
         whole.split("dev")
-    named = Cutouts.from_directory(tmp_path / "c", table(3, split=["a", "b", "a"], z_spec=[0.1, 0.2, 0.3]), SMALL)
+    named = Cutouts.from_directory(
+        tmp_path / "c", table(3, split=["a", "b", "a"], z_spec=[0.1, 0.2, 0.3]), SMALL
+    )
     assert named.split("a").catalog.ids == ("g0", "g2")
     np.testing.assert_array_equal(named.split("a").z, [0.1, 0.3])
 
@@ -311,7 +329,9 @@ def test_invariant_11_flux_is_conserved(scale, rotation, seed):
     image = np.abs(rng(seed).normal(size=(6, 6)))
     source = Tan.centered(RA, DEC, pixels=6, scale=1.0, rotation=rotation)
     pixels = int(np.ceil(10 / scale)) + 2
-    values, footprint = resample_exact(image, source, Tan.centered(RA, DEC, pixels=pixels, scale=scale), (pixels, pixels))
+    values, footprint = resample_exact(
+        image, source, Tan.centered(RA, DEC, pixels=pixels, scale=scale), (pixels, pixels)
+    )
     assert np.nansum(values * footprint) * scale**2 == pytest.approx(image.sum(), rel=1e-5)
 
 

@@ -67,8 +67,21 @@ def test_columns_units_and_words(model, sky):
     assert isinstance(found.table, Table)
     names = found.table.colnames
     assert names[:7] == ["id", "ra", "dec", "z_mean", "z_mode", "z_median", "z_best"]
-    assert {"z_q025", "z_q16", "z_q84", "z_q975", "z_std", "odds", "n_peaks", "entropy", "p_outlier", "ood"} < set(names)
-    assert {"survey_mask", "nan_frac_galex", "nan_frac_ps1", "nan_frac_unwise", "flags", "flags_text"} < set(names)
+    assert {
+        "z_q025",
+        "z_q16",
+        "z_q84",
+        "z_q975",
+        "z_std",
+        "odds",
+        "n_peaks",
+        "entropy",
+        "p_outlier",
+        "ood",
+    } < set(names)
+    assert {"survey_mask", "nan_frac_galex", "nan_frac_ps1", "nan_frac_unwise", "flags", "flags_text"} < set(
+        names
+    )
     assert names[-3:] == ["ebv_csfd", "ebv_planck", "mag"]
     assert all(found.table[name].info.description for name in names[:-3])
     assert str(found.table["ra"].unit) == "deg"
@@ -88,7 +101,9 @@ def test_columns_units_and_words(model, sky):
     json.dumps(found.to_dict()["provenance"])
 
 
-@pytest.mark.parametrize(("fusion", "align"), [("early", "wcs"), ("early", "psf"), ("late", "native"), ("hybrid", "native")])
+@pytest.mark.parametrize(
+    ("fusion", "align"), [("early", "wcs"), ("early", "psf"), ("late", "native"), ("hybrid", "native")]
+)
 def test_other_networks_and_views(sky, fusion, align):
     found = estimate(network(fusion=fusion, align=align), sky)
     assert np.isfinite(found.table["z_mean"]).all()
@@ -135,7 +150,14 @@ def test_empty_catalogue(model, sky, tmp_path):
     assert found.table.colnames == estimate(model, sky).table.colnames
     for suffix in (".ecsv", ".fits", ".parquet"):
         found.save(tmp_path / f"e{suffix}")
-        assert len(Table.read(tmp_path / f"e{suffix}") if suffix != ".parquet" else read_pdf(tmp_path / "e.parquet")) == 0
+        assert (
+            len(
+                Table.read(tmp_path / f"e{suffix}")
+                if suffix != ".parquet"
+                else read_pdf(tmp_path / "e.parquet")
+            )
+            == 0
+        )
 
 
 class Broken(FusionModel):
@@ -269,7 +291,9 @@ def test_a_folder_brings_its_parts(model, sky, tmp_path):
     assert photoz.name == "m"
     assert photoz.train_prior == [1.0] * 20
     raw = estimate(model, sky)
-    np.testing.assert_allclose(estimate(model, sky, photoz=photoz).pdf.pmf, photoz.recalibration(raw.pdf).pmf, atol=1e-9)
+    np.testing.assert_allclose(
+        estimate(model, sky, photoz=photoz).pdf.pmf, photoz.recalibration(raw.pdf).pmf, atol=1e-9
+    )
     plain = PhotoZ.from_pretrained(tmp_path / "m", device="cpu", recalibration=False)
     np.testing.assert_allclose(estimate(model, sky, photoz=plain).pdf.pmf, raw.pdf.pmf, atol=1e-9)
     (tmp_path / "m" / "prior.json").write_text(json.dumps({"n_train": [1.0] * 3}))
@@ -330,7 +354,11 @@ def test_invariant_14_tables_come_back(model, sky, tmp_path, suffix):
         np.testing.assert_allclose(read_pdf(tmp_path / "half.parquet").pmf, found.pdf.pmf, atol=1e-3)
     else:
         # An empty text is a missing one in ECSV.
-        back = QTable.read(files[0]).filled("") if suffix == ".ecsv" else Table.read(files[0], character_as_bytes=False)
+        back = (
+            QTable.read(files[0]).filled("")
+            if suffix == ".ecsv"
+            else Table.read(files[0], character_as_bytes=False)
+        )
         assert str(back["ra"].unit) == "deg"
         if suffix == ".ecsv":
             assert back["z_mean"].info.description == "mean of p(z)"
@@ -351,7 +379,7 @@ def test_rail_names_and_bad_places(model, sky, tmp_path):
     assert {"object_id", "zmode", "zmean", "zmedian", "zstd", "z_q84"} < set(names)
     with pytest.raises(InputError, match=r"wanted a file in .ecsv, .fits, .parquet"):
         found.save(tmp_path / "r.txt")
-    with pytest.raises(InputError, match="read-only|cannot write"):
+    with pytest.raises(InputError, match="cannot write"):
         found.save("/proc/none/r.ecsv")
     with pytest.raises(ConfigError, match="columns is 'desc'"):
         found.save(tmp_path / "r.ecsv", columns="desc")

@@ -9,23 +9,24 @@ import re
 from collections import Counter
 from urllib.parse import parse_qs, urlsplit
 
+import fusion_core.http
 import numpy as np
 import pytest
 from astropy.io import fits
+from fusion_core.testing.server import FaultServer, Reply
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mantis_files import SMALL, table
 
-import fusion_core.http
 from fusion_core.errors import InputError
 from fusion_core.testing import run_cli
-from fusion_core.testing.server import FaultServer, Reply
 from mantis_photoz import Cutouts
 from mantis_photoz.catalog import read_catalog
 from mantis_photoz.cli import main
 from mantis_photoz.errors import CutoutError
 from mantis_photoz.fetch import Cache, fetch, fetch_dust
-from mantis_photoz.fetch.services import canonical, number, parse_ps1_table, plan_ps1, ps1_form, verify
+from mantis_photoz.fetch import services as services_module
+from mantis_photoz.fetch.services import canonical, parse_ps1_table, plan_ps1, ps1_form, verify
 from mantis_photoz.fits_fast import parse_fits
 from mantis_photoz.wcs import Tan
 
@@ -52,7 +53,10 @@ def rows_of(body):
     rows = ["projcell subcell ra dec filter mjd type filename shortname badflag"]
     for number, line in enumerate(reversed(lines)):  # the order is not ours to rely on
         ra, dec = line.split()
-        rows += [f"{1000 + number % 3} 07 {ra} {dec} {band} 0 stack /rings/{number}.{band}.fits x 0" for band in "grizy"]
+        rows += [
+            f"{1000 + number % 3} 07 {ra} {dec} {band} 0 stack /rings/{number}.{band}.fits x 0"
+            for band in "grizy"
+        ]
     return "\n".join(rows)
 
 
@@ -66,11 +70,21 @@ def healthy(request):
 
 
 def services(server):
-    return {"viewer": f"{server.url}/viewer", "ps1names": f"{server.url}/names", "ps1cut": f"{server.url}/cut"}
+    return {
+        "viewer": f"{server.url}/viewer",
+        "ps1names": f"{server.url}/names",
+        "ps1cut": f"{server.url}/cut",
+    }
 
 
 def run(server, catalog, out, **options):
-    options = {"surveys": SURVEYS, "rate": None, "services": services(server), "retries": 2, "timeout": 5.0} | options
+    options = {
+        "surveys": SURVEYS,
+        "rate": None,
+        "services": services(server),
+        "retries": 2,
+        "timeout": 5.0,
+    } | options
     return fetch(catalog, out, **options)
 
 
@@ -96,13 +110,16 @@ def test_everything_comes_once(tmp_path):
         assert (again.kept, again.requests) == (28, 0)
         with pytest.raises(InputError, match="holds a run"):
             run(server, catalog, tmp_path / "c")
-        order = [parse_qs(urlsplit(r.path).query)["red"][0] for r in server.requests if r.path.startswith("/cut")]
+        order = [
+            parse_qs(urlsplit(r.path).query)["red"][0] for r in server.requests if r.path.startswith("/cut")
+        ]
         assert len(order) == 20
     data = Cutouts.from_directory(tmp_path / "c", catalog, SURVEYS)
     batch = data.batch(range(4))
     assert batch.flags.tolist() == [0] * 4
     for name in SURVEYS:  # each object got its own pixels, each band its own file (bug B5)
-        np.testing.assert_allclose(batch.planes[name][:, :, 3, 3], np.repeat(catalog["ra"][:, None], len(SURVEYS[name].bands), 1), rtol=1e-6)  # fmt: skip
+        wanted = np.repeat(np.asarray(catalog["ra"])[:, None], len(SURVEYS[name].bands), 1)
+        np.testing.assert_allclose(batch.planes[name][:, :, 3, 3], wanted, rtol=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "c" / "manifest.jsonl").read_text().splitlines()]
     assert len(lines) == 28
     assert {"key", "status", "url", "tries", "bytes", "sha256", "seconds"} == set(lines[0])
@@ -191,9 +208,13 @@ def test_invariant_18_valid_file_or_recorded_error(tmp_path_factory, plans):
         assert set(entries) == names
         assert all(("error" in entries[name]) == (name in found.failures) for name in names)
         before = len(server.requests)
-        good = catalog[[not any(name.startswith(f"{one}.") for name in found.failures) for one in catalog["id"]]]
+        good = catalog[
+            [not any(name.startswith(f"{one}.") for name in found.failures) for one in catalog["id"]]
+        ]
         galex = {"galex": SURVEYS["galex"]}
-        assert run(server, good, out.parent / "again", surveys=galex, cache=out.parent / "cache").requests == 0
+        assert (
+            run(server, good, out.parent / "again", surveys=galex, cache=out.parent / "cache").requests == 0
+        )
         assert len(server.requests) == before
 
 
@@ -202,7 +223,11 @@ def test_a_resumed_run_asks_for_what_failed(tmp_path):
 
     def script(request):
         query = parse_qs(urlsplit(request.path).query)
-        mine = sick and query.get("layer") == ["galex"] and query["ra"] == [number(catalog["ra"][1])]
+        mine = (
+            sick
+            and query.get("layer") == ["galex"]
+            and query["ra"] == [services_module.number(catalog["ra"][1])]
+        )
         return Reply(status=404) if mine else healthy(request)
 
     with FaultServer(script) as server:
@@ -245,7 +270,11 @@ def test_many_positions_go_in_few_tables():
         row = int(job.file.partition(".")[0][1:])
         query = parse_qs(urlsplit(job.url).query)
         assert query["red"][0] == f"/rings/{29 - row}.{job.file.split('.')[1]}.fits"
-    for text, words in (("", "no table"), ("ra dec filter filename\n1 2 g", "cut off"), ("ra dec filter filename\nx 2 g f", "is none")):
+    for text, words in (
+        ("", "no table"),
+        ("ra dec filter filename\n1 2 g", "cut off"),
+        ("ra dec filter filename\nx 2 g f", "is none"),
+    ):
         with pytest.raises(CutoutError, match=words):
             parse_ps1_table(text)
 
@@ -299,7 +328,7 @@ def test_within_a_running_loop(tmp_path):
 def test_bad_input(tmp_path):
     with pytest.raises(InputError, match="have no service here"):
         fetch(table(1), tmp_path, surveys={"sdss": SURVEYS["galex"].replace(name="sdss")})
-    with pytest.raises(InputError, match="cannot write|No such file"):
+    with pytest.raises(InputError, match="cannot write"):
         fetch(table(1), "/proc/none/c")
     with pytest.raises(InputError, match="concurrency is 0"):
         fetch(table(1), tmp_path / "c", concurrency=0)
@@ -328,7 +357,16 @@ def test_command_line(tmp_path):
     table(2).write(tmp_path / "hosts.ecsv")
     with FaultServer(healthy) as server:
         bases = [word for name, url in services(server).items() for word in ("--service", f"{name}={url}")]
-        args = ["fetch", tmp_path / "hosts.ecsv", "--out", tmp_path / "c", "--rate", 1000, "--surveys", "galex,unwise"]
+        args = [
+            "fetch",
+            tmp_path / "hosts.ecsv",
+            "--out",
+            tmp_path / "c",
+            "--rate",
+            1000,
+            "--surveys",
+            "galex,unwise",
+        ]
         done = run_cli(main, *args, *bases, "--json", "--strict", "--unwise-pixscale", 1.5)
         assert done.code == 0, done.stderr
         found = json.loads(done.stdout)

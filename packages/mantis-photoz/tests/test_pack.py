@@ -7,7 +7,7 @@ import pytest
 from mantis_files import SMALL, folder_of, planes, table, write
 
 from fusion_core.errors import ConfigError, InputError
-from mantis_photoz import Cutouts, CutoutError
+from mantis_photoz import CutoutError, Cutouts
 from mantis_photoz.flags import Flag
 from mantis_photoz.pack import PackedCutouts, pack
 from mantis_photoz.wcs import Tan
@@ -52,7 +52,9 @@ def test_half_precision(sky, tmp_path):
     data = Cutouts.from_directory(sky[1], sky[0], SMALL)
     pack(data, tmp_path / "h.h5", dtype="float16")
     back = Cutouts.from_directory(tmp_path / "h.h5", sky[0], SMALL).batch(range(5))
-    np.testing.assert_allclose(back.planes["unwise"], data.batch(range(5)).planes["unwise"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        back.planes["unwise"], data.batch(range(5)).planes["unwise"], rtol=1e-3, atol=1e-4
+    )
     tan = Tan.centered(sky[0]["ra"][0], sky[0]["dec"][0], pixels=12, scale=0.5)
     write(sky[1] / "g0.ps1.fits", np.full((5, 12, 12), 1e6), tan, bands=SMALL["ps1"].bands, EXPTIME=1.0)
     with pytest.raises(CutoutError, match="float16 cannot hold; pack as float32"):
@@ -77,4 +79,6 @@ def test_bad_input(sky, tmp_path):
     found = Cutouts.from_directory(tmp_path / "a.h5", sky[0], other).read(0)["ps1"]
     assert not found.present
     assert "packed with 12 px" in found.notes[0]
-    assert Cutouts.from_directory(tmp_path / "a.h5", table(9), SMALL).read(8)["ps1"].notes == ("ps1: not in a.h5",)
+    assert Cutouts.from_directory(tmp_path / "a.h5", table(9), SMALL).read(8)["ps1"].notes == (
+        "ps1: not in a.h5",
+    )

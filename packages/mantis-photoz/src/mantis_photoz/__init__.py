@@ -12,7 +12,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mantis_photoz import calibrate, fetch, metrics, shapley, simulate
-    from mantis_photoz.references import citations
     from mantis_photoz.config import FusionConfig
     from mantis_photoz.convert import load_official
     from mantis_photoz.cutouts import Cutouts
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from mantis_photoz.estimate import PhotoZ
     from mantis_photoz.output import PhotoZResult
     from mantis_photoz.pdf import BinnedPDF
+    from mantis_photoz.references import citations
     from mantis_photoz.surveys import SURVEYS, Survey
     from mantis_photoz.training import Trainer
 

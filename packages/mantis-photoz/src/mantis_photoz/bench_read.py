@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from fusion_core.bench import Row, check_target, memory_row, paired, peak_memory
-from fusion_core.errors import FusionError, MissingExtraError
+from fusion_core.errors import FusionError
 from fusion_core.seeding import generator, rng
 from mantis_photoz.config import FusionConfig, SurveyInput
 from mantis_photoz.surveys import SURVEYS, Survey
@@ -38,7 +37,9 @@ def _official_files(folder: Path) -> list[Path]:
     for survey in SURVEYS.values():
         tan = Tan.centered(*_POSITION, pixels=survey.pixels, scale=survey.pixel_scale)
         planes = draw.normal(size=(len(survey.bands), survey.pixels, survey.pixels))
-        parts = {survey.name: planes} if survey.name != "ps1" else dict(zip(survey.bands, planes, strict=True))
+        parts = (
+            {survey.name: planes} if survey.name != "ps1" else dict(zip(survey.bands, planes, strict=True))
+        )
         for name, data in parts.items():
             files.append(folder / f"a.{name}.fits")
             _write(files[-1], data, tan, survey)
@@ -70,7 +71,9 @@ def fits_rows(repeats: int, device: str) -> list[Row]:  # noqa: ARG001
             return found
 
         for a, b in zip(ours(), reference(), strict=True):
-            if a.sum() != np.asarray(b).sum() and not np.isclose(float(a.sum()), float(np.asarray(b).sum()), rtol=1e-4):
+            if a.sum() != np.asarray(b).sum() and not np.isclose(
+                float(a.sum()), float(np.asarray(b).sum()), rtol=1e-4
+            ):
                 raise FusionError("the fast FITS reader gives other pixels than astropy")
         row = paired(
             "FITS ingest, 7 files",
@@ -103,7 +106,8 @@ def sky_rows(repeats: int, device: str) -> list[Row]:
     target = Tan.centered(*_POSITION, pixels=size, scale=0.25)
     images = torch.randn(_BATCH, 1, 32, 32, generator=generator(0, "bench")).to(device)
     rows = [
-        torch.tensor([tan.row()], dtype=torch.float64, device=device).expand(_BATCH, -1) for tan in (source, target)
+        torch.tensor([tan.row()], dtype=torch.float64, device=device).expand(_BATCH, -1)
+        for tan in (source, target)
     ]
     systems = [WCS(fits.Header(tan.cards())) for tan in (source, target)]
     planes = images.cpu().numpy()[:, 0]
@@ -244,7 +248,9 @@ def memory_large() -> None:
 
 def memory_rows(repeats: int, device: str) -> list[Row]:  # noqa: ARG001
     """Memory of ``estimate`` at 500 and at 5,000 objects: bounded by the batch, but for the result itself."""
-    small, large = (peak_memory(f"mantis_photoz.bench_read:{name}") for name in ("memory_small", "memory_large"))
+    small, large = (
+        peak_memory(f"mantis_photoz.bench_read:{name}") for name in ("memory_small", "memory_large")
+    )
     return [
         memory_row(
             "estimate, memory at 500 over 5,000 objects",
@@ -258,7 +264,7 @@ def memory_rows(repeats: int, device: str) -> list[Row]:  # noqa: ARG001
 
 
 Measure = Callable[[int, str], Sequence[Row]]
-ROWS: Mapping[str, Measure] = {
+ROWS: dict[str, Measure] = {
     "fits": fits_rows,
     "sky": sky_rows,
     "share": share_rows,
@@ -266,20 +272,6 @@ ROWS: Mapping[str, Measure] = {
 }
 
 
-def rows(repeats: int = 5, device: str = "cpu", only: Sequence[str] = ()) -> list[Row]:
-    """All rows of this module; one whose library is missing is left out.
-
-    Args:
-        repeats: pairs per row.
-        device: of the rows that can run elsewhere.
-        only: words of :data:`ROWS`.
-    """
-    found: list[Row] = []
-    for name, measure in ROWS.items():
-        if only and not any(word in name for word in only):
-            continue
-        try:
-            found += functools.partial(measure, repeats, device)()
-        except MissingExtraError:
-            continue
-    return found
+def rows() -> dict[str, Measure]:
+    """The measures of this module by name."""
+    return dict(ROWS)

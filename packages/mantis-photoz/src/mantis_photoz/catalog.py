@@ -1,6 +1,6 @@
 """Read catalogues of sky positions in any format of the field and find their columns.
 
-Columns are found by UCD first, then by name, then by unit; ``--id``, ``--ra`` and ``--dec`` name them instead.
+Columns are found by UCD first, then by name, then by unit; ``--id``, ``--ra``, ``--dec`` name them instead.
 Coordinates may be numbers with or without a unit, sexagesimal text, or a SkyCoord column.
 """
 
@@ -41,8 +41,8 @@ _UCDS = {
 }
 _NAMES = {
     "id": ("id", "objid", "object_id", "objectid", "obj_id", "name", "source_id", "targetid", "specobjid"),
-    "ra": ("ra", "raj2000", "ra_icrs", "ra_deg", "radeg", "_raj2000", "_ra", "ramean", "rastack", "alpha_j2000",
-           "right_ascension", "ra_j2000", "host_ra", "ra_host"),
+    "ra": ("ra", "raj2000", "ra_icrs", "ra_deg", "radeg", "_raj2000", "_ra", "ramean", "rastack",
+           "alpha_j2000", "right_ascension", "ra_j2000", "host_ra", "ra_host"),
     "dec": ("dec", "dej2000", "decj2000", "de_icrs", "dec_icrs", "dec_deg", "decdeg", "_dej2000", "_dec",
             "_de", "decmean", "decstack", "delta_j2000", "declination", "dec_j2000", "host_dec", "dec_host"),
 }  # fmt: skip
@@ -86,7 +86,9 @@ class Catalog:
         try:
             return _float(self.table[name])
         except (TypeError, ValueError) as error:
-            raise CatalogError(f"column {name!r} holds {_example(self.table[name])}, wanted numbers") from error
+            raise CatalogError(
+                f"column {name!r} holds {_example(self.table[name])}, wanted numbers"
+            ) from error
 
 
 def read_catalog(
@@ -159,7 +161,9 @@ def read_table(source: Any) -> Table:
     if isinstance(source, Mapping):
         return Table(dict(source))
     if not isinstance(source, str | os.PathLike):
-        raise InputError(f"catalog is a {type(source).__name__}, wanted a file, an astropy table or a mapping")
+        raise InputError(
+            f"catalog is a {type(source).__name__}, wanted a file, an astropy table or a mapping"
+        )
     path = Path(source)
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     form = FORMATS.get(suffix.lower())
@@ -226,7 +230,9 @@ def _find(table: Table, word: str) -> str:
         units = [name for name in table.colnames if str(getattr(table[name], "unit", "")) == "hourangle"]
         if len(units) == 1:
             return units[0]
-    raise CatalogError(f"the catalogue has no column for {word}; it has {_listed(table)}: name one with --{word}")
+    raise CatalogError(
+        f"the catalogue has no column for {word}; it has {_listed(table)}: name one with --{word}"
+    )
 
 
 def _single(found: list[str], word: str) -> str:

@@ -14,14 +14,18 @@ from fusion_core.errors import InputError
 from mantis_photoz import __version__
 
 app = cli.new_app(
-    "mantis-photoz", "Calibrated redshift densities of galaxies from the images of several surveys.", __version__
+    "mantis-photoz",
+    "Calibrated redshift densities of galaxies from the images of several surveys.",
+    __version__,
 )
 
 CatalogFile = Annotated[Path, typer.Argument(help="Positions: .ecsv, .csv, .fits, .parquet or VOTable.")]
 IdColumn = Annotated[str | None, typer.Option("--id", help="Column of identifiers; found by itself.")]
 RaColumn = Annotated[str | None, typer.Option("--ra", help="Column of right ascensions.")]
 DecColumn = Annotated[str | None, typer.Option("--dec", help="Column of declinations.")]
-Surveys = Annotated[str | None, typer.Option("--surveys", help="Use these only, by commas: galex,ps1,unwise.")]
+Surveys = Annotated[
+    str | None, typer.Option("--surveys", help="Use these only, by commas: galex,ps1,unwise.")
+]
 NOTICE = (
     "note: the models that ship were trained on simulated galaxies only; train or load a real one before you "
     "trust a redshift\n"
@@ -41,7 +45,7 @@ def load(model: str | None, device: str, dtype: str, recalibrate: Path | None, g
         model = names[0]
     if model in own and not Path(model).is_dir():
         sys.stderr.write(NOTICE)
-    wanted: Any = dict(device=device, dtype=dtype, recalibration=recalibrate, grid=grid)
+    wanted: Any = {"device": device, "dtype": dtype, "recalibration": recalibrate, "grid": grid}
     return PhotoZ.from_pretrained(model, **wanted)
 
 
@@ -56,7 +60,9 @@ def estimate(
     cutouts: Annotated[
         Path | None, typer.Option("--cutouts", help="Directory of FITS files, or packed .h5.")
     ] = None,
-    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch what is missing first, into --cutouts.")] = False,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Fetch what is missing first, into --cutouts.")
+    ] = False,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder, name on the hub, or one that ships.")
     ] = None,
@@ -175,7 +181,9 @@ def estimate(
 
 def _report(result: Any, quiet: bool) -> None:
     """Flags, rates and the bottleneck, on stderr."""
-    sys.stderr.write(f"{result.flagged} of {len(result)} objects flagged, {result.failed} without a density\n")
+    sys.stderr.write(
+        f"{result.flagged} of {len(result)} objects flagged, {result.failed} without a density\n"
+    )
     if quiet:
         return
     found = result.throughput()
@@ -183,7 +191,8 @@ def _report(result: Any, quiet: bool) -> None:
     if rates and found["bottleneck"] is not None:
         share = found["network_share"] or 0.0
         sys.stderr.write(
-            f"objects/s: {', '.join(rates)}; bottleneck: {found['bottleneck']}; network {share:.0%} of the time\n"
+            f"objects/s: {', '.join(rates)}; bottleneck: {found['bottleneck']}; "
+            f"network {share:.0%} of the time\n"
         )
 
 
@@ -206,12 +215,16 @@ def fetch(
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Directory of what was fetched before, for all catalogues.")
     ] = None,
-    cache_size: Annotated[float, typer.Option("--cache-size", min=0.0, help="Gigabytes kept in --cache.")] = 20.0,
+    cache_size: Annotated[
+        float, typer.Option("--cache-size", min=0.0, help="Gigabytes kept in --cache.")
+    ] = 20.0,
     unwise_pixscale: Annotated[
-        float, typer.Option("--unwise-pixscale", min=0.1, help="Arc seconds; the authors' live service took 1.5.")
+        float,
+        typer.Option("--unwise-pixscale", min=0.1, help="Arc seconds; the authors' live service took 1.5."),
     ] = 2.75,
     service: Annotated[
-        list[str] | None, typer.Option("--service", help="Other base address: viewer=URL, ps1names=URL, ps1cut=URL.")
+        list[str] | None,
+        typer.Option("--service", help="Other base address: viewer=URL, ps1names=URL, ps1cut=URL."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the requests, send none.")] = False,
     id_column: IdColumn = None,

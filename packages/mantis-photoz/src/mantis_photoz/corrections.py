@@ -63,7 +63,7 @@ def choose_features(
     if found.shape[1] != wanted:
         has = "none" if hidden is None else hidden.shape[1]
         raise DataError(
-            f"the recalibration wants {wanted} features; there are {found.shape[1]} photometric ones and {has} of "
+            f"the recalibration wants {wanted} features; {found.shape[1]} are photometric and {has} of "
             "the network; fit it for this model"
         )
     return found
@@ -73,7 +73,7 @@ def load_prior(path: str | os.PathLike[str], edges: Any) -> NDArray[np.float64]:
     """A redshift distribution as masses in bins.
 
     Args:
-        path: ``.json`` with ``z`` and ``n``; or a table (ECSV, CSV, FITS, Parquet) with columns ``z`` and ``n``
+        path: ``.json`` with ``z`` and ``n``; or a table (ECSV, CSV, FITS, Parquet) with ``z`` and ``n``
             (a density at redshifts, taken as linear between them), or ``z`` alone (a sample of redshifts).
         edges: (bins + 1,).
 
@@ -96,7 +96,9 @@ def load_prior(path: str | os.PathLike[str], edges: Any) -> NDArray[np.float64]:
     order = np.argsort(z)
     z, n = z[order], n[order]
     if len(z) < 2 or not np.isfinite([*z, *n]).all() or (n < 0).any() or (np.diff(z) <= 0).any():
-        raise InputError(f"--prior {place} holds no density: wanted two or more redshifts z, each once, and n >= 0")
+        raise InputError(
+            f"--prior {place} holds no density: wanted two or more redshifts z, each once, and n >= 0"
+        )
     fine = np.unique(np.concatenate([limits, z[(z > limits[0]) & (z < limits[-1])]]))
     height = np.interp(fine, z, n, left=0.0, right=0.0)
     total = np.concatenate([[0.0], np.cumsum(np.diff(fine) * (height[1:] + height[:-1]) / 2)])
@@ -135,7 +137,7 @@ def correct(
         recalibration: of :mod:`mantis_photoz.calibrate`, or None.
         features: that it needs.
         prior: (bins,) masses that the densities shall carry, or None.
-        train_prior: (bins,) masses that they carry; flat in redshift by default, as the balanced sampler has it.
+        train_prior: (bins,) masses that they carry; flat by default, as the balanced sampler has it.
     """
     if recalibration is not None:
         pdf = recalibration(pdf, features)

@@ -65,14 +65,16 @@ class FitsDirectory:
     ) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise InputError(f"cutouts is {str(path)!r}, wanted a directory of FITS files or a packed .h5 file")
+            raise InputError(
+                f"cutouts is {str(path)!r}, wanted a directory of FITS files or a packed .h5 file"
+            )
         with os.scandir(self.path) as entries:
             self.names = frozenset(entry.name for entry in entries if entry.name.endswith(_SUFFIXES))
         self.nan_limit, self.band_order, self.fast = nan_limit, dict(band_order or {}), fast
         self.checksums: dict[str, str] = {}
 
     def files(self, identifier: str, survey: Survey) -> list[tuple[Path, str | None]]:
-        """The files of one object in one survey, each with the band of its name; empty where there is none."""
+        """The files of one object in one survey, each with the band of its name."""
         stem = file_name(identifier)
         for middle in (survey.name, survey.name.capitalize(), survey.name.upper()):
             if found := self._named(f"{stem}.{middle}"):
@@ -94,7 +96,9 @@ class FitsDirectory:
         try:
             images: list[tuple[Image, str | None]] = []
             for path, band in files:
-                images += self._images(path, band, survey, whole=path.name.startswith(file_name(identifier) + ".fits"))
+                images += self._images(
+                    path, band, survey, whole=path.name.startswith(file_name(identifier) + ".fits")
+                )
             if not images:
                 return absent(survey, ra, dec, f"{survey.name}: no extension")
             name = files[0][0].name if len(files) == 1 else f"{file_name(identifier)} ({survey.name})"
@@ -184,7 +188,11 @@ class Cutouts(Dataset[dict[str, Any]]):
     ) -> None:
         self.catalog, self.source, self.surveys, self.seed = catalog, source, dict(surveys), seed
         self.ebv, self._dust_flags = find_ebv(catalog, ebv)
-        names = [truth] if truth else [name for name in ("z_spec", "zspec", "z_true") if name in catalog.table.colnames]
+        names = (
+            [truth]
+            if truth
+            else [name for name in ("z_spec", "zspec", "z_true") if name in catalog.table.colnames]
+        )
         self.z: NDArray[np.float64] | None = catalog.column(names[0]) if names else None
 
     @classmethod
@@ -222,7 +230,7 @@ class Cutouts(Dataset[dict[str, Any]]):
         return len(self.catalog)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One object as a dictionary: ``id``, ``planes``, ``wcs``, ``sky``, ``present``, ``ebv`` and ``z``."""
+        """One object: ``id``, ``planes``, ``wcs``, ``sky``, ``present``, ``ebv`` and ``z``."""
         found = self.batch([range(len(self))[row]])
         item: dict[str, Any] = {
             "id": found.ids[0],
@@ -243,18 +251,24 @@ class Cutouts(Dataset[dict[str, Any]]):
         """Read some objects; a file that cannot be used leaves its survey missing and a note."""
         index = np.asarray(rows, np.int64)
         readings = [self.read(int(row)) for row in index]
-        flags = np.array([self._judged(int(row), found) for row, found in zip(index, readings, strict=True)], np.int64)
+        flags = np.array(
+            [self._judged(int(row), found) for row, found in zip(index, readings, strict=True)], np.int64
+        )
         names = list(self.surveys)
         planes = {
             name: torch.from_numpy(_stack([found[name].planes for found in readings], self.surveys[name]))
             for name in names
         }
         wcs = {
-            name: torch.tensor([found[name].wcs.row() for found in readings], dtype=torch.float64).reshape(-1, 8)
+            name: torch.tensor([found[name].wcs.row() for found in readings], dtype=torch.float64).reshape(
+                -1, 8
+            )
             for name in names
         }
         shape = (len(index), len(names))
-        present = np.array([[found[name].present for name in names] for found in readings], bool).reshape(shape)
+        present = np.array([[found[name].present for name in names] for found in readings], bool).reshape(
+            shape
+        )
         gaps = np.array([[found[name].nan_fraction for name in names] for found in readings], np.float32)
         sky = np.stack([self.catalog.ra[index], self.catalog.dec[index]], -1)
         return CutoutBatch(
@@ -267,7 +281,9 @@ class Cutouts(Dataset[dict[str, Any]]):
             nan_fraction=gaps.reshape(shape),
             ebv=torch.from_numpy(self.ebv[index].astype(np.float32)),
             flags=flags,
-            notes=tuple("; ".join(note for name in names for note in found[name].notes) for found in readings),
+            notes=tuple(
+                "; ".join(note for name in names for note in found[name].notes) for found in readings
+            ),
         )
 
     def read(self, row: int) -> dict[str, Reading]:
@@ -288,17 +304,19 @@ class Cutouts(Dataset[dict[str, Any]]):
     def take(self, rows: Sequence[int] | NDArray[Any]) -> Cutouts:
         """The cutouts of some rows."""
         index = np.asarray(rows, np.int64)
-        found = Cutouts(self.catalog.take(index), self.source, self.surveys, ebv=self.ebv[index], seed=self.seed)
+        found = Cutouts(
+            self.catalog.take(index), self.source, self.surveys, ebv=self.ebv[index], seed=self.seed
+        )
         found.z = None if self.z is None else self.z[index]
         found._dust_flags = self._dust_flags[index]
         return found
 
     def split(self, name: str) -> Cutouts:
-        """The objects of one split: by the catalogue's column ``split``, else by a hash of identifier and seed.
+        """The objects of one split: by the catalogue's column ``split``, else by a hash of id and seed.
 
         Args:
-            name: ``"train"`` (80 %), ``"val"`` or ``"test"`` (10 % each), or any word of the column. An object
-                stays in its split however the catalogue grows.
+            name: ``"train"`` (80 %), ``"val"`` or ``"test"`` (10 % each), or any word of the column.
+                An object stays in its split however the catalogue grows.
 
         Raises:
             InputError: no such split.

@@ -29,7 +29,7 @@ def find_ebv(
         given: (objects, 2) values instead, such as those of :func:`dust_maps`.
 
     Returns:
-        (objects, 2) magnitudes and the flags: ``NO_DUST`` with 0 where a value is missing, ``HIGH_DUST`` above 1.
+        (objects, 2) magnitudes and flags: ``NO_DUST`` with 0 where a value is missing, ``HIGH_DUST`` above 1.
 
     Raises:
         CatalogError: a value below 0.

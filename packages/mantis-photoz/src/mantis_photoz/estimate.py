@@ -41,6 +41,7 @@ from mantis_photoz.steps import (
 )
 from mantis_photoz.surveys import SURVEYS, Survey
 
+
 class PhotoZ:
     """A network with its redshift grid, recalibration, prior and memory of its training set.
 
@@ -175,9 +176,13 @@ class PhotoZ:
         timer.add("correct", start)
         return found
 
-    def _views(self, scaled: dict[str, Tensor], batch: CutoutBatch, choice: Options) -> Iterator[dict[str, Tensor]]:
+    def _views(
+        self, scaled: dict[str, Tensor], batch: CutoutBatch, choice: Options
+    ) -> Iterator[dict[str, Tensor]]:
         """The views to average over: one, the 8 exact ones, the authors' random one, or n random ones."""
-        view = lambda planes: inputs.view(planes, self.config, {k: v.to(self.device) for k, v in batch.wcs.items()})
+        view = lambda planes: inputs.view(
+            planes, self.config, {k: v.to(self.device) for k, v in batch.wcs.items()}
+        )
         if choice.tta == "none":
             yield view(scaled)
         elif choice.tta == "d4":
@@ -195,7 +200,9 @@ class PhotoZ:
                 drawn = views.Draw(360 * draw[0], draw[1] > 0.5, draw[2] > 0.5)
                 yield view(views.turn(scaled, drawn))
 
-    def _forward(self, images: dict[str, Tensor], ebv: Tensor, present: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _forward(
+        self, images: dict[str, Tensor], ebv: Tensor, present: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         if not len(ebv):
             return torch.zeros(0, self.config.bins, dtype=torch.float64), None
         with untouched(self.model, frozen=False), autocast(self.device, self.dtype):
@@ -259,7 +266,7 @@ class PhotoZ:
         Args:
             catalog: what :func:`~mantis_photoz.catalog.read_catalog` takes.
             cutouts: a directory of FITS files, packed shards, or a source of one's own.
-            tta: ``"none"``: as it lies; ``"d4"``: the mean over the 8 exact turns and flips; a number: over so
+            tta: ``"none"``: as it lies; ``"d4"``: mean over the 8 exact turns and flips; a number: over so
                 many seeded random views; ``"official"``: the authors' one random view (bug B2).
             batch_size: objects per forward pass; memory is bounded by a few of them.
             nan: see :func:`mantis_photoz.nans.clean_planes`.
@@ -304,7 +311,9 @@ class PhotoZ:
         from fusion_core.progress import track
 
         stream = read_ahead(read, jobs, num_workers)
-        for part, (batch, seconds) in zip(todo, track(stream, "estimating", len(jobs), progress), strict=True):
+        for part, (batch, seconds) in zip(
+            todo, track(stream, "estimating", len(jobs), progress), strict=True
+        ):
             clock.seconds["read"] = clock.seconds.get("read", 0.0) + seconds
             made = self.predict(restricted(batch, only), options, prior=prior, clock=clock)
             if run is not None:
@@ -338,8 +347,15 @@ class PhotoZ:
             ),
         }
 
-    def _provenance(self, catalog: Catalog, options: Options, source: Any, prior: Any, checksums: dict[str, str],
-                    columns: Mapping[str, NDArray[Any]]) -> dict[str, Any]:  # fmt: skip
+    def _provenance(
+        self,
+        catalog: Catalog,
+        options: Options,
+        source: Any,
+        prior: Any,
+        checksums: dict[str, str],
+        columns: Mapping[str, NDArray[Any]],
+    ) -> dict[str, Any]:
         from mantis_photoz import __version__
 
         used = [name for k, name in enumerate(self.surveys) if columns["present"][:, k].any()]
@@ -360,7 +376,11 @@ class PhotoZ:
                 "recalibration": kinds,
                 "prior": None if prior is None else np.asarray(prior).tolist(),
             },
-            "catalogue": {"objects": len(catalog), "columns": dict(catalog.columns), "digest": digest(list(catalog.ids))},
+            "catalogue": {
+                "objects": len(catalog),
+                "columns": dict(catalog.columns),
+                "digest": digest(list(catalog.ids)),
+            },
             "cutouts": str(getattr(source, "path", type(source).__name__)),
             "services": {name: survey.url for name, survey in self.surveys.items() if survey.url},
             "files": dict(sorted(checksums.items())),

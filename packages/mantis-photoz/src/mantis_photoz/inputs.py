@@ -1,4 +1,4 @@
-"""From planes as they were read to what a network is fed: gaps filled, flux scaled, one view (steps 5 to 7)."""
+"""From planes as read to what a network is fed: gaps filled, flux scaled, one view (steps 5 to 7)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def fill_gaps(planes: Mapping[str, Tensor], nan: NanPolicy = "inpaint") -> Image
     return found
 
 
-def scale(planes: Mapping[str, Tensor], config: FusionConfig, registry: Mapping[str, Survey] = SURVEYS) -> Images:
+def scale(
+    planes: Mapping[str, Tensor], config: FusionConfig, registry: Mapping[str, Survey] = SURVEYS
+) -> Images:
     """Network inputs from flux, by the scaling that the network was trained with (section 2.2).
 
     Args:
@@ -82,7 +84,9 @@ def scale(planes: Mapping[str, Tensor], config: FusionConfig, registry: Mapping[
     return found
 
 
-def view(images: Mapping[str, Tensor], config: FusionConfig, wcs: Mapping[str, Tensor] | None = None) -> Images:
+def view(
+    images: Mapping[str, Tensor], config: FusionConfig, wcs: Mapping[str, Tensor] | None = None
+) -> Images:
     """The planes that the encoders see, one entry per survey.
 
     Args:
@@ -111,7 +115,8 @@ def view(images: Mapping[str, Tensor], config: FusionConfig, wcs: Mapping[str, T
         widths = [width for one in inputs.values() for width in one.fwhm or ()]
         broad = config.target_fwhm or max(widths)
         found = {
-            name: match_psf(planes, inputs[name].fwhm or (), broad, scale_arcsec) for name, planes in found.items()
+            name: match_psf(planes, inputs[name].fwhm or (), broad, scale_arcsec)
+            for name, planes in found.items()
         }
     return found
 

@@ -51,7 +51,7 @@ def load_parts(name: str | os.PathLike[str], recalibration: Any = None) -> dict[
             raise CheckpointError(f"{folder / PRIOR} holds no n_train: {error}") from error
         if len(masses) != model.config.bins:
             raise CheckpointError(
-                f"{folder / PRIOR} has {len(masses)} masses, the model {model.config.bins} bins; write it anew"
+                f"{folder / PRIOR} has {len(masses)} masses, the model {model.config.bins} bins"
             )
         found["train_prior"] = masses
     return found

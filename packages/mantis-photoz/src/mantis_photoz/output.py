@@ -1,4 +1,4 @@
-"""What ``estimate`` returns and writes: a table with units and words, densities, and where it all came from."""
+"""What ``estimate`` returns and writes: a table with units and words, densities, and their origin."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class PhotoZResult:
         """Write the table, the densities and the provenance, each whole or not at all.
 
         Args:
-            path: ``.ecsv``, ``.fits`` or ``.parquet`` (which also keeps the masses, as lists of fixed length).
+            path: ``.ecsv``, ``.fits`` or ``.parquet`` (with the masses, as lists of fixed length).
                 The provenance goes beside it, as ``NAME.provenance.json``.
             pdf: ``.hdf5`` file of qp's histogram for the densities.
             columns: ``"rail"`` names the columns as RAIL does.
@@ -154,7 +154,9 @@ class PhotoZResult:
         write_qp(self.pdf, path, self._ancil())
 
     def _ancil(self) -> dict[str, NDArray[Any]]:
-        return {name: np.asarray(self.table[name]) for name in ("id", "z_mode", "z_mean", "z_median", "flags")}
+        return {
+            name: np.asarray(self.table[name]) for name in ("id", "z_mode", "z_mean", "z_median", "flags")
+        }
 
     def _shown(self, columns: str) -> Table:
         if columns not in ("own", "rail"):
@@ -194,8 +196,8 @@ def build_table(
     Args:
         catalog: whose rows these are.
         pdf: their densities.
-        columns: ``present`` (n, surveys), ``nan_fraction`` likewise, ``flags``, ``notes``, and where there are
-            such, ``ood`` and ``z_spread``.
+        columns: ``present`` (n, surveys), ``nan_fraction`` likewise, ``flags``, ``notes``, and where known
+            ``ood`` and ``z_spread``.
         surveys: names, in the order of ``present``.
         official: summaries with the masses at the nodes.
         model: name of the model.
@@ -222,7 +224,8 @@ def build_table(
     made["model"] = _texts([model] * count)
     told = {
         **DESCRIPTIONS,
-        "survey_mask": "surveys with data: " + ", ".join(f"{1 << k} {name}" for k, name in enumerate(surveys)),
+        "survey_mask": "surveys with data: "
+        + ", ".join(f"{1 << k} {name}" for k, name in enumerate(surveys)),
         "flags": legend(),
         **{f"nan_frac_{name}": f"largest share of NaN pixels among the planes of {name}" for name in surveys},
     }
@@ -308,7 +311,9 @@ def _write_parquet(
         if data.ndim > 1:
             array = arrow.array(data.tolist())
         else:
-            native = data.astype(data.dtype.newbyteorder("=")) if data.dtype.kind in "iufb" else data.astype(str)
+            native = (
+                data.astype(data.dtype.newbyteorder("=")) if data.dtype.kind in "iufb" else data.astype(str)
+            )
             array = arrow.array(native.tolist() if native.dtype.kind == "U" else native, mask=mask)
         words = {"description": str(column.info.description or ""), "unit": str(column.info.unit or "")}
         arrays.append(array)
@@ -339,6 +344,8 @@ def read_pdf(path: str | os.PathLike[str]) -> BinnedPDF:
         told = found.schema.field(PMF).metadata
         column = found.column(PMF).combine_chunks()
         edges, nodes = (np.array(json.loads(told[name])) for name in (b"edges", b"nodes"))
-        return BinnedPDF(edges, np.asarray(column.flatten(), np.float64).reshape(len(column), len(nodes)), nodes)
+        return BinnedPDF(
+            edges, np.asarray(column.flatten(), np.float64).reshape(len(column), len(nodes)), nodes
+        )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} holds no densities ({' '.join(str(error).split())[:200]})") from error

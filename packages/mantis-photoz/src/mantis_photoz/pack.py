@@ -68,7 +68,9 @@ def pack(
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         os.close(handle)
     except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}; name a writable place") from error
+        raise InputError(
+            f"cannot write {target}: {error.strerror or error}; name a writable place"
+        ) from error
     temporary, count = Path(name), len(data)
     try:
         with h5py.File(temporary, "w") as file:
@@ -114,7 +116,9 @@ def _write(file: Any, data: Cutouts, rows: list[int], dtype: str) -> None:
         readings = [one[name] for one in found]
         planes = np.stack([reading.planes for reading in readings])
         if dtype == "float16" and np.nanmax(np.abs(planes), initial=0.0) > _FLOAT16_MAX:
-            raise CutoutError(f"{name} has pixels beyond {_FLOAT16_MAX:g}, which float16 cannot hold; pack as float32")
+            raise CutoutError(
+                f"{name} has pixels beyond {_FLOAT16_MAX:g}, which float16 cannot hold; pack as float32"
+            )
         group = file[name]
         group["planes"][where] = planes.astype(dtype)
         group["wcs"][where] = np.array([reading.wcs.row() for reading in readings])
@@ -141,7 +145,9 @@ class PackedCutouts:
             self._file: Any = h5py.File(self.path, "r")
             if self._file.attrs.get("schema") != SCHEMA:
                 raise KeyError(f"schema is {self._file.attrs.get('schema')!r}, wanted {SCHEMA!r}")
-            self.surveys = {n: Survey.from_dict(s) for n, s in json.loads(self._file.attrs["surveys"]).items()}
+            self.surveys = {
+                n: Survey.from_dict(s) for n, s in json.loads(self._file.attrs["surveys"]).items()
+            }
             self.rows = {text: row for row, text in enumerate(self._file["id"].asstr()[:])}
         except (OSError, KeyError, ValueError) as error:
             raise InputError(
@@ -163,7 +169,9 @@ class PackedCutouts:
         found["redshifts"] = "z" in self._file
         for name, survey in self.surveys.items():
             has = int(np.asarray(self._file[name]["present"]).sum())
-            found[name] = f"{','.join(survey.bands)}; {survey.pixels} px of {survey.pixel_scale:g}\"; {has} present"
+            found[name] = (
+                f'{",".join(survey.bands)}; {survey.pixels} px of {survey.pixel_scale:g}"; {has} present'
+            )
         return found
 
     def read(self, identifier: str, survey: Survey, ra: float, dec: float) -> Reading:
@@ -173,8 +181,8 @@ class PackedCutouts:
             return absent(survey, ra, dec, f"{survey.name}: not in {self.path.name}")
         if (own.bands, own.pixels, own.pixel_scale) != (survey.bands, survey.pixels, survey.pixel_scale):
             words = (
-                f"{survey.name}: packed with {own.pixels} px of {own.pixel_scale:g}\", wanted {survey.pixels} of "
-                f"{survey.pixel_scale:g}; pack it for this model"
+                f'{survey.name}: packed with {own.pixels} px of {own.pixel_scale:g}", wanted '
+                f"{survey.pixels} of {survey.pixel_scale:g}; pack it for this model"
             )
             return absent(survey, ra, dec, words, Flag.BAD_CUTOUT)
         with self._lock:
@@ -183,5 +191,9 @@ class PackedCutouts:
             numbers = [float(number) for number in group["wcs"][row]]
             notes = str(group["notes"].asstr()[row])
             facts = (bool(group["present"][row]), float(group["nan_fraction"][row]), int(group["flags"][row]))
-        tan = Tan((numbers[0], numbers[1]), (numbers[2], numbers[3]), (numbers[4], numbers[5], numbers[6], numbers[7]))
+        tan = Tan(
+            (numbers[0], numbers[1]),
+            (numbers[2], numbers[3]),
+            (numbers[4], numbers[5], numbers[6], numbers[7]),
+        )
         return Reading(planes, tan, *facts, (notes,) if notes else ())

@@ -39,7 +39,9 @@ def to_qp(
 
     Returns:
         The ensemble. A histogram of qp takes densities, not masses: with bins of unequal width (the training
-        grid's first is half as wide) the two differ.
+        grid's first is half as wide) the two differ. qp 1.1 takes all bins for equally wide in ``mean()`` and
+        ``std()`` of a histogram, though not in its CDF: use ``ancil``'s ``z_mean``, or
+        :meth:`BinnedPDF.rebin` to even bins first.
 
     Raises:
         ConfigError: another kind.

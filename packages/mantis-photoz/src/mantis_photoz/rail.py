@@ -46,7 +46,9 @@ def chunk_table(data: Mapping[str, Any], config: Any) -> dict[str, Any]:
     if table["id"].dtype.kind == "S":
         table["id"] = np.char.decode(table["id"], "utf-8")
     lower = {str(name).lower(): name for name in data}
-    return table | {name: np.asarray(data[lower[name]]) for name in ("ebv_csfd", "ebv_planck", "ebv") if name in lower}
+    return table | {
+        name: np.asarray(data[lower[name]]) for name in ("ebv_csfd", "ebv_planck", "ebv") if name in lower
+    }
 
 
 def make_stages(informer: type, estimator: type, parameter: Any) -> tuple[type, type]:
@@ -65,7 +67,7 @@ def make_stages(informer: type, estimator: type, parameter: Any) -> tuple[type, 
     own = {name: parameter(kind, default, msg=words) for name, (kind, default, words) in OPTIONS.items()}
 
     class MantisInformer(base_informer):
-        """Names the model folder that the estimator reads; the network is trained by ``mantis-photoz train``."""
+        """Names the model's folder to the estimator; ``mantis-photoz train`` trains the network."""
 
         name = "MantisInformer"
         config_options = {  # noqa: RUF012 - RAIL's own form
@@ -119,7 +121,9 @@ def make_stages(informer: type, estimator: type, parameter: Any) -> tuple[type, 
                 if edges[0] <= pdf.edges[0] and edges[-1] >= pdf.edges[-1]:  # else mass would be lost
                     pdf = pdf.rebin(edges)
             names = {"zmode": "z_mode", "zmean": "z_mean", "zmedian": "z_median", "flags": "flags"}
-            ensemble = to_qp(pdf, "hist", {theirs: np.asarray(found.table[ours]) for theirs, ours in names.items()})
+            ensemble = to_qp(
+                pdf, "hist", {theirs: np.asarray(found.table[ours]) for theirs, ours in names.items()}
+            )
             self._do_chunk_output(ensemble, start, end, first, data=data)
 
     for stage in (MantisInformer, MantisEstimator):
@@ -132,8 +136,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require_extra("rail.estimation.estimator", "rail", "mantis-photoz")
     parts = {"informer": "CatInformer", "estimator": "CatEstimator"}
-    bases = [getattr(importlib.import_module(f"rail.estimation.{module}"), kind) for module, kind in parts.items()]
+    bases = [
+        getattr(importlib.import_module(f"rail.estimation.{module}"), kind) for module, kind in parts.items()
+    ]
     parameter = importlib.import_module("ceci.config").StageParameter
-    made = dict(zip(("MantisInformer", "MantisEstimator"), make_stages(bases[0], bases[1], parameter), strict=True))
+    made = dict(
+        zip(("MantisInformer", "MantisEstimator"), make_stages(bases[0], bases[1], parameter), strict=True)
+    )
     globals().update(made)
     return made[name]

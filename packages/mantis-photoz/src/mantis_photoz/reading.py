@@ -30,8 +30,8 @@ class Reading:
     """What one survey has of one object.
 
     Args:
-        planes: (bands, pixels, pixels) float32 in the survey's order; NaN where there is no pixel, zeros where
-            the survey has nothing.
+        planes: (bands, pixels, pixels) float32 in the survey's order; NaN where there is no pixel, zeros
+            where the survey has nothing.
         wcs: of the planes.
         present: whether the survey takes part.
         nan_fraction: the largest share of NaN pixels among the planes.
@@ -80,7 +80,7 @@ def read_planes(
         The reading; ``present`` is False where all pixels are zero or a plane has none.
 
     Raises:
-        CutoutError: another number of planes, a band that is not the survey's, a scale that is wrong without a
+        CutoutError: another number of planes, a band that is not the survey's, a wrong scale without a
             WCS to mend it, or an image of another place.
     """
     flags, notes = Flag(0), list[str]()
@@ -127,7 +127,9 @@ def _bands(
     stated = header_bands(image.header, count)
     if stated and all(band in survey.bands for band in stated):
         if told is not None and stated != [told]:
-            raise CutoutError(f"{name}: the file of band {told} says it is {', '.join(stated)}; fetch it again")
+            raise CutoutError(
+                f"{name}: the file of band {told} says it is {', '.join(stated)}; fetch it again"
+            )
         return stated, False
     if stated and any(re.fullmatch(r"[a-z]{1,4}\d?", band) for band in stated):
         raise CutoutError(
@@ -138,7 +140,7 @@ def _bands(
         return [told], False
     if count != len(survey.bands):
         raise CutoutError(
-            f"{name} has {count} planes, wanted {len(survey.bands)} ({', '.join(survey.bands)}); fetch it again"
+            f"{name} has {count} planes, wanted {len(survey.bands)} ({', '.join(survey.bands)})"
         )
     if order is not None:
         return list(order), False
@@ -158,7 +160,9 @@ def header_bands(header: Mapping[str, Any], count: int) -> list[str]:
     elif "BANDS" in header:
         text = str(header["BANDS"]).strip()
         parts = re.split(r"[,\s]+", text)
-        found = parts if len(parts) == count else list(text) if len(text) == count else re.findall(r"..", text)
+        found = (
+            parts if len(parts) == count else list(text) if len(text) == count else re.findall(r"..", text)
+        )
     elif count == 1:
         stated = header.get("FILTER") or header.get("BAND") or header.get("FPA.FILTER")
         found = [str(stated).partition(".")[0]] if stated else []

@@ -112,7 +112,8 @@ REFERENCES: dict[str, tuple[str, dict[str, str]]] = {
         "article",
         {
             "author": "Saerens, Marco and Latinne, Patrice and Decaestecker, Christine",
-            "title": "Adjusting the Outputs of a Classifier to New a Priori Probabilities: A Simple Procedure",
+            "title": "Adjusting the Outputs of a Classifier to New a Priori Probabilities: A Simple "
+            "Procedure",
             "year": "2002",
             "journal": "Neural Computation",
             "volume": "14",
@@ -131,8 +132,8 @@ def citations(used: Any = None) -> list[str]:
 
     Args:
         used: None for the papers alone; a result with a ``provenance``, that provenance, or words: names of
-            surveys (``galex``, ``ps1``, ``unwise``), dust maps (``csfd``, ``planck``), ``zoobot`` for encoders
-            that started from its weights, ``calpit`` and ``prior`` for those corrections.
+            surveys (``galex``, ``ps1``, ``unwise``), dust maps (``csfd``, ``planck``), ``zoobot`` for
+            encoders that started from its weights, ``calpit`` and ``prior`` for those corrections.
 
     Returns:
         Keys of :data:`REFERENCES`, without repeats. :func:`bibtex` gives their entries.

@@ -30,7 +30,7 @@ class Run:
         overwrite: throw an earlier run's parts away, and replace ``out``.
 
     Raises:
-        InputError: ``out`` or parts are there without ``resume`` or ``overwrite``, or the place cannot be written.
+        InputError: ``out`` or parts are there without ``resume`` or ``overwrite``, or cannot be written.
         StoreError: ``resume`` meets parts of another run; the message names what differs.
     """
 
@@ -62,7 +62,9 @@ class Run:
             ) from error
         if known is not None and digest(known) != digest(dict(fingerprint)):
             other = [key for key in fingerprint if digest(known.get(key)) != digest(fingerprint[key])]
-            raise StoreError(f"{self.folder} was made with other {', '.join(other)}; pass --overwrite to begin anew")
+            raise StoreError(
+                f"{self.folder} was made with other {', '.join(other)}; pass --overwrite to begin anew"
+            )
 
     def __contains__(self, part: int) -> bool:
         return str(part) in self.manifest and self._file(part).is_file()

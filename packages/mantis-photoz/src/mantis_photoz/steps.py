@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +36,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}, wanted at least 1")
-        if isinstance(self.tta, bool) or self.tta not in ("none", "d4", "official") and not (
-            isinstance(self.tta, int) and self.tta > 0
+        if isinstance(self.tta, bool) or (
+            self.tta not in ("none", "d4", "official") and not (isinstance(self.tta, int) and self.tta > 0)
         ):
             raise ConfigError(f"tta is {self.tta!r}, wanted 'none', 'd4', 'official' or a number of views")
 
@@ -56,10 +56,12 @@ class Clock:
 
 
 def maps_of(recalibration: Any) -> list[Any]:
+    """The maps of a recalibration; none where it is None."""
     return [] if recalibration is None else parts_of(recalibration)
 
 
 def plain_maps(recalibration: Any) -> Any:
+    """The maps of a recalibration as plain values, for a fingerprint."""
     return [{"kind": part.kind, **part.to_dict()} for part in maps_of(recalibration)]
 
 

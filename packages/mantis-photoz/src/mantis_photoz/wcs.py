@@ -85,7 +85,9 @@ class Tan:
         if kinds != ("RA---TAN", "DEC--TAN") or _special(header):
             return _local_tan(header, shape, name)
         try:
-            crval, crpix = (tuple(float(header[f"{key}{axis}"]) for axis in (1, 2)) for key in ("CRVAL", "CRPIX"))
+            crval, crpix = (
+                tuple(float(header[f"{key}{axis}"]) for axis in (1, 2)) for key in ("CRVAL", "CRPIX")
+            )
             cd = _matrix(header)
         except (KeyError, TypeError, ValueError) as error:
             raise CutoutError(f"{name}: its WCS lacks {error}; give CRVAL, CRPIX and CD or CDELT") from error

@@ -50,7 +50,7 @@ class Cache:
             return
         with atomic_write(self._file(key)) as file:
             file.write(body)
-        self._size = (self.size() if self._size is None else self._size + len(body))
+        self._size = self.size() if self._size is None else self._size + len(body)
         if self._size > self.max_bytes:
             self._evict(key)
 
@@ -63,7 +63,9 @@ class Cache:
         self._file(key).unlink(missing_ok=True)
 
     def _evict(self, keep: str) -> None:
-        entries = [(entry.stat().st_mtime, entry.stat().st_size, entry) for entry in self.path.glob("??/*.fits")]
+        entries = [
+            (entry.stat().st_mtime, entry.stat().st_size, entry) for entry in self.path.glob("??/*.fits")
+        ]
         self._size = sum(size for _, size, _ in entries)
         for _, size, entry in sorted(entries, key=lambda item: item[0]):
             if self._size <= self.max_bytes:

@@ -163,7 +163,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     def target() -> None:
         try:
             found.append((True, asyncio.run(work)))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             found.append((False, error))
 
     thread = threading.Thread(target=target)
@@ -244,9 +244,11 @@ class _Fetcher:
         from fusion_core.http import RequestError
 
         body, headers = ps1_form(catalog, survey.bands)
-        check = lambda answer: parse_ps1_table(answer.decode("utf-8", "replace"))  # noqa: E731
+        check = lambda answer: parse_ps1_table(answer.decode("utf-8", "replace"))
         try:
-            answer = await client.request("POST", self.services["ps1names"], data=body, headers=headers, check=check)
+            answer = await client.request(
+                "POST", self.services["ps1names"], data=body, headers=headers, check=check
+            )
         except RequestError as error:
             raise CutoutError(" ".join(str(error).split())) from error
         return parse_ps1_table(answer.text)
@@ -263,7 +265,7 @@ class _Fetcher:
         return str(self.manifest.entries.get(name, {}).get("url", ""))
 
     def _has(self, job: Job) -> bool:
-        """Whether a file is here: by the manifest, or (a kill between file and line, a user's own) by itself."""
+        """Whether a file is here: by the manifest, or by itself (a kill before its line, a user's own)."""
         place = self.place / job.file
         if not place.is_file():
             return False
@@ -311,12 +313,19 @@ class _Fetcher:
                 answer = await client.request("GET", url, check=lambda content: verify(content, todo[0]))
             except (RequestError, InputError) as error:
                 for job in todo:
-                    self._fail(job.file, " ".join(str(error).split()), url=url, tries=getattr(error, "tries", 0))
+                    self._fail(
+                        job.file, " ".join(str(error).split()), url=url, tries=getattr(error, "tries", 0)
+                    )
                 return
             body, tries = answer.body, answer.tries
             if self.cache is not None:
                 self.cache.put(key, body)
-        facts: dict[str, Any] = {"url": url, "tries": tries, "bytes": len(body), "sha256": sha256(body).hexdigest()}
+        facts: dict[str, Any] = {
+            "url": url,
+            "tries": tries,
+            "bytes": len(body),
+            "sha256": sha256(body).hexdigest(),
+        }
         facts["seconds"] = round(time.perf_counter() - start, 4)
         for job in todo:
             with atomic_write(self.place / job.file) as file:

@@ -34,7 +34,9 @@ def fetch_dust(folder: str | os.PathLike[str], maps: Sequence[str] = MAPS) -> di
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}; name a writable place") from error
+        raise InputError(
+            f"cannot write {folder}: {error.strerror or error}; name a writable place"
+        ) from error
     before = config["data_dir"]
     config["data_dir"] = os.fspath(folder)
     done: dict[str, str] = {}

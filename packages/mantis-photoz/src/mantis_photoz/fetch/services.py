@@ -83,7 +83,12 @@ def plan_viewer(catalog: Catalog, survey: Survey, base: str = SERVICES["viewer"]
     """
     jobs: list[Job] = []
     for identifier, ra, dec in zip(catalog.ids, catalog.ra, catalog.dec, strict=True):
-        query = {"ra": number(ra), "dec": number(dec), "size": survey.pixels, "pixscale": f"{survey.pixel_scale:g}"}
+        query = {
+            "ra": number(ra),
+            "dec": number(dec),
+            "size": survey.pixels,
+            "pixscale": f"{survey.pixel_scale:g}",
+        }
         url = canonical(base, {**query, "layer": LAYERS[survey.name]})
         shape = (len(survey.bands), survey.pixels, survey.pixels)
         jobs.append(Job(f"{file_name(identifier)}.{survey.name}.fits", url, shape))
@@ -91,7 +96,7 @@ def plan_viewer(catalog: Catalog, survey: Survey, base: str = SERVICES["viewer"]
 
 
 def ps1_form(catalog: Catalog, bands: Sequence[str]) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of a request for the table of Pan-STARRS1 files, for all positions at once (bug B6)."""
+    """Body and headers of the request for the table of Pan-STARRS1 files, of all positions (bug B6)."""
     lines = "".join(f"{number(ra)} {number(dec)}\n" for ra, dec in zip(catalog.ra, catalog.dec, strict=True))
     parts = [
         f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
@@ -146,7 +151,9 @@ def plan_ps1(
         from scipy.spatial import cKDTree
 
         tree: Any = cKDTree(_unit(catalog.ra, catalog.dec))
-        places = _unit(np.array([float(row["ra"]) for row in rows]), np.array([float(row["dec"]) for row in rows]))
+        places = _unit(
+            np.array([float(row["ra"]) for row in rows]), np.array([float(row["dec"]) for row in rows])
+        )
         near = tree.query_ball_point(places, np.deg2rad(_MATCH))
         for row, objects in zip(rows, near, strict=True):
             for index in objects:
