@@ -23,11 +23,13 @@ from fusion_core.testing import run_cli
 from mantis_photoz import Cutouts
 from mantis_photoz.catalog import read_catalog
 from mantis_photoz.cli import main
+from mantis_photoz.ebv import dust_maps, find_ebv
 from mantis_photoz.errors import CutoutError
 from mantis_photoz.fetch import Cache, fetch, fetch_dust
 from mantis_photoz.fetch import services as services_module
 from mantis_photoz.fetch.services import canonical, parse_ps1_table, plan_ps1, ps1_form, verify
 from mantis_photoz.fits_fast import parse_fits
+from mantis_photoz.flags import Flag
 from mantis_photoz.wcs import Tan
 
 PS1 = SMALL["ps1"].replace(pixel_scale=0.25)
@@ -346,11 +348,22 @@ def test_dust_maps_are_fetched_by_dustmaps(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(planck, "fetch", fails)
+    before = dict(config._options)
     assert fetch_dust(tmp_path / "d") == {"csfd": "ok", "planck": "no network"}
     assert places == [str(tmp_path / "d")]
-    assert config["data_dir"] != places[0]
+    assert config._options == before
     with pytest.raises(InputError, match="unknown; wanted some of csfd, planck"):
         fetch_dust(tmp_path, ["sfd"])
+
+
+def test_maps_that_are_not_there_are_said(tmp_path):
+    pytest.importorskip("dustmaps.csfd")
+    catalog = read_catalog(table(2))
+    values = dust_maps(catalog, tmp_path)
+    assert np.isnan(values).all()
+    found, flags = find_ebv(catalog, values)
+    assert (found == 0).all()
+    assert (flags == Flag.NO_DUST).all()
 
 
 def test_command_line(tmp_path):

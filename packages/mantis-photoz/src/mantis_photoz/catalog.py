@@ -53,14 +53,14 @@ class Catalog:
     """Positions of objects, with every other column of their table.
 
     Args:
-        table: the whole table, as read.
+        table: the whole astropy table, as read.
         ids: one text for each object, none twice.
         ra: right ascension in degrees, [0, 360), float64.
         dec: declination in degrees, [-90, 90], float64.
         columns: the columns that ``id``, ``ra`` and ``dec`` came from.
     """
 
-    table: Table
+    table: Any
     ids: tuple[str, ...]
     ra: NDArray[np.float64]
     dec: NDArray[np.float64]
@@ -118,7 +118,7 @@ def read_catalog(
     """
     if isinstance(source, Catalog):
         return source
-    table = read_table(source)
+    table: Any = read_table(source)
     for word, name in (("id", id), ("ra", ra), ("dec", dec)):
         if name is not None and name not in table.colnames:
             raise CatalogError(f"--{word} names {name!r}, but the catalogue has {_listed(table)}")
@@ -193,7 +193,7 @@ def _from_parquet(path: Path) -> Table:
         raise InputError(
             f"catalog {path} cannot be read as parquet: {' '.join(str(error).split())}"
         ) from error
-    table = Table()
+    table: Any = Table()
     for name in found.column_names:
         column = found.column(name).combine_chunks()
         values = column.to_numpy(zero_copy_only=False)

@@ -78,6 +78,9 @@ def estimate(
         Path | None, typer.Option("--prior", help="n(z) of your sample: columns z and n, or z alone.")
     ] = None,
     surveys: Surveys = None,
+    dust: Annotated[
+        Path | None, typer.Option("--dust", help="Folder of dust maps, for catalogues without E(B-V).")
+    ] = None,
     nan: Annotated[
         Literal["inpaint", "zero", "official", "error"], typer.Option("--nan", help="What fills NaN pixels.")
     ] = "inpaint",
@@ -115,6 +118,7 @@ def estimate(
     """
     from mantis_photoz.catalog import read_catalog
     from mantis_photoz.corrections import load_prior
+    from mantis_photoz.ebv import dust_maps
     from mantis_photoz.output import check_suffix, provenance_file
 
     if out is not None:
@@ -142,6 +146,7 @@ def estimate(
         nan_limit=nan_limit,
         prior=None if prior is None else load_prior(prior, photoz.edges.numpy()),
         official=official,
+        ebv=None if dust is None else dust_maps(found, dust),
         surveys=None if surveys is None else [name.strip() for name in surveys.split(",") if name.strip()],
         seed=seed,
         num_workers=num_workers,
@@ -226,6 +231,9 @@ def fetch(
         list[str] | None,
         typer.Option("--service", help="Other base address: viewer=URL, ps1names=URL, ps1cut=URL."),
     ] = None,
+    dust: Annotated[
+        Path | None, typer.Option("--dust", help="Fetch the dust maps too, into this folder (up to 1.8 GB).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the requests, send none.")] = False,
     id_column: IdColumn = None,
     ra: RaColumn = None,
@@ -270,10 +278,15 @@ def fetch(
         resume=resume,
         progress=False if quiet else None,
     )
-    for name, words in result.failures.items():
+    failures = dict(result.failures)
+    if dust is not None and not dry_run:
+        from mantis_photoz.fetch import fetch_dust
+
+        failures |= {name: words for name, words in fetch_dust(dust).items() if words != "ok"}
+    for name, words in failures.items():
         sys.stderr.write(f"not fetched: {name}: {words}\n")
     cli.emit(result.to_dict(), json)
-    if strict and result.failures:
+    if strict and failures:
         raise typer.Exit(3)
 
 

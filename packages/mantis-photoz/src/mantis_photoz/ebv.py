@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import warnings
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -70,27 +74,38 @@ def dust_maps(catalog: Catalog, folder: str | os.PathLike[str] | None = None) ->
     Raises:
         MissingExtraError: dustmaps is not installed.
     """
-    require_extra("dustmaps", "sky", "mantis-photoz")
     from astropy.coordinates import SkyCoord
-    from dustmaps.config import config  # pyright: ignore[reportMissingImports]
 
-    before = config["data_dir"]
-    if folder is not None:
-        config["data_dir"] = os.fspath(folder)
-    try:
+    with maps_folder(folder):
         sky: Any = SkyCoord(catalog.ra, catalog.dec, unit="deg", frame="icrs")
         return np.stack([_query(module, kind, sky) for module, kind in _MAPS], -1)
+
+
+@contextlib.contextmanager
+def maps_folder(folder: str | os.PathLike[str] | None) -> Generator[None, None, None]:
+    """Let ``dustmaps`` look into a folder within the block; its own setting would write to the user's home.
+
+    Raises:
+        MissingExtraError: dustmaps is not installed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for a configuration file
+        config: Any = require_extra("dustmaps.config", "sky", "mantis-photoz").config
+    options: dict[str, Any] = config._options  # noqa: SLF001 - setting an item would save it
+    before = dict(options)
+    if folder is not None:
+        options["data_dir"] = os.fspath(folder)
+    try:
+        yield
     finally:
-        config["data_dir"] = before
+        options.clear()
+        options.update(before)
 
 
 _MAPS = (("dustmaps.csfd", "CSFDQuery"), ("dustmaps.planck", "PlanckQuery"))
 
 
 def _query(module: str, kind: str, sky: Any) -> NDArray[np.float64]:
-    import contextlib
-    import io
-
     maps: Any = require_extra(module, "sky", "mantis-photoz")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what to download

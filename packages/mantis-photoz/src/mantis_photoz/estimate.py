@@ -321,9 +321,10 @@ class PhotoZ:
             else:
                 parts[part] = made
                 checksums |= take_checksums(source)
-        for part in range(len(starts)) if run is not None else ():
-            parts[part] = run.load(part)
-            checksums |= run.facts(part).get("files", {})
+        if run is not None:
+            parts = {part: run.load(part) for part in range(len(starts))}
+            for part in parts:
+                checksums |= run.facts(part).get("files", {})
         start = time.perf_counter()
         columns = joined(list(parts.values()), self.config.bins, len(self.surveys))
         pdf = BinnedPDF(self.edges.numpy(), columns.pop("pmf"), self.nodes.numpy())

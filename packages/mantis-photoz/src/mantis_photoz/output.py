@@ -279,7 +279,7 @@ def write_table(
 def _fits_bytes(table: Table) -> bytes:
     from astropy.io import fits
 
-    plain = table.copy()
+    plain: Any = table.copy()
     for name in plain.colnames:
         if plain[name].dtype.kind == "U" and len(plain) == 0:
             plain[name] = plain[name].astype("U1")
@@ -304,7 +304,7 @@ def _write_parquet(
     arrays: list[Any] = []
     fields: list[Any] = []
     for name in table.colnames:
-        column = table[name]
+        column: Any = table[name]
         values = np.ma.asarray(getattr(column, "value", column))
         mask = np.ma.getmaskarray(values)
         data = np.asarray(values.filled() if mask.any() else values.data)

@@ -106,7 +106,7 @@ def make_stages(informer: type, estimator: type, parameter: Any) -> tuple[type, 
 
         def _process_chunk(self, start: int, end: int, data: Mapping[str, Any], first: bool) -> None:
             columns = columns_of(data, str(getattr(self.config, "hdf5_groupname", "") or ""))
-            tta = str(self.config.tta)
+            tta: Any = str(self.config.tta)
             found = self.photoz.estimate(
                 chunk_table(columns, self.config),
                 self.config.cutout_root,
@@ -114,10 +114,9 @@ def make_stages(informer: type, estimator: type, parameter: Any) -> tuple[type, 
                 batch_size=self.config.batch_size,
             )
             pdf = found.pdf
-            low, high = (getattr(self.config, name, None) for name in ("zmin", "zmax"))
-            count = getattr(self.config, "nzbins", None)
-            if None not in (low, high, count):
-                edges = np.linspace(float(low), float(high), int(count) + 1)
+            limits: list[Any] = [getattr(self.config, name, None) for name in ("zmin", "zmax", "nzbins")]
+            if None not in limits:
+                edges = np.linspace(float(limits[0]), float(limits[1]), int(limits[2]) + 1)
                 if edges[0] <= pdf.edges[0] and edges[-1] >= pdf.edges[-1]:  # else mass would be lost
                     pdf = pdf.rebin(edges)
             names = {"zmode": "z_mode", "zmean": "z_mean", "zmedian": "z_median", "flags": "flags"}
@@ -140,7 +139,7 @@ def __getattr__(name: str) -> Any:
         getattr(importlib.import_module(f"rail.estimation.{module}"), kind) for module, kind in parts.items()
     ]
     parameter = importlib.import_module("ceci.config").StageParameter
-    made = dict(
+    made: dict[str, Any] = dict(
         zip(("MantisInformer", "MantisEstimator"), make_stages(bases[0], bases[1], parameter), strict=True)
     )
     globals().update(made)

@@ -36,9 +36,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}, wanted at least 1")
-        if isinstance(self.tta, bool) or (
-            self.tta not in ("none", "d4", "official") and not (isinstance(self.tta, int) and self.tta > 0)
-        ):
+        given: Any = self.tta
+        many = isinstance(given, int) and not isinstance(given, bool) and given > 0
+        if not many and given not in ("none", "d4", "official"):
             raise ConfigError(f"tta is {self.tta!r}, wanted 'none', 'd4', 'official' or a number of views")
 
 

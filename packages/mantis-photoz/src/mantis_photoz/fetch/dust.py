@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_core.errors import FusionError, InputError, require_extra
+from fusion_core.errors import InputError, require_extra
+from mantis_photoz.ebv import maps_folder
 
 MAPS = ("csfd", "planck")
 
@@ -30,30 +31,28 @@ def fetch_dust(folder: str | os.PathLike[str], maps: Sequence[str] = MAPS) -> di
     """
     if unknown := [name for name in maps if name not in MAPS]:
         raise InputError(f"maps are {list(maps)}, {unknown} unknown; wanted some of {', '.join(MAPS)}")
-    config: Any = require_extra("dustmaps.config", "sky", "mantis-photoz").config
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"cannot write {folder}: {error.strerror or error}; name a writable place"
         ) from error
-    before = config["data_dir"]
-    config["data_dir"] = os.fspath(folder)
     done: dict[str, str] = {}
-    try:
+    with maps_folder(folder):
         for name in maps:
             module: Any = require_extra(f"dustmaps.{name}", "sky", "mantis-photoz")
-            try:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    module.fetch()
-            except (OSError, ValueError, FusionError) as error:
-                done[name] = " ".join(str(error).split()) or type(error).__name__
-            except Exception as error:
-                if type(error).__module__.partition(".")[0] not in ("dustmaps", "requests"):
-                    raise
-                done[name] = " ".join(str(error).split()) or type(error).__name__
-            else:
-                done[name] = "ok"
-    finally:
-        config["data_dir"] = before
+            done[name] = _fetched(module)
     return done
+
+
+def _fetched(module: Any) -> str:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.fetch()
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("dustmaps", "requests"):
+            raise
+        return " ".join(str(error).split()) or type(error).__name__
+    return "ok"

@@ -124,7 +124,7 @@ def parse_ps1_table(text: str) -> list[dict[str, str]]:
     rows = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
     try:
         for row in rows:
-            float(row["ra"]), float(row["dec"])
+            _ = float(row["ra"]) + float(row["dec"])
     except ValueError as error:
         raise CutoutError(f"the service's table of files has a position that is none: {error}") from error
     return rows
@@ -148,9 +148,9 @@ def plan_ps1(
     pixels = round(survey.field_arcsec / PS1_SCALE)
     found: dict[tuple[int, str], Mapping[str, str]] = {}
     if len(catalog) and rows:
-        from scipy.spatial import cKDTree
+        from scipy.spatial import KDTree
 
-        tree: Any = cKDTree(_unit(catalog.ra, catalog.dec))
+        tree: Any = KDTree(_unit(catalog.ra, catalog.dec))
         places = _unit(
             np.array([float(row["ra"]) for row in rows]), np.array([float(row["dec"]) for row in rows])
         )
