@@ -43,7 +43,8 @@ class SurveyInput(Config):
     def __post_init__(self) -> None:
         if min(self.bands, self.pixels) < 1 or not 0 < (self.crop or 1) <= self.pixels:
             raise ConfigError(
-                f"bands is {self.bands}, pixels {self.pixels}, crop {self.crop}; wanted at least 1, and a crop "
+                f"bands is {self.bands}, pixels {self.pixels}, crop {self.crop}; wanted at least 1, and "
+                f"a crop "
                 "no larger than pixels"
             )
         check_range("pixel_scale", self.pixel_scale, 0.0, math.inf, open=True)
@@ -64,7 +65,8 @@ class FusionConfig(Config):
 
     Args:
         fusion: ``"early"`` (one encoder on stacked surveys), ``"late"`` (an encoder each, features joined),
-            ``"hybrid"`` (an encoder each, attention between their feature maps), ``"report"`` (early, with the
+            ``"hybrid"`` (an encoder each, attention between their feature maps), ``"report"`` (early, with
+            the
             report's head).
         inputs: survey -> its input, in the order of the channels.
         encoders: survey, or ``"early"``, -> ``"small-WIDTH"`` (ours), ``"resnet50-report"``, or a timm model.
@@ -195,7 +197,8 @@ class TrainConfig(Config):
         loss: ``"ce"``, ``"crps"``, ``"cde"`` or ``"ordinal-soft"``.
         soft_width: of ``"ordinal-soft"``: width over (1 + z) of the target.
         sampler: ``"balanced"`` (the authors'), ``"natural"``, ``"sqrt"`` or ``"colour-z"``.
-        augment: ``"d4"`` (a turn and flip each object), ``"d4-batch"`` (one a batch), ``"rotate"`` (any angle),
+        augment: ``"d4"`` (a turn and flip each object), ``"d4-batch"`` (one a batch), ``"rotate"`` (any
+            angle),
             ``"official"`` or ``"none"``.
         jitter: largest shift of the centre, arcsec.
         noise: standard deviation of noise added to scaled pixels.

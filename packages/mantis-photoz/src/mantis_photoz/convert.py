@@ -56,14 +56,16 @@ def load_official(path: PathLike, *, z_max: float | None = None, sha256: str | N
         The network in evaluation mode, set to the authors' views ("stretch", no signed pixels).
 
     Raises:
-        CheckpointError: missing, damaged, a Git LFS pointer, another hash, more than tensors, or no network of
+        CheckpointError: missing, damaged, a Git LFS pointer, another hash, more than tensors, or no network
+            of
             these; the message names the tensors.
     """
     file = Path(path)
     state = load_foreign(file)
     if sha256 is not None and not (found := digest_file(file)).startswith(sha256.lower()):
         raise CheckpointError(
-            f"{file} has sha256 {found[:16]}..., wanted {sha256[:16]}...; the download is damaged or of another version"
+            f"{file} has sha256 {found[:16]}..., wanted {sha256[:16]}...; the download is damaged or of "
+            f"another version"
         )
     return from_official(state, z_max=z_max)
 
@@ -92,7 +94,8 @@ def infer_config(state: Mapping[str, Tensor], *, z_max: float | None = None) -> 
     if first is None or last is None or not names or first.ndim != 2 or last.ndim != 2:
         found = sorted({key.partition(".")[0] for key in state})[:8]
         raise CheckpointError(
-            f"no network of the authors: parts {found}; wanted Base or model_galex, model_ps, model_unwise with "
+            f"no network of the authors: parts {found}; wanted Base or model_galex, model_ps, "
+            f"model_unwise with "
             "fc0 and fc1, or conv1 ... layer4 with fc and fc2"
         )
     changes: dict[str, Any] = {"bins": int(last.shape[0]), "hidden": int(first.shape[0])}
@@ -136,7 +139,8 @@ def _convnext(state: Mapping[str, Tensor], encoder: str) -> str:
         return _CONVNEXT[blocks, width]  # pyright: ignore[reportArgumentType]
     except KeyError:
         raise CheckpointError(
-            f"encoder {encoder!r} has {blocks} blocks and a stem of {width} channels, which is no ConvNeXt that the "
+            f"encoder {encoder!r} has {blocks} blocks and a stem of {width} channels, which is no "
+            f"ConvNeXt that the "
             f"authors' code takes; known are {sorted(_CONVNEXT.values())}"
         ) from None
 

@@ -182,6 +182,30 @@ class FusionModel(nn.Module, PyTorchModelHubMixin):
         """The logits; arguments as in :meth:`fused`."""
         return self.classify(self.penultimate(images, ebv, present))
 
+    # What people ask of it (section 5.1)
+
+    def evaluate(self, samples: Any, *, batch_size: int = 256, tta: str = "none", **options: Any) -> Any:
+        """Scores on cutouts with known redshifts.
+
+        Args:
+            samples: as :class:`~mantis_photoz.training.Trainer` takes them.
+            batch_size: objects per forward pass.
+            tta: ``"none"`` or ``"d4"``.
+            **options: of :func:`mantis_photoz.report.evaluate`, whose report comes back.
+        """
+        from mantis_photoz.predicting import predict
+        from mantis_photoz.report import evaluate
+        from mantis_photoz.samples import redshifts
+
+        found = predict(self, samples, batch_size=batch_size, tta=tta)
+        return evaluate(found.pdf.numpy(), redshifts(samples), **options)
+
+    def band_use(self, samples: Any, **options: Any) -> Any:
+        """Exact Shapley values of surveys or bands; see :func:`mantis_photoz.band_use.band_use`."""
+        from mantis_photoz.band_use import band_use
+
+        return band_use(self, samples, **options)
+
     def _check(self, images: Images, ebv: Tensor, present: Tensor | None) -> None:
         batch = check_shape("ebv", ebv, "batch 2")["batch"]
         sides = set[tuple[int, ...]]()

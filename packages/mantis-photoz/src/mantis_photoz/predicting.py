@@ -1,4 +1,4 @@
-"""Batches of cutouts through a network: logits, densities and hidden features, with the fixed or averaged view."""
+"""Batches of cutouts through a network: logits, densities, hidden features; one view or the mean of 8."""
 
 from __future__ import annotations
 

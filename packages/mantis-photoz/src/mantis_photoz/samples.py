@@ -138,7 +138,8 @@ def batch_of(samples: Any, rows: Rows, config: FusionConfig) -> Batch:
     """Some objects of any source, its surveys in the order of the network's.
 
     Args:
-        samples: :class:`CutoutArrays`, :class:`mantis_photoz.cutouts.Cutouts` or anything with ``batch(rows)``.
+        samples: :class:`CutoutArrays`, :class:`mantis_photoz.cutouts.Cutouts` or anything with
+            ``batch(rows)``.
         rows: which.
         config: of the network.
 

@@ -1,7 +1,9 @@
 """Train the models that ship with the package, on simulated galaxies only (sections 6.1 and 6.2).
 
-``python -m mantis_photoz.train_checkpoints [OUT] [--objects 6000] [--epochs 12] [--seeds 2] [--models NAME ...]``
-takes about two minutes a model on one core. Each folder gets the network in 16 bits, its recipe, a temperature
+``python -m mantis_photoz.train_checkpoints [OUT] [--objects 6000] [--epochs 12] [--seeds 2] [--models NAME
+...]``
+takes about two minutes a model on one core. Each folder gets the network in 16 bits, its recipe, a
+temperature
 and PIT map fitted on a calibration split, and the statistics for the out-of-distribution score.
 """
 

@@ -1,4 +1,4 @@
-"""Training (section 2.6): loss, optimizer, schedule and augmentation as functions; a trainer on the shared loop."""
+"""Training (section 2.6): loss, optimizer, schedule, augmentation; a trainer on the shared loop."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def make_sampler(samples: Any, config: TrainConfig) -> Any:
 
 
 def _colours(samples: Any, rows: Any) -> tuple[Any, ...]:
-    """Differences of asinh of summed flux, g - r and r - W1, as labels of cells (not calibrated magnitudes)."""
+    """Differences of asinh of summed flux, g - r and r - W1, as labels of cells."""
     images = getattr(samples, "images", None)
     if images is None or not {"ps1", "unwise"} <= set(images):
         raise InputError(
@@ -255,7 +255,8 @@ def fit_plain(
 
     Args:
         config: of the training.
-        samples: :class:`~mantis_photoz.samples.CutoutArrays`; where the augmentation is exact, the views are made
+        samples: :class:`~mantis_photoz.samples.CutoutArrays`; where the augmentation is exact, the views
+            are made
             once.
         told: gets the epoch, the step and the loss of each epoch's last step.
     """
@@ -303,7 +304,8 @@ class Trainer:
     Args:
         model: a network, or the settings of a new one.
         config: of the training; its ``model`` is replaced by the first argument's.
-        out: directory of the run: the network (:meth:`FusionModel.from_pretrained` takes it), ``training.json``,
+        out: directory of the run: the network (:meth:`FusionModel.from_pretrained` takes it),
+            ``training.json``,
             ``metrics.jsonl``, ``last.pt``, ``best.safetensors``; None leaves nothing behind.
         pretrained: start the encoders from timm's weights.
         resume: go on with the run in ``out``; it equals an uninterrupted one.

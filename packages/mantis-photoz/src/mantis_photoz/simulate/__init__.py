@@ -1,4 +1,4 @@
-"""Simulated multi-survey galaxies with known redshifts (section 6.1): a test bench, no replacement for data."""
+"""Simulated multi-survey galaxies with known redshifts (section 6.1): a test bench, no data."""
 
 from mantis_photoz.simulate.population import SimulationConfig
 from mantis_photoz.simulate.survey import model_inputs, simulate, write

@@ -1,4 +1,4 @@
-"""Simulated surveys on disk: one FITS cube per object and survey, with bands, units and coordinates; a catalogue."""
+"""Simulated surveys on disk: a FITS cube per object and survey, and a catalogue."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_survey(
     progress: bool | None = None,
     **columns: Any,
 ) -> Path:
-    """Write ``{id}.{survey}.fits`` for each object and ``catalog.ecsv``; the directory appears whole or not at all.
+    """Write ``{id}.{survey}.fits`` for each object and ``catalog.ecsv``, whole or not at all.
 
     A survey that does not cover an object has no file.
 

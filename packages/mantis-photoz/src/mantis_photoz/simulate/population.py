@@ -1,4 +1,4 @@
-"""Galaxies drawn from the recipe of section 6.1: redshifts, stars, sizes, dust, and what a survey would keep."""
+"""Galaxies drawn from the recipe of section 6.1: redshifts, stars, sizes, dust, limits."""
 
 from __future__ import annotations
 
@@ -228,7 +228,8 @@ def population(
         found, tries = found + len(kept[-1]), tries + 1
         if tries >= 50 and found < tries:
             raise ConfigError(
-                f"r_bright {config.r_bright} and r_faint {config.r_faint} keep {found} of {tries * CANDIDATES} "
+                f"r_bright {config.r_bright} and r_faint {config.r_faint} keep {found} of "
+                f"{tries * CANDIDATES} "
                 "galaxies; widen them"
             )
     return Galaxies.joined(kept).take(slice(0, count))

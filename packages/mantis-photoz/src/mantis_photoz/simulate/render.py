@@ -1,4 +1,4 @@
-"""Images of galaxies: Sersic profiles, point-spread functions in Fourier space, noise; whole batches at once."""
+"""Images of galaxies: Sersic profiles, blurred in Fourier space, noise; in batches."""
 
 from __future__ import annotations
 
@@ -137,7 +137,8 @@ def render(
         start: number of the first galaxy, for a piece of a longer series.
 
     Returns:
-        survey -> (n, bands, pixels, pixels) float32; and (n, 3) which surveys cover the object, in that order.
+        survey -> (n, bands, pixels, pixels) float32; and (n, 3) which surveys cover the object, in that
+        order.
     """
     config = config or SimulationConfig()
     count = len(galaxies)

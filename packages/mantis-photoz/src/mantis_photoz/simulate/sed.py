@@ -28,7 +28,7 @@ _LINES = (
     (9069.0, 12.0),
     (9532.0, 25.0),
 )
-"""Wavelength and equivalent width at u = 1, Angstrom: Ly alpha, [OII], H beta, [OIII], H alpha, [SII], [SIII]."""
+"""Wavelength and equivalent width at u = 1, Angstrom: Ly a, [OII], H b, [OIII], H a, [SII], [SIII]."""
 
 _STEP = np.log(HIGH / LOW) / (POINTS - 1)
 _BELOW = int(np.ceil(np.log1p(Z_MAX) / _STEP)) + 2  # points under LOW that a redshift reaches

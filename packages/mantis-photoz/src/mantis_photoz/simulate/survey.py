@@ -33,7 +33,8 @@ def simulate(count: int, config: SimulationConfig | None = None, *, seed: int = 
         seed: of everything.
 
     Returns:
-        Images of ``galex`` (NUV, FUV), ``ps1`` (g r i z y) and ``unwise`` (W1 W2), E(B-V), true redshifts, and
+        Images of ``galex`` (NUV, FUV), ``ps1`` (g r i z y) and ``unwise`` (W1 W2), E(B-V), true redshifts,
+        and
         which surveys cover each object.
 
     Raises:
