@@ -90,7 +90,7 @@ def write_survey(
                 (place / f"{samples.ids[row]}.{name}.fits").write_bytes(fits_bytes(image, cards))
         facts: dict[str, Any] = {"id": list(samples.ids), "ra": sky[:, 0], "dec": sky[:, 1]}
         facts |= {"ebv_csfd": samples.ebv[:, 0].numpy(), "ebv_planck": samples.ebv[:, 1].numpy()}
-        table = Table(facts | {"z_spec": samples.z.numpy()} | columns)
+        table: Any = Table(facts | {"z_spec": samples.z.numpy()} | columns)
         for name, unit in (("ra", "deg"), ("dec", "deg"), ("ebv_csfd", "mag"), ("ebv_planck", "mag")):
             table[name].unit = unit
         table.meta["simulated"] = "mantis_photoz.simulate; known truth, no real galaxies"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from mantis_photoz.simulate.sed import component_fluxes
 
 Array = NDArray[np.float64]
 CANDIDATES = 512  # drawn at a time, so that the first n objects do not depend on how many are asked for
+R = 3  # number of the band r
 GROUP = 64  # objects whose spectra are held at a time
 
 
@@ -139,9 +140,10 @@ class Galaxies:
 
 @lru_cache(maxsize=1)
 def _distances() -> tuple[Array, Array, Array]:
-    from astropy.cosmology import FlatLambdaCDM
+    import astropy.cosmology
 
-    cosmos: Any = FlatLambdaCDM(H0=70, Om0=0.3)
+    library: Any = astropy.cosmology
+    cosmos = library.FlatLambdaCDM(H0=70, Om0=0.3)
     z = np.linspace(1e-4, 1.6, 4000)
     return z, cosmos.luminosity_distance(z).to_value("pc"), cosmos.kpc_proper_per_arcmin(z).value / 60
 
@@ -159,12 +161,15 @@ def _redshifts(draw: np.random.Generator, count: int) -> Array:
     return np.clip(z, 0.005, 1.199)
 
 
-def draw_galaxies(draw: np.random.Generator, count: int) -> Galaxies:
-    """Galaxies of every brightness, by the recipe.
+def draw_galaxies(
+    draw: np.random.Generator, count: int, limits: tuple[float, float] | None = None
+) -> Galaxies:
+    """Galaxies by the recipe.
 
     Args:
         draw: the stream; it is advanced.
-        count: how many.
+        count: how many are drawn.
+        limits: only those with an r magnitude between these come back; None = all.
     """
     z, red = _redshifts(draw, count), draw.random(count) < 0.5
 
@@ -181,21 +186,57 @@ def draw_galaxies(draw: np.random.Generator, count: int) -> Galaxies:
     ebv = np.minimum(0.04 * np.exp(draw.normal(0.0, 0.7, count)), 0.4)
     parsec, kpc = distance(z)
     total = 10 ** (-0.4 * absolute) * (10 / parsec) ** 2 * (1 + z)
-    unit = 10 ** (0.4 * ZERO_POINT) * 10 ** (-0.4 * ebv[:, None] * R_BAND)
-    none, faint = np.zeros(count), np.full(count, 0.1)
-    parts = [slice(start, start + GROUP) for start in range(0, count, GROUP)]
-    bulge = np.concatenate([component_fluxes(z[p], none[p], none[p], faint[p]) for p in parts])
-    disc = np.concatenate([component_fluxes(z[p], mix[p], glow[p], a_v[p]) for p in parts])
+    stars = _Stars(z, total * bulge_share, total * (1 - bulge_share), mix, glow, a_v, ebv)
+    keep = np.arange(count)
+    if limits is not None:
+        r = stars.magnitude(R)
+        keep = np.flatnonzero((r > limits[0]) & (r < limits[1]))
+    bulge, disc = stars.take(keep).fluxes(tuple(range(9)))
     return Galaxies(
-        z=z,
-        red=red,
-        ebv=ebv,
-        bulge=(total * bulge_share)[:, None] * bulge * unit,
-        disc=(total * (1 - bulge_share))[:, None] * disc * unit,
-        radius=size / kpc,
-        axis_ratio=axis_ratio,
-        angle=angle,
+        z=z[keep],
+        red=red[keep],
+        ebv=ebv[keep],
+        bulge=bulge,
+        disc=disc,
+        radius=(size / kpc)[keep],
+        axis_ratio=axis_ratio[keep],
+        angle=angle[keep],
     )
+
+
+class _Stars(NamedTuple):
+    """What the fluxes of galaxies follow from; ``bulge`` and ``disc`` are f_nu at 5500 Angstrom, AB maggies."""
+
+    z: Array
+    bulge: Array
+    disc: Array
+    mix: Array
+    glow: Array
+    a_v: Array
+    ebv: Array
+
+    def take(self, index: NDArray[Any]) -> _Stars:
+        return _Stars(*(values[index] for values in self))
+
+    def fluxes(self, bands: tuple[int, ...]) -> tuple[Array, Array]:
+        """(n, bands) of bulges and of discs, reddened, in the units of the images."""
+        unit = 10 ** (0.4 * (ZERO_POINT - self.ebv[:, None] * R_BAND))[:, list(bands)]
+        parts = list[tuple[Array, Array]]()
+        for start in range(0, len(self.z), GROUP):
+            one = self.take(np.arange(start, min(start + GROUP, len(self.z))))
+            none, faint = np.zeros(len(one.z)), np.full(len(one.z), 0.1)
+            first = component_fluxes(one.z, none, none, faint, bands=bands)
+            second = component_fluxes(one.z, one.mix, one.glow, one.a_v, bands=bands)
+            parts.append((one.bulge[:, None] * first, one.disc[:, None] * second))
+        if not parts:
+            return np.zeros((0, len(bands))), np.zeros((0, len(bands)))
+        bulge, disc = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return bulge * unit, disc * unit
+
+    def magnitude(self, band: int) -> Array:
+        """(n,) AB magnitudes in one band."""
+        bulge, disc = self.fluxes((band,))
+        return ZERO_POINT[band] - 2.5 * np.log10((bulge + disc)[:, 0])
 
 
 def population(
@@ -222,11 +263,10 @@ def population(
         raise ConfigError(f"count is {count}, wanted at least 0")
     kept, found, tries = list[Galaxies](), 0, 0
     while found < count or not kept:
-        drawn = draw_galaxies(rng(seed, stream, tries), CANDIDATES)
-        r = drawn.magnitude[:, 3]
-        kept.append(drawn.take((r > config.r_bright) & (r < config.r_faint)))
+        limits = (config.r_bright, config.r_faint)
+        kept.append(draw_galaxies(rng(seed, stream, tries), CANDIDATES, limits))
         found, tries = found + len(kept[-1]), tries + 1
-        if tries >= 50 and found < tries:
+        if tries >= 4 and found < tries:
             raise ConfigError(
                 f"r_bright {config.r_bright} and r_faint {config.r_faint} keep {found} of "
                 f"{tries * CANDIDATES} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def _parts(galaxies: Galaxies, shift: NDArray[np.float64], pixels: int, scale: f
     as_tensor = lambda values: torch.from_numpy(np.asarray(values, dtype=np.float32))
     radius, ratio = as_tensor(galaxies.radius), as_tensor(galaxies.axis_ratio)
     angle, moved = as_tensor(galaxies.angle), as_tensor(shift)
-    shape = {"pixels": pixels, "scale": scale}
+    shape: Any = {"pixels": pixels, "scale": scale}
     return [
         sersic(radius / 2, (1 + ratio) / 2, angle, moved, index=4, **shape),
         sersic(radius, ratio, angle, moved, index=1, **shape),
@@ -123,6 +124,11 @@ def _spectrum(
     return torch.as_tensor(total)
 
 
+@lru_cache(maxsize=4)
+def _pool(config: SimulationConfig, seed: int) -> Galaxies:
+    return population(POOL, config, seed=seed, stream="neighbours")
+
+
 def render(
     galaxies: Galaxies, config: SimulationConfig | None = None, *, seed: int = 0, start: int = 0
 ) -> tuple[dict[str, Tensor], NDArray[np.bool_]]:
@@ -144,7 +150,7 @@ def render(
     count = len(galaxies)
     draw = [rng(seed, "scene", start + i) for i in range(count)]
     facts = np.array([one.random(5) for one in draw]).reshape(count, 5)
-    pool = population(POOL, config, seed=seed, stream="neighbours")
+    pool = _pool(config, seed)
     other = (facts[:, 4] * POOL).astype(np.int64)
     whose = np.flatnonzero(facts[:, 0] < config.neighbour)
     present = np.ones((count, 3), dtype=bool)
@@ -159,7 +165,7 @@ def render(
     for low in range(0, count, GROUP):
         part = slice(low, min(low + GROUP, count))
         here = (whose >= low) & (whose < low + GROUP)
-        scene = {
+        scene: Any = {
             "neighbours": pool.take(other[whose[here]]),
             "whose": whose[here] - low,
             "shift": shift[here],
