@@ -11,7 +11,7 @@ import typer
 from fusion_core import cli
 from fusion_core.demo import add_demo
 from fusion_core.errors import InputError
-from mantis_photoz import __version__
+from mantis_photoz import __version__, cli_evaluate, cli_train
 
 app = cli.new_app(
     "mantis-photoz",
@@ -371,15 +371,8 @@ def bench(
     cli.emit(run(repeats=repeats, only=tuple(only or ())), json, out)
 
 
-def _add_others() -> None:
-    import importlib.util
-
-    for module in ("cli_train", "cli_evaluate"):
-        if importlib.util.find_spec(f"mantis_photoz.{module}"):
-            importlib.import_module(f"mantis_photoz.{module}").add_commands(app)
-
-
-_add_others()
+cli_train.add_commands(app)
+cli_evaluate.add_commands(app)
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ def maps_folder(folder: str | os.PathLike[str] | None) -> Generator[None, None, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for a configuration file
         config: Any = require_extra("dustmaps.config", "sky", "mantis-photoz").config
-    options: dict[str, Any] = config._options  # noqa: SLF001 - setting an item would save it
+    options: dict[str, Any] = config._options
     before = dict(options)
     if folder is not None:
         options["data_dir"] = os.fspath(folder)

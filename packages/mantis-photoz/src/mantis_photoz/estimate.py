@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -115,6 +116,11 @@ class PhotoZ:
 
         found = load_parts(name, recalibration)
         return cls(**found, device=device, dtype=dtype, grid=grid)
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """Sha256 of the weights, whatever the file that they came from."""
+        return digest_state(self.model.state_dict())
 
     @torch.no_grad()
     def predict(self, batch: CutoutBatch, options: Options | None = None, *, prior: Any = None,
@@ -339,7 +345,7 @@ class PhotoZ:
     ) -> dict[str, Any]:
         settings = {name: getattr(options, name) for name in ("tta", "batch_size", "nan", "official", "seed")}
         return {
-            "weights": digest_state(self.model.state_dict()),
+            "weights": self.weights_digest,
             "catalogue": digest(list(catalog.ids), catalog.ra, catalog.dec),
             "settings": settings | {"grid": self.grid, "dtype": str(self.dtype), "surveys": only.tolist()},
             "corrections": digest(
@@ -368,7 +374,7 @@ class PhotoZ:
             "package": "mantis-photoz",
             "version": __version__,
             "environment": environment(),
-            "model": {"name": self.name, "digest": digest_state(self.model.state_dict())},
+            "model": {"name": self.name, "digest": self.weights_digest},
             "config": self.config.to_dict(),
             "settings": {
                 **{name: getattr(options, name) for name in Options.__dataclass_fields__},

@@ -153,9 +153,9 @@ class Tan:
 
 
 def _special(header: Mapping[str, Any]) -> bool:
-    return any(key in header for key in ("A_ORDER", "LONPOLE", "PV1_1", "PV2_1", "A_0_2")) and (
-        header.get("LONPOLE", 180.0) != 180.0 or any(key in header for key in ("A_ORDER", "PV1_1", "PV2_1"))
-    )
+    """Whether a TAN header bends or turns the plane further."""
+    bent = any(key in header for key in ("A_ORDER", "B_ORDER", "PV1_1", "PV2_1"))
+    return bent or float(header.get("LONPOLE", 180.0)) != 180.0
 
 
 def _matrix(header: Mapping[str, Any]) -> tuple[float, float, float, float]:
