@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from fusion_core.testing.detfill import array, fill_state_dict, parameter
     from fusion_core.testing.plugin import Golden
     from fusion_core.testing.processes import heed_ctrl_c, kill_when, run_cli, spawn
+    from fusion_core.testing.server import FaultServer
 
 __all__ = [
+    "FaultServer",
     "Golden",
     "array",
     "detfill",
@@ -27,6 +29,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "FaultServer": "server",
         "Golden": "plugin",
         "array": "detfill",
         "detfill": "detfill",

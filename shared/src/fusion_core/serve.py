@@ -1,0 +1,179 @@
+"""What every server of a package has: a limit of the body, health, metrics; and uvicorn (extra ``serve``)."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, TypeVar
+
+from fusion_core.errors import InputError, check_range, require_extra
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+ServedApp = TypeVar("ServedApp", bound=Any)
+
+MAX_BODY = 8 << 20
+HEALTH = ("/health", "/healthz")
+METRICS = "/metrics"
+_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class _TooLarge(Exception):  # noqa: N818 - a signal inside this module
+    pass
+
+
+class Guard:
+    """ASGI middleware: 413 for a body over the limit, ``/health``, ``/metrics``, and the counts behind it.
+
+    Args:
+        app: what answers everything else.
+        max_body: largest request body in bytes.
+        gauges: further numbers of ``/metrics``: name -> value, asked at each call.
+    """
+
+    def __init__(
+        self, app: App, max_body: int = MAX_BODY, gauges: Callable[[], Mapping[str, float]] | None = None
+    ) -> None:
+        self.app = app
+        self.max_body = max_body
+        self.gauges = gauges
+        self.answers: dict[tuple[str, int], int] = defaultdict(int)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.in_flight = 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one connection."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if scope["method"] in ("GET", "HEAD") and scope["path"] in HEALTH:
+            return await _answer(send, 200, json.dumps({"status": "ok"}), "application/json")
+        if scope["method"] in ("GET", "HEAD") and scope["path"] == METRICS:
+            return await _answer(send, 200, self.metrics(), _TEXT)
+        start, code, started = time.perf_counter(), 500, False
+        said = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        size, announced, over = 0, int(said) if said.isdigit() else 0, False
+
+        async def counted() -> Message:
+            nonlocal size, over
+            message = {} if announced > self.max_body else await receive()
+            size += len(message.get("body", b""))
+            if over := max(size, announced) > self.max_body:
+                raise _TooLarge
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal code, started
+            if over and not started:  # the application may have made another answer of our exception
+                raise _TooLarge
+            if message["type"] == "http.response.start":
+                code, started = message["status"], True
+            await send(message)
+
+        self.in_flight += 1
+        try:
+            await self.app(scope, counted, noted)
+        except _TooLarge:
+            code = 413
+            if not started:
+                words = f"the body is larger than {self.max_body} bytes"
+                await _answer(send, 413, json.dumps({"detail": words}), "application/json", close=True)
+        finally:
+            self.in_flight -= 1
+            # The route's pattern, not the path: whoever asks for made-up paths adds no series.
+            route = getattr(scope.get("route"), "path", "other")
+            self.answers[route, code] += 1
+            self.seconds[route] += time.perf_counter() - start
+        return None
+
+    def metrics(self) -> str:
+        """The counts in Prometheus' text format."""
+        lines = ["# TYPE http_requests_total counter"]
+        lines += [
+            f'http_requests_total{{route="{route}",status="{code}"}} {count}'
+            for (route, code), count in sorted(self.answers.items())
+        ]
+        lines.append("# TYPE http_request_seconds_total counter")
+        lines += [
+            f'http_request_seconds_total{{route="{route}"}} {spent:.6f}'
+            for route, spent in sorted(self.seconds.items())
+        ]
+        lines += ["# TYPE http_requests_in_flight gauge", f"http_requests_in_flight {self.in_flight}"]
+        for name, value in (self.gauges() if self.gauges else {}).items():
+            lines += [f"# TYPE {name} gauge", f"{name} {float(value):g}"]
+        return "\n".join(lines) + "\n"
+
+
+async def _answer(send: Send, status: int, text: str, kind: str, *, close: bool = False) -> None:
+    body = text.encode()
+    headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+    if close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def secure(
+    app: ServedApp, max_body: int = MAX_BODY, *, gauges: Callable[[], Mapping[str, float]] | None = None
+) -> ServedApp:
+    """Give an application limits, ``GET /health`` (alias ``/healthz``) and ``GET /metrics``.
+
+    Args:
+        app: a FastAPI or Starlette application, changed in place.
+        max_body: largest request body in bytes; a larger one gets 413, announced or not.
+        gauges: further numbers of ``/metrics``: name -> value, asked at each call.
+
+    Returns:
+        The application.
+
+    Raises:
+        ConfigError: ``max_body`` is under 1.
+    """
+    check_range("max_body", max_body, 1, float("inf"))
+    app.add_middleware(Guard, max_body=max_body, gauges=gauges)
+    return app
+
+
+def serve(app: Any, host: str = "127.0.0.1", port: int = 8000, concurrency: int = 64) -> None:
+    """Run an application on uvicorn until Ctrl-C or SIGTERM; requests in flight are finished first.
+
+    Args:
+        app: any ASGI application.
+        host: address to listen on; the default is reached from this machine only.
+        port: 0 takes a free one.
+        concurrency: connections and requests at once, beyond which 503 is answered.
+
+    Raises:
+        InputError: the address cannot be used.
+        MissingExtraError: uvicorn is not installed.
+    """
+    check_range("port", port, 0, 65535)
+    check_range("concurrency", concurrency, 1, float("inf"))
+    uvicorn: Any = require_extra("uvicorn", "serve", "fusion-core")
+    config = uvicorn.Config(
+        app, host=host, port=port, limit_concurrency=concurrency + 1, timeout_keep_alive=5,
+        timeout_graceful_shutdown=10, server_header=False, log_level="warning",
+    )  # fmt: skip
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(512)
+        except OSError as error:
+            raise InputError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}; name another --host or --port"
+            ) from error
+        _announce(host, listener.getsockname()[1])
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _announce(host: str, port: int) -> None:
+    name = f"[{host}]" if ":" in host else host
+    sys.stderr.write(f"listening on http://{name}:{port} (Ctrl-C stops)\n")
+    sys.stderr.flush()

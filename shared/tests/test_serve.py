@@ -1,0 +1,119 @@
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+
+from fusion_core.errors import ConfigError, InputError
+from fusion_core.serve import secure, serve
+
+APP = """
+import time
+from fastapi import FastAPI, Request
+from fusion_core.serve import secure, serve
+
+app = secure(FastAPI(), max_body=1000, gauges=lambda: {"cards_total": 7})
+
+@app.post("/size/{name}")
+async def size(name: str, request: Request):
+    return {"name": name, "size": len(await request.body())}
+
+@app.post("/json")
+def read_json(body: dict):
+    return body
+
+@app.get("/slow")
+def slow():
+    time.sleep(0.5)
+    return "done"
+
+@app.get("/broken")
+def broken():
+    raise RuntimeError("no")
+
+serve(app, port=0, concurrency=2)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    process = subprocess.Popen([sys.executable, "-c", APP], stderr=subprocess.PIPE, text=True)
+    line = process.stderr.readline()
+    found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert found, line
+    yield found[0]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) in (0, -signal.SIGTERM)
+    process.stderr.close()
+
+
+def get(url, data=None, headers=None):
+    request = urllib.request.Request(url, data=data, headers=headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_limits_health_metrics(server):
+    assert get(server + "/health") == get(server + "/healthz") == (200, '{"status": "ok"}')
+    assert get(server + "/size/a", b"x" * 1000) == (200, '{"name":"a","size":1000}')
+    assert get(server + "/size/b", b"x" * 1001) == (413, '{"detail": "the body is larger than 1000 bytes"}')
+    assert get(server + "/broken")[0] == 500
+    for made_up in ("/x1", "/x2"):
+        assert get(server + made_up)[0] == 404
+    code, text = get(server + "/metrics")
+    assert code == 200
+    assert 'http_requests_total{route="/size/{name}",status="200"} 1' in text
+    assert 'http_requests_total{route="/size/{name}",status="413"} 1' in text
+    assert 'http_requests_total{route="/broken",status="500"} 1' in text
+    assert 'http_requests_total{route="other",status="404"} 2' in text
+    assert "http_requests_in_flight 0" in text
+    assert "cards_total 7" in text
+
+
+def test_unannounced_body_is_limited_too(server):
+    host, port = server.removeprefix("http://").split(":")
+    for path in (b"/size/c", b"/json"):  # the second's framework would say 400
+        with socket.create_connection((host, int(port)), timeout=10) as wire:
+            head = b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            wire.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+            wire.sendall((b"200\r\n" + b"y" * 512 + b"\r\n") * 3 + b"0\r\n\r\n")
+            assert wire.recv(100).startswith(b"HTTP/1.1 413")
+    assert get(server + "/json", b"{" + b"y" * 2000, {"Content-Type": "application/json"})[0] == 413
+
+
+def test_busy_server_says_so(server):
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import urllib.request as u; u.urlopen({server + '/slow'!r}).read()"]
+    ) as other:
+        waiting = [
+            socket.create_connection(server.removeprefix("http://").split(":"), timeout=5) for _ in range(4)
+        ]
+        try:
+            code, _ = get(server + "/slow")
+        finally:
+            for wire in waiting:
+                wire.close()
+        other.wait(10)
+    assert code == 503
+
+
+def test_place_is_taken():
+    from fastapi import FastAPI
+
+    with socket.socket() as wire:
+        wire.bind(("127.0.0.1", 0))
+        wire.listen()
+        port = wire.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{port}: .*; name another --host"):
+            serve(FastAPI(), port=port)
+    with pytest.raises(ConfigError, match="port is 70000"):
+        serve(FastAPI(), port=70000)
+    with pytest.raises(ConfigError, match="max_body is 0"):
+        secure(FastAPI(), max_body=0)
