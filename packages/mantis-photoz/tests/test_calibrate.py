@@ -242,7 +242,7 @@ def test_the_authors_floor_and_norm():
 
 
 def test_no_density_is_all_zero():
-    """B14: the authors patch all-zero outputs by hand; a network that is nearly a step still gives a density."""
+    """B14: the authors patch all-zero outputs by hand; here a network that is stuck at 0 gives a density."""
     network = MonotoneNetwork(2, (4,))
     with torch.no_grad():
         for parameter in network.parameters():

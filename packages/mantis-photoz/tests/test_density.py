@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -63,9 +65,7 @@ def test_quantile_on_a_flat_piece_is_its_left_end():
 @fast
 def test_rebinning_conserves_mass(mass, width, parts):
     pdf = make(mass, width)
-    fine = np.unique(
-        np.concatenate([np.linspace(a, b, parts + 1) for a, b in zip(pdf.edges[:-1], pdf.edges[1:])])
-    )
+    fine = np.unique(np.concatenate([np.linspace(a, b, parts + 1) for a, b in pairwise(pdf.edges)]))
     coarse = pdf.edges[::3]
     np.testing.assert_allclose(pdf.rebin(fine).rebin(coarse).pmf, pdf.rebin(coarse).pmf, atol=1e-12)
     np.testing.assert_allclose(pdf.rebin(fine).pmf.sum(1), 1, atol=1e-12)

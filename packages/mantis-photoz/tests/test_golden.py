@@ -82,7 +82,7 @@ def test_views(golden, dtype):
     case = Case(golden, "views", dtype)
     surveys = {"galex": case.tensor("galex"), "ps1": case.tensor("ps"), "unwise": case.tensor("unwise")}
     crops, size, step = case.settings["crop"], case.settings["size"], case.settings["step"]
-    assert {"galex": 22, "ps": 120, "unwise": 22} == crops
+    assert crops == {"galex": 22, "ps": 120, "unwise": 22}
     every = step["crop_ps"]
     case.close(center_crop(surveys["ps1"], crops["ps"])[..., ::every, ::every], "crop_ps")
     small = center_crop(surveys["galex"], crops["galex"])

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,23 +59,25 @@ def clenshaw_curtis(steps: int) -> tuple[Float[Tensor, " nodes"], Float[Tensor, 
 class _Integrand(nn.Module):
     """A ReLU network of (alpha, x); ``ELU + 1`` makes it positive."""
 
+    net: nn.Sequential
+
     def __init__(self, features: int, hidden: Sequence[int]) -> None:
         super().__init__()
         self.net = _mlp(features + 1, hidden, 1)
 
     def forward(self, alpha: Tensor, first: Tensor) -> Tensor:
         """Values (batch, nodes) at alphas (nodes,) or (batch, nodes), given the x part of the first layer."""
-        layers = list(self.net)
-        column = layers[0].weight[:, 0]
+        start, *layers = list(self.net)
+        column = cast("nn.Linear", start).weight[:, 0]
         h = first[:, None, :] + alpha[..., None] * column
-        for layer in layers[1:]:
+        for layer in layers:
             h = torch.relu_(h) if isinstance(layer, nn.ReLU) else layer(h)
         return F.elu(h[..., 0]) + 1
 
     def start(self, x: Tensor) -> Tensor:
         """(batch, width) of the first layer without alpha: the same for all nodes."""
-        layer = self.net[0]
-        return F.linear(x, layer.weight[:, 1:], layer.bias)  # pyright: ignore[reportArgumentType, reportIndexIssue]
+        layer = cast("nn.Linear", self.net[0])
+        return F.linear(x, layer.weight[:, 1:], layer.bias)
 
 
 def _mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:

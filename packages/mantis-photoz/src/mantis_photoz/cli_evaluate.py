@@ -155,7 +155,7 @@ def calibrate(
     place = _needed(cutouts)
     photoz = PhotoZ.from_pretrained(_model(model), device=device, recalibration=False)
     pdf = _densities(photoz, found, place, tta, batch_size, quiet).pdf
-    features = _hidden(photoz, found, place, batch_size) if {"nearest", "calpit"} & set(kinds) else None
+    features: Any = _hidden(photoz, found, place, batch_size) if {"nearest", "calpit"} & set(kinds) else None
     made: Any
     if kinds == ["calpit"]:
         from mantis_photoz.calpit import CalPIT

@@ -151,5 +151,5 @@ def stack(pdf: BinnedPDF, *, resamples: int = 200, seed: int = 0) -> RedshiftDis
     center = (edges[1:] + edges[:-1]) / 2
     means = (drawn * edges.diff()) @ center
     parts = (edges, pmf.mean(0) / edges.diff(), spread[:, 0], spread[:, 1])
-    shown = parts if pdf.is_torch else tuple(to_numpy(part) for part in parts)
-    return RedshiftDistribution(*shown, float(pmf.mean(0) @ center), float(means.std()))
+    limits, height, low, high = parts if pdf.is_torch else (to_numpy(part) for part in parts)
+    return RedshiftDistribution(limits, height, low, high, float(pmf.mean(0) @ center), float(means.std()))
