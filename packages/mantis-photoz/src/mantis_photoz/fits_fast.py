@@ -13,7 +13,6 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +50,11 @@ class Header(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._cards)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A value, or ``default`` where there is none."""
+        card = self._cards.get(name.ljust(8).encode())
+        return default if card is None else _value(card)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name.ljust(8).encode() in self._cards
@@ -115,7 +119,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         CutoutError: the file cannot be read.
     """
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:  # noqa: PTH123 - a Path costs more than the reading
             return file.read()
     except OSError as error:
         raise CutoutError(f"{path} cannot be read: {error.strerror or error}; fetch it again") from error

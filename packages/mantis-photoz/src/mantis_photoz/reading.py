@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ def absent(survey: Survey, ra: float, dec: float, note: str = "", flags: int = 0
     """The reading of a survey without data."""
     planes = np.zeros((len(survey.bands), survey.pixels, survey.pixels), np.float32)
     tan = Tan.centered(ra, dec, pixels=survey.pixels, scale=survey.pixel_scale)
-    found = flags | Flag.MISSING_SURVEY
-    return Reading(planes, tan, False, 0.0, int(found), (note,) if note else ())
+    found = int(flags) | int(Flag.MISSING_SURVEY)
+    return Reading(planes, tan, False, 0.0, found, (note,) if note else ())
 
 
 def read_planes(
@@ -83,40 +84,41 @@ def read_planes(
         CutoutError: another number of planes, a band that is not the survey's, a wrong scale without a
             WCS to mend it, or an image of another place.
     """
-    flags, notes = Flag(0), list[str]()
-    stacks: dict[str, tuple[NDArray[np.float32], Image]] = {}
+    flags, notes, seen = 0, list[str](), list[str]()
+    cubes: list[tuple[list[str], Image]] = []
     for image, told in images:
         bands, assumed = _bands(image, survey, told, name, band_order)
         if assumed:
-            flags |= Flag.ASSUMED_BANDS
+            flags |= int(Flag.ASSUMED_BANDS)
             notes.append(f"{survey.name}: no BANDS in the header, took {','.join(bands)}")
-        for band, plane in zip(bands, image.data, strict=True):
-            if band in stacks:
+        for band in bands:
+            if band in seen:
                 raise CutoutError(f"{name}: band {band} is there twice; remove one of the files")
-            stacks[band] = (_linear(plane, image.header), image)
-    if missing := [band for band in survey.bands if band not in stacks]:
+            seen.append(band)
+        cubes.append((bands, image))
+    if missing := [band for band in survey.bands if band not in seen]:
         raise CutoutError(
             f"{name}: bands {', '.join(missing)} are missing, wanted {', '.join(survey.bands)}; fetch them"
         )
-    planes, tan, found, words = _placed(stacks, survey, ra, dec, name)
+    planes, tan, found = _placed(cubes, survey, ra, dec, name, notes)
     flags |= found
-    notes += words
-    if "count" in survey.unit and not _has_zero_point(next(iter(stacks.values()))[1].header):
-        flags |= Flag.NO_ZERO_POINT
-    infinite = np.isinf(planes)
-    if infinite.any():
-        flags |= Flag.INF_PIXELS
-        planes[infinite] = np.nan
-    gaps = np.isnan(planes).mean((1, 2))
-    share = float(gaps.max())
-    if share > nan_limit:
-        flags |= Flag.NAN_PIXELS
-    empty = [band for band, gap in zip(survey.bands, gaps, strict=True) if gap >= 1]
-    if empty or not np.nan_to_num(planes).any():
+    if "count" in survey.unit and not _has_zero_point(cubes[0][1].header):
+        flags |= int(Flag.NO_ZERO_POINT)
+    share, empty = 0.0, list[str]()
+    if not math.isfinite(float(planes.sum(dtype=np.float64))):
+        infinite = np.isinf(planes)
+        if infinite.any():
+            flags |= int(Flag.INF_PIXELS)
+            planes[infinite] = np.nan
+        gaps = np.isnan(planes).mean((1, 2))
+        share = float(gaps.max())
+        empty = [band for band, gap in zip(survey.bands, gaps, strict=True) if gap >= 1]
+        flags |= int(Flag.NAN_PIXELS) if share > nan_limit else 0
+    if empty or not (planes if share == 0 else np.nan_to_num(planes)).any():
         why = f"{', '.join(empty)} all NaN" if empty else "all pixels are zero"
-        gone = absent(survey, ra, dec, f"{survey.name}: {why}", int(flags))
+        gone = absent(survey, ra, dec, f"{survey.name}: {why}", flags)
         return Reading(gone.planes, gone.wcs, False, share, gone.flags, (*notes, *gone.notes))
-    return Reading(planes, tan, True, share, int(flags), tuple(notes))
+    return Reading(planes, tan, True, share, flags, tuple(notes))
 
 
 def _bands(
@@ -170,16 +172,16 @@ def header_bands(header: Mapping[str, Any], count: int) -> list[str]:
     return names if len(names) == count else []
 
 
-def _linear(plane: NDArray[Any], header: Mapping[str, Any]) -> NDArray[np.float32]:
+def _linear(cube: NDArray[Any], header: Mapping[str, Any]) -> NDArray[np.float32]:
     """Linear flux, native float32: whole-skycell PS1 stacks are asinh-compressed, and say so."""
     if "BSOFTEN" in header and "BOFFSET" in header:
         from mantis_photoz.scaling import linear_stack
 
-        values = np.asarray(plane, np.float64)
+        values = np.asarray(cube, np.float64)
         softening, offset = float(header["BSOFTEN"]), float(header["BOFFSET"])
         with np.errstate(over="ignore"):
             return np.asarray(linear_stack(values, softening=softening, offset=offset), np.float32)
-    return plane.astype(np.float32)
+    return cube.astype(np.float32)
 
 
 def _has_zero_point(header: Mapping[str, Any]) -> bool:
@@ -187,37 +189,42 @@ def _has_zero_point(header: Mapping[str, Any]) -> bool:
 
 
 def _placed(
-    stacks: Mapping[str, tuple[NDArray[np.float32], Image]], survey: Survey, ra: float, dec: float, name: str
-) -> tuple[NDArray[np.float32], Tan, Flag, list[str]]:
-    """All planes of one size on the survey's grid, with its coordinates."""
-    done: dict[int, tuple[Tan | None, bool, Flag, str]] = {}
-    planes: list[NDArray[np.float32]] = []
-    flags, notes, system = Flag(0), list[str](), None
-    for band in survey.bands:
-        plane, image = stacks[band]
-        key = id(image)
-        if key not in done:
-            done[key] = _judge(image, survey, ra, dec, name)
-        tan, mend, found, words = done[key]
+    cubes: Sequence[tuple[list[str], Image]],
+    survey: Survey,
+    ra: float,
+    dec: float,
+    name: str,
+    notes: list[str],
+) -> tuple[NDArray[np.float32], Tan, int]:
+    """All planes of one size on the survey's grid, with the first band's coordinates; reasons go to notes."""
+    flags = 0
+    done: dict[str, NDArray[np.float32]] = {}
+    systems: dict[str, Tan | None] = {}
+    whole: NDArray[np.float32] | None = None
+    for bands, image in cubes:
+        tan, mend, found, words = _judge(image, survey, ra, dec, name)
         if words and words not in notes:
             notes.append(words)
         flags |= found
+        cube = _linear(image.data, image.header)
         if tan is not None and mend:
             target = Tan.centered(ra, dec, pixels=survey.pixels, scale=survey.pixel_scale)
-            plane, tan = _mended(plane, tan, target, survey.pixels), target
+            cube, tan = _mended(cube, tan, target, survey.pixels), target
         else:
-            plane, tan, small = _sized(plane, tan, survey.pixels)
-            flags |= Flag.PADDED if small else Flag(0)
-        planes.append(plane)
-        system = tan if system is None else system
+            cube, tan, small = _sized(cube, tan, survey.pixels)
+            flags |= int(Flag.PADDED) if small else 0
+        whole = cube if tuple(bands) == survey.bands else None
+        done |= zip(bands, cube, strict=True)
+        systems |= dict.fromkeys(bands, tan)
+    system = systems[survey.bands[0]]
     if system is None:
         system = Tan.centered(ra, dec, pixels=survey.pixels, scale=survey.pixel_scale)
-    return np.stack(planes), system, flags, notes
+    return np.stack([done[band] for band in survey.bands]) if whole is None else whole, system, flags
 
 
 def _judge(
     image: Image, survey: Survey, ra: float, dec: float, name: str
-) -> tuple[Tan | None, bool, Flag, str]:
+) -> tuple[Tan | None, bool, int, str]:
     """The coordinates of an image, whether it has to be resampled, and why."""
     shape = image.data.shape
     tan = Tan.from_header(image.header, shape, name)
@@ -229,17 +236,17 @@ def _judge(
                 f"{name} has {step:.4g} arc seconds per pixel, wanted {survey.pixel_scale:g}, and no WCS to "
                 "resample by; fetch it at the right scale"
             )
-        return None, False, Flag(0), ""
-    flags, reasons, mend = Flag(0), list[str](), False
+        return None, False, 0, ""
+    flags, reasons, mend = 0, list[str](), False
     if abs(tan.scale / survey.pixel_scale - 1) > _SCALE_LIMIT:
-        flags, mend = flags | Flag.RESAMPLED, True
+        flags, mend = flags | int(Flag.RESAMPLED), True
         reasons.append(f'{tan.scale:.4g}"/px instead of {survey.pixel_scale:g}')
     if tan.parity > 0:
-        flags, mend = flags | Flag.RESAMPLED, True
+        flags, mend = flags | int(Flag.RESAMPLED), True
         reasons.append("mirrored (right ascension grows to the right)")
     x, y = tan.to_pixel(ra, dec)
     # An even image has its middle between two pixels; services center either on it or on pixel N // 2.
-    away = [np.hypot(x - (shape[-1] - odd) / 2, y - (shape[-2] - odd) / 2) * tan.scale for odd in (1, 0)]
+    away = [math.hypot(x - (shape[-1] - odd) / 2, y - (shape[-2] - odd) / 2) * tan.scale for odd in (1, 0)]
     offset = min(away) if shape[-1] % 2 == 0 else away[0]
     if not offset <= survey.field_arcsec / 2 + OFF_CENTER:
         raise CutoutError(
@@ -247,31 +254,30 @@ def _judge(
             f"({ra:.5f}, {dec:.5f}); fetch it again"
         )
     if offset > OFF_CENTER:
-        flags, mend = flags | Flag.OFF_CENTRE, True
+        flags, mend = flags | int(Flag.OFF_CENTRE), True
         reasons.append(f'{offset:.3g}" off the catalogue position')
     return tan, mend, flags, f"{survey.name}: {'; '.join(reasons)}" if reasons else ""
 
 
-def _mended(plane: NDArray[np.float32], source: Tan, target: Tan, pixels: int) -> NDArray[np.float32]:
+def _mended(cube: NDArray[np.float32], source: Tan, target: Tan, pixels: int) -> NDArray[np.float32]:
     rows = [torch.tensor([tan.row()], dtype=torch.float64) for tan in (source, target)]
-    image = torch.from_numpy(np.ascontiguousarray(plane))[None, None]
-    found = resample(image, rows[0], rows[1], (pixels, pixels))
-    return found[0, 0].numpy()
+    found = resample(torch.from_numpy(cube)[None], rows[0], rows[1], (pixels, pixels))
+    return found[0].numpy()
 
 
 def _sized(
-    plane: NDArray[np.float32], tan: Tan | None, pixels: int
+    cube: NDArray[np.float32], tan: Tan | None, pixels: int
 ) -> tuple[NDArray[np.float32], Tan | None, bool]:
     """Cut or pad around the middle; the coordinates follow."""
-    height, width = plane.shape
+    height, width = cube.shape[1:]
     if height == width == pixels:
-        return plane, tan, False
+        return cube, tan, False
     top, left = (height - pixels) // 2, (width - pixels) // 2
-    cut = plane[max(top, 0) : max(top, 0) + pixels, max(left, 0) : max(left, 0) + pixels]
-    small = cut.shape != (pixels, pixels)
+    cut = cube[:, max(top, 0) : max(top, 0) + pixels, max(left, 0) : max(left, 0) + pixels]
+    small = cut.shape[1:] != (pixels, pixels)
     if small:
-        whole = np.zeros((pixels, pixels), np.float32)
+        whole = np.zeros((len(cube), pixels, pixels), np.float32)
         rows, columns = max(-top, 0), max(-left, 0)
-        whole[rows : rows + cut.shape[0], columns : columns + cut.shape[1]] = cut
+        whole[:, rows : rows + cut.shape[1], columns : columns + cut.shape[2]] = cut
         cut = whole
     return np.ascontiguousarray(cut), None if tan is None else tan.shifted(left, top), small

@@ -27,6 +27,7 @@ AFFINE_LIMIT = 0.02
 """Pixels of the source that an affine map may be off before exact coordinates are used."""
 
 _DEGREE = math.pi / 180.0
+_EDGE = 1.0 + 1e-6
 _FWHM = 2.0 * math.sqrt(2.0 * math.log(2.0))
 
 
@@ -79,20 +80,19 @@ class Tan:
         Raises:
             CutoutError: coordinates that make no sense.
         """
-        kinds = tuple(str(header.get(f"CTYPE{axis}", "")).strip() for axis in (1, 2))
-        if not any(kinds):
+        kinds = (str(header.get("CTYPE1", "")).strip(), str(header.get("CTYPE2", "")).strip())
+        if kinds == ("", ""):
             return None
         if kinds != ("RA---TAN", "DEC--TAN") or _special(header):
             return _local_tan(header, shape, name)
         try:
-            crval, crpix = (
-                tuple(float(header[f"{key}{axis}"]) for axis in (1, 2)) for key in ("CRVAL", "CRPIX")
-            )
+            crval = (float(header["CRVAL1"]), float(header["CRVAL2"]))
+            crpix = (float(header["CRPIX1"]), float(header["CRPIX2"]))
             cd = _matrix(header)
         except (KeyError, TypeError, ValueError) as error:
             raise CutoutError(f"{name}: its WCS lacks {error}; give CRVAL, CRPIX and CD or CDELT") from error
-        found = cls((crval[0], crval[1]), (crpix[0], crpix[1]), cd)
-        if not (np.isfinite([*crval, *crpix, *cd]).all() and found.scale > 0):
+        found = cls(crval, crpix, cd)
+        if not (math.isfinite(sum(crval) + sum(crpix) + sum(cd)) and found.scale > 0):
             raise CutoutError(f"{name}: its WCS has a scale of {found.scale} arc seconds; write it anew")
         return found
 
@@ -159,10 +159,10 @@ def _special(header: Mapping[str, Any]) -> bool:
 
 
 def _matrix(header: Mapping[str, Any]) -> tuple[float, float, float, float]:
+    if "CD1_1" in header or "CD1_2" in header or "CD2_1" in header or "CD2_2" in header:
+        found = [float(header.get(key, 0.0)) for key in ("CD1_1", "CD1_2", "CD2_1", "CD2_2")]
+        return (found[0], found[1], found[2], found[3])
     keys = ("1_1", "1_2", "2_1", "2_2")
-    if any(f"CD{key}" in header for key in keys):
-        cd = [float(header.get(f"CD{key}", 0.0)) for key in keys]
-        return (cd[0], cd[1], cd[2], cd[3])
     steps = [float(header[f"CDELT{axis}"]) for axis in (1, 2)]
     styles = ("PC{}_{}", "PC00{}00{}")  # the second is that of Pan-STARRS1
     written = next((s for s in styles if any(s.format(*key.split("_")) in header for key in keys)), None)
@@ -309,17 +309,29 @@ def resample(
     for name, system in (("source", source), ("target", target)):
         check_shape(name, system, "batch 8", batch=sizes["batch"])
     affine, residual = pixel_map(target, source, size)
-    places = _lattice(size, None, target)
-    flat = torch.cat([places, torch.ones_like(places[..., :1])], -1) @ affine.transpose(-1, -2)
+    kind = torch.float64 if images.dtype == torch.float64 else torch.float32
+    scale = affine.new_tensor([2.0 / sizes["width"], 2.0 / sizes["height"]])
+    grid = F.affine_grid(
+        _theta(affine, scale, size).to(kind), [sizes["batch"], 1, *size], align_corners=False
+    )
     if bool((bent := ~(residual <= AFFINE_LIMIT)).any()):
-        sky = pixel_to_sky(target[bent], places.expand(int(bent.sum()), -1, -1))
-        flat = flat.clone()
-        flat[bent] = sky_to_pixel(source[bent], sky)
-    limits = flat.new_tensor([sizes["width"], sizes["height"]])
-    inside = ((flat >= -0.5) & (flat <= limits - 0.5)).all(-1)  # NaN is outside
-    grid = ((2 * flat + 1) / limits - 1).nan_to_num(nan=-2.0).reshape(len(flat), *size, 2)
+        places = _lattice(size, None, target).expand(int(bent.sum()), -1, -1)
+        pixels = sky_to_pixel(source[bent], pixel_to_sky(target[bent], places))
+        far = ((pixels + 0.5) * scale - 1).nan_to_num(nan=-2.0)
+        grid[bent] = far.reshape(-1, *size, 2).to(kind)
     found = F.grid_sample(images, grid.to(images.dtype), "bilinear", "border", align_corners=False)
-    return found.masked_fill(~inside.reshape(len(flat), 1, *size), outside)
+    corners = grid[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    if bool((corners.abs() <= _EDGE).all()) and not bool(bent.any()):  # then all between them is inside
+        return found
+    inside = (grid.abs() <= _EDGE).all(-1)
+    return found.masked_fill(~inside[:, None], outside)
+
+
+def _theta(affine: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
+    """An affine map of pixels as one of normalized coordinates, -1 and 1 at the outer edges of the pixels."""
+    half = affine.new_tensor([size[1] / 2, size[0] / 2])
+    middle = affine[..., :2] @ (half - 0.5) + affine[..., 2]
+    return torch.cat([affine[..., :2] * half * scale[:, None], ((middle + 0.5) * scale - 1)[..., None]], -1)
 
 
 def resample_exact(
