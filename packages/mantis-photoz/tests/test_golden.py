@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import test_golden_models
+import test_golden_resample
 import torch
 from golden_cases import Case, both_dtypes
 
 from fusion_core.testing import detfill
-from mantis_photoz import density, points
+from mantis_photoz import density, points, views
 from mantis_photoz.calibrate import PITMap
 from mantis_photoz.calpit import MonotoneNetwork, official_transform
 from mantis_photoz.dust import deredden, dust_coefficients, extinction
@@ -82,7 +84,9 @@ def test_views(golden, dtype):
     case = Case(golden, "views", dtype)
     surveys = {"galex": case.tensor("galex"), "ps1": case.tensor("ps"), "unwise": case.tensor("unwise")}
     crops, size, step = case.settings["crop"], case.settings["size"], case.settings["step"]
-    assert crops == {"galex": 22, "ps": 120, "unwise": 22}
+    named = {"ps1" if name == "ps" else name: pixels for name, pixels in crops.items()}
+    if not golden.borrowed:
+        assert named == views.CROPS  # what the paper's view takes by itself
     every = step["crop_ps"]
     case.close(center_crop(surveys["ps1"], crops["ps"])[..., ::every, ::every], "crop_ps")
     small = center_crop(surveys["galex"], crops["galex"])
@@ -99,8 +103,8 @@ def test_views(golden, dtype):
         case.close(
             np.array([draw.angle_deg, draw.horizontal, draw.vertical], dtype=float), f"early_{seed}_draw"
         )
-        stack = official_view(surveys, draw, fusion="early", size=size)
-        late = official_view(surveys, draw, fusion="late")
+        stack = official_view(surveys, draw, fusion="early", size=size, crops=named)
+        late = official_view(surveys, draw, fusion="late", crops=named)
         for name, channels in parts.items():
             every = step["early"][name]
             case.close(stack[:, channels, ::every, ::every], f"early_{seed}_{name}")
@@ -165,7 +169,6 @@ def test_photometry(golden):
     noise_flux, noise_forced = measure_plane(case.input("noise")[case.settings["noise_band"]])
     case.close(np.float64(noise_flux), "noise_flux")
     case.close(np.bool_(noise_forced), "noise_forced")
-    assert case["flux"].shape == (9,)
 
 
 @both_dtypes
@@ -332,3 +335,18 @@ def test_shapley(golden, dtype):
     for name, groups in case.settings["groups"].items():
         case.close(mm_shares(case.tensor("attribution"), groups), f"mm_share_{name}")
     case.all_seen()
+
+
+def _take(module):
+    """The tests and fixtures of another golden file, so that ``--golden DIR`` runs them from here."""
+    taken = {name: value for name, value in vars(module).items() if name.startswith("test_")}
+    fixtures = {
+        name: value
+        for name, value in vars(module).items()
+        if type(value).__name__ == "FixtureFunctionDefinition"
+    }
+    return taken | fixtures
+
+
+globals().update(_take(test_golden_models))
+globals().update(_take(test_golden_resample))

@@ -220,6 +220,7 @@ def call(place, verb, *words):
     return run_cli(main, verb, str(place / "hosts.ecsv"), *common, *words)
 
 
+@pytest.mark.slow
 def test_verbs(place, tmp_path):
     mend = tmp_path / "mend.json"
     found = call(place, "calibrate", "--kind", "pit", "--out", str(tmp_path / "pit.json"), "--json")

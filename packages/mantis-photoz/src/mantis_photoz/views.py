@@ -148,11 +148,18 @@ def turn(surveys: Planes, draw: Draw) -> dict[str, Tensor]:
 
 
 def official_view(
-    surveys: Planes, draw: Draw, *, fusion: Literal["early", "late"] = "early", size: int = 120
+    surveys: Planes,
+    draw: Draw,
+    *,
+    fusion: Literal["early", "late"] = "early",
+    size: int = 120,
+    crops: Mapping[str, int] = CROPS,
 ) -> Tensor | dict[str, Tensor]:
     """The authors' training view, which their inference takes as well: turned and flipped by a draw."""
     turned = turn(surveys, draw)
-    return stretch_view(turned, size=size) if fusion == "early" else late_view(turned)
+    if fusion == "early":
+        return stretch_view(turned, size=size, crops=crops)
+    return late_view(turned, crops={"ps1": crops["ps1"]})
 
 
 # ---- the group of the square ----
