@@ -20,6 +20,7 @@ from mantis_photoz.wcs import Tan, resample
 FITS_TARGET, SKY_TARGET, NETWORK_TARGET, MEMORY_TARGET = ">= 10", ">= 50", ">= 0.85", ">= 0.5"
 _BATCH = 64
 _POSITION = (150.1, 2.2)
+_SMALL: dict[str, Any] = {"encoders": {"early": "small-24"}, "hidden": 128}
 _DEMO = {"galex": (16, 1.5), "ps1": (32, 0.5), "unwise": (16, 2.75)}
 
 
@@ -181,13 +182,14 @@ class Repeated:
         return found
 
 
-def demo_sky(folder: Path, objects: int, files: int = 16) -> tuple[Any, Any]:
-    """A catalogue of so many objects at one place, and a source of its cutouts."""
+def demo_sky(folder: Path, objects: int, files: int = 16, *, full: bool = False) -> tuple[Any, Any]:
+    """A catalogue of so many objects at one place, and their cutouts at the paper's or the demo's size."""
     from astropy.table import Table
 
     from mantis_photoz.cutouts import FitsDirectory
 
-    surveys = {name: SURVEYS[name].replace(pixels=p, crop=p, pixel_scale=s) for name, (p, s) in _DEMO.items()}
+    small = {name: SURVEYS[name].replace(pixels=p, crop=p, pixel_scale=s) for name, (p, s) in _DEMO.items()}
+    surveys = dict(SURVEYS) if full else small
     draw = rng(0, "demo sky")
     for number in range(files):
         for name, survey in surveys.items():
@@ -201,7 +203,7 @@ def demo_sky(folder: Path, objects: int, files: int = 16) -> tuple[Any, Any]:
 
 
 def run_estimate(objects: int, width: int = 24) -> Any:
-    """``estimate`` on the CPU from local FITS files with a small network."""
+    """``estimate`` on the CPU from local FITS files of the demo's size, with a small network."""
     from mantis_photoz.estimate import PhotoZ
     from mantis_photoz.fusion import FusionModel
 
@@ -212,28 +214,54 @@ def run_estimate(objects: int, width: int = 24) -> Any:
 
 
 def share_rows(repeats: int, device: str) -> list[Row]:  # noqa: ARG001
-    """The network's share of ``estimate``'s time on the CPU, sky-true views, from local FITS files."""
-    found = [run_estimate(256) for _ in range(max(1, min(repeats, 3)))]
-    shares = sorted(float(one.throughput()["network_share"]) for one in found)
-    middle = found[0].throughput()
-    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in middle["objects_per_s"].items() if rate)
-    share = shares[len(shares) // 2]
-    return [
-        Row(
-            name="estimate, the network's share of the time",
-            ratio=share,
-            threads=torch.get_num_threads(),
-            dtype="float32",
-            ours_s=middle["wall_s"] / 256,
-            reference="the whole of estimate",
-            ratio_low=shares[0],
-            ratio_high=shares[-1],
-            repeats=len(shares),
-            target=NETWORK_TARGET,
-            met=check_target(share, NETWORK_TARGET),
-            note=f"objects/s: {rates}",
-        )
+    """The network's share of ``estimate``'s time on the CPU from local files.
+
+    The first row is a small network on cutouts of the paper's size and view, the second the demo's, whose
+    network takes less than reading does. Reading and scaling run ahead in one thread.
+    """
+    from mantis_photoz.estimate import PhotoZ
+    from mantis_photoz.fusion import FusionModel
+
+    cases = [
+        (
+            "estimate, the network's share of the time",
+            "small-24",
+            FusionConfig.official("early", **_SMALL),
+            64,
+            True,
+        ),
+        ("estimate, the same at the demo's size", "small-24", demo_config(), 256, False),
     ]
+    rows: list[Row] = []
+    for title, encoder, config, objects, full in cases:
+        with tempfile.TemporaryDirectory() as name:
+            table, source = demo_sky(Path(name), objects, full=full)
+            photoz = PhotoZ(FusionModel(config), device="cpu")
+            options: dict[str, Any] = {"batch_size": 16, "num_workers": 1, "progress": False}
+            photoz.estimate(table[:16], source, **options)  # what is imported on first use
+            found = [
+                photoz.estimate(table, source, **options).throughput() for _ in range(max(1, min(repeats, 3)))
+            ]
+        shares = sorted(float(one["network_share"]) for one in found)
+        rates = ", ".join(f"{key} {rate:.0f}" for key, rate in found[-1]["objects_per_s"].items() if rate)
+        share, target = shares[len(shares) // 2], NETWORK_TARGET if full else None
+        rows.append(
+            Row(
+                name=title,
+                ratio=share,
+                threads=torch.get_num_threads(),
+                dtype="float32",
+                ours_s=found[-1]["wall_s"] / objects,
+                reference="the whole of estimate",
+                ratio_low=shares[0],
+                ratio_high=shares[-1],
+                repeats=len(shares),
+                target=target,
+                met=check_target(share, target),
+                note=f"{encoder}; objects/s: {rates}",
+            )
+        )
+    return rows
 
 
 def memory_small() -> None:

@@ -32,6 +32,7 @@ from mantis_photoz.steps import (
     Clock,
     Grid,
     Options,
+    Prepared,
     Tta,
     chosen,
     joined,
@@ -41,6 +42,7 @@ from mantis_photoz.steps import (
     take_checksums,
 )
 from mantis_photoz.surveys import SURVEYS, Survey
+from mantis_photoz.views import center_crop
 
 
 class PhotoZ:
@@ -123,8 +125,15 @@ class PhotoZ:
         return digest_state(self.model.state_dict())
 
     @torch.no_grad()
-    def predict(self, batch: CutoutBatch, options: Options | None = None, *, prior: Any = None,
-                clock: Clock | None = None) -> dict[str, NDArray[Any]]:  # fmt: skip
+    def predict(
+        self,
+        batch: CutoutBatch,
+        options: Options | None = None,
+        *,
+        prior: Any = None,
+        clock: Clock | None = None,
+        ready: Prepared | None = None,
+    ) -> dict[str, NDArray[Any]]:
         """Densities of one batch of cutouts, with flags (steps 5 to 10).
 
         Args:
@@ -132,6 +141,7 @@ class PhotoZ:
             options: see :meth:`estimate`.
             prior: (bins,) masses that the densities shall carry.
             clock: gets the seconds.
+            ready: of :meth:`prepare`, where that was done before.
 
         Returns:
             ``pmf`` (batch, bins) float64, ``flags``, ``ood``, ``z_spread``, ``present``, ``nan_fraction``,
@@ -139,15 +149,14 @@ class PhotoZ:
         """
         choice, timer = options or Options(), clock or Clock()
         start = time.perf_counter()
-        planes = inputs.fill_gaps(batch.planes, choice.nan)
-        moved = {name: images.to(self.device) for name, images in planes.items()}
-        scaled = inputs.scale(moved, self.config, self.registry)
+        made = ready or self.prepare(batch, choice)
+        planes = made.planes
         start = timer.add("prepare", start)
         masses: list[Tensor] = []
         hidden: Tensor | None = None
         bad = torch.zeros(len(batch), dtype=torch.bool)
         ebv, present = batch.ebv.to(self.device), batch.present.to(self.device)
-        for number, images in enumerate(self._views(scaled, batch, choice)):
+        for number, images in enumerate(self._views(made, batch, choice)):
             start = timer.add("prepare", start)
             logits, layer = self._forward(images, ebv, present)
             good = torch.isfinite(logits).all(-1)
@@ -182,19 +191,30 @@ class PhotoZ:
         timer.add("correct", start)
         return found
 
-    def _views(
-        self, scaled: dict[str, Tensor], batch: CutoutBatch, choice: Options
-    ) -> Iterator[dict[str, Tensor]]:
+    @torch.no_grad()
+    def prepare(self, batch: CutoutBatch, options: Options) -> Prepared:
+        """Steps 5 to 7 of a batch: gaps, scaling and, where it does not turn with each view, the view."""
+        fixed = options.tta in ("none", "d4")
+        planes = inputs.fill_gaps(batch.planes, options.nan)
+        moved = {name: images.to(self.device) for name, images in planes.items()}
+        if fixed and self.config.align in ("native", "stretch"):  # what is cropped need not be scaled
+            moved = {name: center_crop(moved[name], one.side) for name, one in self.config.inputs.items()}
+        scaled = inputs.scale(moved, self.config, self.registry)
+        return Prepared(planes, self._view(scaled, batch) if fixed else scaled)
+
+    def _view(self, scaled: dict[str, Tensor], batch: CutoutBatch) -> dict[str, Tensor]:
+        places = {name: rows.to(self.device) for name, rows in batch.wcs.items()}
+        return inputs.view(scaled, self.config, places)
+
+    def _views(self, ready: Prepared, batch: CutoutBatch, choice: Options) -> Iterator[dict[str, Tensor]]:
         """The views to average over: one, the 8 exact ones, the authors' random one, or n random ones."""
-        view = lambda planes: inputs.view(
-            planes, self.config, {k: v.to(self.device) for k, v in batch.wcs.items()}
-        )
+        view = lambda planes: self._view(planes, batch)
+        scaled = ready.images
         if choice.tta == "none":
-            yield view(scaled)
+            yield scaled
         elif choice.tta == "d4":
-            upright = view(scaled)
             for element in range(views.ELEMENTS):
-                yield {name: views.d4(planes, element) for name, planes in upright.items()}
+                yield {name: views.d4(planes, element) for name, planes in scaled.items()}
         elif choice.tta == "official":
             yield view(views.turn(scaled, views.official_draw(choice.seed)))
         else:
@@ -310,18 +330,24 @@ class PhotoZ:
         parts: dict[int, dict[str, NDArray[Any]]] = {}
         checksums: dict[str, str] = {}
 
-        def read(rows: NDArray[Any]) -> tuple[CutoutBatch, float]:
-            start = time.perf_counter()
-            return data.batch(rows), time.perf_counter() - start
+        ahead = self.device.type == "cpu"  # with an accelerator, scaling and views are its work
+
+        def read(rows: NDArray[Any]) -> tuple[CutoutBatch, Prepared | None, Clock]:
+            own, start = Clock(), time.perf_counter()
+            batch = restricted(data.batch(rows), only)
+            start = own.add("read", start)
+            ready = self.prepare(batch, options) if ahead else None
+            own.add("prepare", start)
+            return batch, ready, own
 
         from fusion_core.progress import track
 
         stream = read_ahead(read, jobs, num_workers)
-        for part, (batch, seconds) in zip(
+        for part, (batch, ready, own) in zip(
             todo, track(stream, "estimating", len(jobs), progress), strict=True
         ):
-            clock.seconds["read"] = clock.seconds.get("read", 0.0) + seconds
-            made = self.predict(restricted(batch, only), options, prior=prior, clock=clock)
+            clock.merge(own)
+            made = self.predict(batch, options, prior=prior, clock=clock, ready=ready)
             if run is not None:
                 run.add(part, made, objects=len(batch), files=take_checksums(source))
             else:

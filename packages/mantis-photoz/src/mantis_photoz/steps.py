@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fusion_core.errors import ConfigError, InputError
 from mantis_photoz.corrections import parts_of
@@ -53,6 +54,24 @@ class Clock:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - start
         return now
+
+    def merge(self, other: Clock) -> None:
+        """Count another clock's seconds too."""
+        for stage, seconds in other.seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A batch after steps 5 to 7.
+
+    Args:
+        planes: survey -> flux without gaps, on the CPU.
+        images: survey -> the view, or the scaled planes where views are still to be drawn.
+    """
+
+    planes: dict[str, Tensor]
+    images: dict[str, Tensor]
 
 
 def maps_of(recalibration: Any) -> list[Any]:
