@@ -232,8 +232,8 @@ def _claims(table: Comparison, use: Any, seeds: Sequence[int]) -> list[Claim]:
             + (
                 "."
                 if alike
-                else ": not shown at this scale. Stacking gives colours per pixel at once; small encoders that "
-                "were trained briefly have to learn them through a pooled head."
+                else ": not shown at this scale. Stacking gives colours per pixel at once; small encoders "
+                "that were trained briefly have to learn them through a pooled head."
             ),
         ),
         Claim(
@@ -279,7 +279,7 @@ def _notes(use: Any, seeds: Sequence[int]) -> list[str]:
 def _figures(out: Path, sky: Sky, raw: BinnedPDF, better: BinnedPDF, use: Any) -> list[Figure]:
     from mantis_photoz import plots
 
-    near = int(np.argmin(np.abs(sky.mag_r - 17.5)))
+    near = _bright_blue(sky)
     planes, z = _one(sky, near), float(sky.z[near])
     drawn = {
         "cutouts.png": plots.cutout_grid(
@@ -305,6 +305,16 @@ def _figures(out: Path, sky: Sky, raw: BinnedPDF, better: BinnedPDF, use: Any) -
         ),
     }
     return [Figure(plots.save(drawn[name], out / name), *words[name]) for name in drawn]
+
+
+def _bright_blue(sky: Sky) -> int:
+    """A star-forming galaxy that every survey has seen."""
+    from astropy.table import Table
+
+    table = Table.read(sky.catalog)
+    seen = np.array([(sky.folder / f"{name}.galex.fits").is_file() for name in table["id"]])
+    usable = seen & (np.asarray(table["kind"]) == "blue")
+    return int(np.argmin(np.abs(sky.mag_r - 16.5) + 99.0 * ~usable))
 
 
 def _one(sky: Sky, row: int) -> dict[str, torch.Tensor]:

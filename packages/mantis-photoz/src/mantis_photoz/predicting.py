@@ -65,14 +65,14 @@ def predict(
 
         raise ConfigError(f"tta is {tta!r}, wanted 'none' or 'd4'")
     network: Any = getattr(model, "module", model)
-    config = config or network.config
+    settings: FusionConfig = network.config if config is None else config
     device = next(network.parameters()).device
     logits, features = list[Tensor](), list[Tensor]()
     with torch.no_grad(), untouched(network):
         for start in range(0, len(samples), batch_size):
             rows = range(start, min(start + batch_size, len(samples)))
-            batch = batch_of(samples, list(rows), config).to(device)
-            images = prepare(batch.images, config, wcs=batch.wcs or None, nan="zero", device=device)
+            batch = batch_of(samples, list(rows), settings).to(device)
+            images = prepare(batch.images, settings, wcs=batch.wcs or None, nan="zero", device=device)
             seen = batch.present if present is None else present[start : rows.stop].to(device)
             views = d4_views(images) if tta == "d4" else [images]
             hidden = [network.penultimate(view, batch.ebv, seen).float() for view in views]
@@ -83,5 +83,7 @@ def predict(
     width = network.head[2].out_features
     empty = torch.zeros(0, width), torch.zeros(0, network.head[0].out_features)
     return Prediction(
-        torch.cat(logits) if logits else empty[0], torch.cat(features) if features else empty[1], config.z_max
+        torch.cat(logits) if logits else empty[0],
+        torch.cat(features) if features else empty[1],
+        settings.z_max,
     )

@@ -77,11 +77,13 @@ class CutoutArrays:
             raise ShapeError(
                 f"images have shapes {shapes}, wanted ({count}, bands, height, width) of each survey"
             )
-        if self.present is None:
-            object.__setattr__(self, "present", torch.ones(count, len(shapes), dtype=torch.bool))
-        if tuple(self.ebv.shape) != (count, 2) or tuple(self.present.shape) != (count, len(shapes)):
+        present: Any = self.present
+        if present is None:
+            present = torch.ones(count, len(shapes), dtype=torch.bool)
+            object.__setattr__(self, "present", present)
+        if tuple(self.ebv.shape) != (count, 2) or tuple(present.shape) != (count, len(shapes)):
             raise ShapeError(
-                f"ebv has shape {tuple(self.ebv.shape)} and present {tuple(self.present.shape)}, wanted "
+                f"ebv has shape {tuple(self.ebv.shape)} and present {tuple(present.shape)}, wanted "
                 f"({count}, 2) and ({count}, {len(shapes)})"
             )
         if not self.ids:

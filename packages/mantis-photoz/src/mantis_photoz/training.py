@@ -260,7 +260,7 @@ def fit_plain(
             once.
         told: gets the epoch, the step and the loss of each epoch's last step.
     """
-    model: Any = new_model(config.model, config.seed).train().to(memory_format=torch.channels_last)  # pyright: ignore
+    model = new_model(config.model, config.seed).train()
     ready = is_exact(config)
     samples = viewed(samples, config.model) if ready else samples
     optimizer, sampler = make_optimizer(model, config), make_sampler(samples, config)

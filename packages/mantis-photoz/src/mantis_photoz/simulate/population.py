@@ -17,6 +17,7 @@ from mantis_photoz.simulate.sed import component_fluxes
 
 Array = NDArray[np.float64]
 CANDIDATES = 512  # drawn at a time, so that the first n objects do not depend on how many are asked for
+SPEED_OF_LIGHT, HUBBLE = 299792.458, 70.0  # km/s, km/s/Mpc
 R = 3  # number of the band r
 GROUP = 64  # objects whose spectra are held at a time
 
@@ -140,12 +141,13 @@ class Galaxies:
 
 @lru_cache(maxsize=1)
 def _distances() -> tuple[Array, Array, Array]:
-    import astropy.cosmology
-
-    library: Any = astropy.cosmology
-    cosmos = library.FlatLambdaCDM(H0=70, Om0=0.3)
-    z = np.linspace(1e-4, 1.6, 4000)
-    return z, cosmos.luminosity_distance(z).to_value("pc"), cosmos.kpc_proper_per_arcmin(z).value / 60
+    """Redshifts, luminosity distance in parsec, kiloparsec per arcsec: astropy's, without its import."""
+    z = np.linspace(0.0, 1.6, 8001)
+    inverse = 1 / np.sqrt(0.3 * (1 + z) ** 3 + 0.7)
+    steps = 0.5 * (inverse[1:] + inverse[:-1]) * np.diff(z)
+    comoving = SPEED_OF_LIGHT / HUBBLE * 1e6 * np.concatenate([[0.0], np.cumsum(steps)])
+    parsec_per_arcsec = comoving / (1 + z) * np.pi / 180 / 3600
+    return z[1:], (comoving * (1 + z))[1:], parsec_per_arcsec[1:] / 1e3
 
 
 def distance(z: Array) -> tuple[Array, Array]:
@@ -205,7 +207,7 @@ def draw_galaxies(
 
 
 class _Stars(NamedTuple):
-    """What the fluxes of galaxies follow from; ``bulge`` and ``disc`` are f_nu at 5500 Angstrom, AB maggies."""
+    """What fluxes follow from; ``bulge`` and ``disc`` are f_nu at rest 5500 Angstrom, AB maggies."""
 
     z: Array
     bulge: Array
