@@ -1,8 +1,8 @@
 """Cal-PIT (Dey et al. 2022; section 2.8): a monotone network r(alpha; x) = P(PIT <= alpha | x) maps a CDF.
 
 The network is the authors' (unconstrained monotonic network, Wehenkel and Louppe 2019), with their names of
-tensors. Their quadrature evaluates 51 nodes for each of 400 alphas; here the integrand is evaluated once in each
-cell of a grid that all alphas of an object share, and its integral is looked up.
+tensors. Their quadrature evaluates 51 nodes for each of 400 alphas; here the integrand is evaluated once in
+each cell of a grid that all alphas of an object share, and its integral is looked up.
 """
 
 from __future__ import annotations
@@ -366,8 +366,8 @@ class CalPIT:
     ) -> CalPIT:
         """Train on a calibration split: cross-entropy of ``PIT <= alpha`` at alphas drawn for each object.
 
-        The authors train [1024] * 4 with one alpha an object; here an object's alphas share its nodes, and the
-        loss is of r as it is used, rescaled to run from 0 to 1.
+        The authors train [1024] * 4 with one alpha an object; here an object's alphas share its nodes, and
+        the loss is of r as it is used, rescaled to run from 0 to 1.
 
         Args:
             pdf: densities of the split.
