@@ -240,7 +240,7 @@ def share_rows(repeats: int, device: str) -> list[Row]:  # noqa: ARG001
             options: dict[str, Any] = {"batch_size": 16, "num_workers": 1, "progress": False}
             photoz.estimate(table[:16], source, **options)  # what is imported on first use
             found = [
-                photoz.estimate(table, source, **options).throughput() for _ in range(max(1, min(repeats, 3)))
+                photoz.estimate(table, source, **options).throughput() for _ in range(max(1, min(repeats, 2)))
             ]
         shares = sorted(float(one["network_share"]) for one in found)
         rates = ", ".join(f"{key} {rate:.0f}" for key, rate in found[-1]["objects_per_s"].items() if rate)
