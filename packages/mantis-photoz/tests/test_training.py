@@ -17,6 +17,7 @@ from fusion_core.seeding import generator
 from mantis_photoz import training
 from mantis_photoz.config import EARLY, FusionConfig, TrainConfig
 from mantis_photoz.fusion import FusionModel
+from mantis_photoz.pdf import BinnedPDF
 from mantis_photoz.predicting import predict
 from mantis_photoz.samples import CutoutArrays, batch_of, redshifts
 from mantis_photoz.simulate import model_inputs, simulate
@@ -62,6 +63,32 @@ def test_it_learns(samples: CutoutArrays) -> None:
     losses = list[float]()
     fit_plain(config(epochs=6, lr=1e-2), samples, told=lambda *facts: losses.append(facts[2]))
     assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize(
+    ("head", "loss"), [("mdn", "ce"), ("quantile", "ce"), ("bins", "crps"), ("bins", "cde")]
+)
+def test_other_heads_and_losses_learn(samples: CutoutArrays, head: str, loss: str) -> None:
+    model = MODEL.replace(head=head, components=7)
+    losses = list[float]()
+    settings = config(model=model, epochs=4, lr=1e-2, loss=loss)
+    made = fit_plain(settings, samples, told=lambda *facts: losses.append(facts[2]))
+    assert losses[-1] < losses[0]
+    found = predict(made, samples.take(range(6)))
+    assert found.logits.shape == (6, 24)
+    torch.testing.assert_close(found.pdf.pmf.sum(1), torch.ones(6, dtype=torch.float64))
+
+
+def test_a_mixture_far_inside_the_bins_keeps_its_mean() -> None:
+    from mantis_photoz.fusion import bin_logits
+
+    settings = MODEL.replace(head="mdn", components=1, bins=240)
+    outputs = torch.tensor([[0.0, 0.6, -3.0]])
+    pdf = BinnedPDF.from_logits(bin_logits(outputs, settings), z_max=1.2)
+    assert float(pdf.mean()) == pytest.approx(0.6, abs=1e-3)
+    assert float(pdf.std()) == pytest.approx(0.0487, abs=1e-3)
+    with pytest.raises(ConfigError, match="head 'mdn' has its own"):
+        TrainConfig(model=settings, loss="crps")
 
 
 def test_made_views_and_later_ones_train_alike(samples: CutoutArrays) -> None:

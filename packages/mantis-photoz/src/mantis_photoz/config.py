@@ -15,6 +15,7 @@ Align = Literal["stretch", "wcs", "psf", "native"]
 Scaling = Literal["official", "official-signed", "noise"]
 Missing = Literal["zeros", "mask"]
 StemScale = Literal["mean", "preserve"]
+Head = Literal["bins", "mdn", "quantile"]
 EARLY = "early"
 LATE_ORDER = ("ps1", "unwise", "galex")
 """Features of late fusion are joined in this order; other surveys follow in their own."""
@@ -72,6 +73,10 @@ class FusionConfig(Config):
         encoders: survey, or ``"early"``, -> ``"small-WIDTH"`` (ours), ``"resnet50-report"``, or a timm model.
         bins: classes K of the density.
         z_max: nodes are k z_max / K.
+        head: what the last layer gives: ``"bins"`` logits of the classes (the authors'), ``"mdn"`` a
+            mixture of
+            Gaussians, ``"quantile"`` quantiles; the last two are put into the bins.
+        components: of the mixture, or number of quantiles.
         hidden: width of the head.
         dropout: in the head.
         align: how the surveys get on one grid: ``"stretch"`` and ``"wcs"``, ``"psf"`` for early fusion,
@@ -94,6 +99,8 @@ class FusionConfig(Config):
     encoders: dict[str, str] = field(default_factory=lambda: {EARLY: "convnext_large"})
     bins: int = 400
     z_max: float = 1.6
+    head: Head = "bins"
+    components: int = 19
     hidden: int = 2048
     dropout: float = 0.0
     align: Align = "stretch"
@@ -114,6 +121,7 @@ class FusionConfig(Config):
             raise ConfigError("bins, hidden, size, attention_layers and attention_width take numbers above 0")
         check_range("z_max", self.z_max, 0.0, math.inf, open=True)
         check_range("dropout", self.dropout, 0.0, 0.95)
+        check_range("components", self.components, 1, 1000)
         wanted = {EARLY} if self.stacked else set(self.inputs)
         if set(self.encoders) != wanted:
             raise ConfigError(
@@ -142,6 +150,11 @@ class FusionConfig(Config):
     def channels(self) -> int:
         """Planes of all surveys together."""
         return sum(one.bands for one in self.inputs.values())
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the last layer gives."""
+        return {"bins": self.bins, "mdn": 3 * self.components, "quantile": self.components}[self.head]
 
     @property
     def feature_order(self) -> tuple[str, ...]:
@@ -246,6 +259,8 @@ class TrainConfig(Config):
         unknown = set(self.survey_dropout) - set(self.model.inputs)
         if unknown:
             raise ConfigError(f"survey_dropout names {sorted(unknown)}, the model has {self.model.surveys}")
+        if self.model.head != "bins" and self.loss != "ce":
+            raise ConfigError(f"loss is {self.loss!r}, head {self.model.head!r} has its own: leave 'ce'")
         for survey, chance in self.survey_dropout.items():
             check_range(f"survey_dropout.{survey}", chance, 0.0, 0.99)
 

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 from fusion_core.checkpoint import load_strict, load_tensors, save_tensors
 from fusion_core.errors import CheckpointError, ConfigError, ShapeError, check_shape
+from mantis_photoz import losses
 from mantis_photoz.config import EARLY, FusionConfig
 from mantis_photoz.encoders import build_encoder, map_channels
+from mantis_photoz.grid import training_edges
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOKENS = 4  # per side of a survey's map, for hybrid fusion
@@ -59,6 +61,25 @@ class Attention(nn.Module):
         seen = torch.cat([always, present.repeat_interleave(TOKENS**2, dim=1)], dim=1)
         mask = torch.zeros(seen.shape, dtype=rows[0].dtype, device=seen.device).masked_fill(~seen, -torch.inf)
         return self.norm(self.layers(torch.cat(rows, dim=1), src_key_padding_mask=mask)[:, 0])
+
+
+def quantile_levels(config: FusionConfig) -> Tensor:
+    """(components,) even levels inside (0, 1) of the head ``"quantile"``."""
+    return (torch.arange(config.components, dtype=torch.float64) + 1) / (config.components + 1)
+
+
+def bin_logits(outputs: Float[Tensor, "batch outputs"], config: FusionConfig) -> Float[Tensor, "batch bins"]:
+    """The last layer's outputs as logits of the bins."""
+    if config.head == "bins":
+        return outputs
+    edges = training_edges(config.bins, config.z_max).to(outputs.device)
+    if config.head == "mdn":
+        pmf = losses.mixture_pmf(outputs, edges)
+    else:
+        levels = quantile_levels(config).to(outputs.device)
+        pmf = losses.quantile_pmf(losses.quantiles_from(outputs, config.z_max), levels, edges)
+    # A row that is not finite stays so: what comes after makes it uniform and says so.
+    return pmf.clamp(min=1e-30).log().to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 class FusionModel(nn.Module, PyTorchModelHubMixin):
@@ -106,7 +127,7 @@ class FusionModel(nn.Module, PyTorchModelHubMixin):
         activation = _ACTIVATIONS.get(config.fusion, nn.GELU)()
         middle = nn.Sequential(activation, nn.Dropout(config.dropout)) if config.dropout else activation
         self.head = nn.Sequential(
-            nn.Linear(features + 2 + bits, config.hidden), middle, nn.Linear(config.hidden, config.bins)
+            nn.Linear(features + 2 + bits, config.hidden), middle, nn.Linear(config.hidden, config.outputs)
         )
 
     # The equations (section 2.4)
@@ -170,17 +191,20 @@ class FusionModel(nn.Module, PyTorchModelHubMixin):
         return self.head[1](self.head[0](self.fused(images, ebv, present)))
 
     def classify(self, hidden: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch bins"]:
-        """The logits of a hidden layer of :meth:`penultimate`."""
-        return self.head[2](hidden)
+        """The logits of a hidden layer of :meth:`penultimate`; of other heads the log of their masses."""
+        return bin_logits(self.head[2](hidden), self.config)
 
     def forward(
         self,
         images: Images,
         ebv: Float[Tensor, "batch 2"],
         present: Bool[Tensor, "batch surveys"] | None = None,
-    ) -> Float[Tensor, "batch bins"]:
-        """The logits; arguments as in :meth:`fused`."""
-        return self.classify(self.penultimate(images, ebv, present))
+        *,
+        raw: bool = False,
+    ) -> Float[Tensor, "batch outputs"]:
+        """The logits; arguments as in :meth:`fused`; ``raw`` gives the last layer's outputs, for its loss."""
+        hidden = self.penultimate(images, ebv, present)
+        return self.head[2](hidden) if raw else self.classify(hidden)
 
     # What people ask of it (section 5.1)
 

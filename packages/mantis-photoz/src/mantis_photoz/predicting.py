@@ -80,8 +80,7 @@ def predict(
             mean = found[0] if len(views) == 1 else found.double().softmax(-1).mean(0).clamp_min(1e-38).log()
             logits.append(mean.float().cpu())
             features.append(torch.stack(hidden).mean(0).cpu())
-    width = network.head[2].out_features
-    empty = torch.zeros(0, width), torch.zeros(0, network.head[0].out_features)
+    empty = torch.zeros(0, settings.bins), torch.zeros(0, network.head[0].out_features)
     return Prediction(
         torch.cat(logits) if logits else empty[0],
         torch.cat(features) if features else empty[1],

@@ -20,10 +20,10 @@ from fusion_core.checkpoint import load_strict, load_tensors
 from fusion_core.errors import ConfigError, InputError
 from fusion_core.seeding import generator, rng
 from mantis_photoz.config import FusionConfig, TrainConfig, dropout_chances
-from mantis_photoz.fusion import FusionModel
+from mantis_photoz.fusion import FusionModel, quantile_levels
 from mantis_photoz.grid import grid_nodes, nearest_node, training_edges
 from mantis_photoz.inputs import prepare
-from mantis_photoz.losses import classifier_loss
+from mantis_photoz.losses import classifier_loss, mixture_loss, pinball_loss, quantiles_from
 from mantis_photoz.predicting import predict
 from mantis_photoz.samplers import WeightedSampler, sampler_weights
 from mantis_photoz.samples import Batch, CutoutArrays, batch_of, redshifts
@@ -34,13 +34,24 @@ CHUNK = 256
 
 
 def training_loss(
-    logits: Float[Tensor, "batch bins"], z: Float[Tensor, " batch"], config: TrainConfig
+    outputs: Float[Tensor, "batch outputs"], z: Float[Tensor, " batch"], config: TrainConfig
 ) -> Tensor:
-    """The loss of the configuration on the training grid: a scalar in the logits' dtype, at least float32."""
+    """The loss of the configuration for what the last layer says: a scalar, at least float32.
+
+    Logits of bins take ``config.loss`` on the training grid, a mixture its negative log-likelihood,
+    quantiles the
+    pinball loss.
+    """
     model = config.model
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    if model.head == "mdn":
+        return mixture_loss(outputs, z.to(outputs))
+    if model.head == "quantile":
+        quantiles = quantiles_from(outputs, model.z_max)
+        return pinball_loss(quantiles, z.to(outputs), quantile_levels(model).to(outputs))
     edges = training_edges(model.bins, model.z_max).to(z.device)
     nodes = grid_nodes(model.bins, model.z_max).to(z.device)
-    return classifier_loss(logits, z, edges, nodes, loss=config.loss, spread=config.soft_width)
+    return classifier_loss(outputs, z, edges, nodes, loss=config.loss, spread=config.soft_width)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -198,9 +209,9 @@ def train_step(
     """
     draw = generator(config.seed, "augment", step)
     images, present = augmented(batch, config, draw, ready=ready)
-    logits = model(images, batch.ebv, present)
+    outputs = model(images, batch.ebv, present, raw=True)
     with torch.autocast(batch.ebv.device.type, enabled=False):
-        loss = training_loss(logits, batch.z.to(logits.device), config)
+        loss = training_loss(outputs, batch.z.to(outputs.device), config)
     return {"loss": loss}
 
 
@@ -431,7 +442,14 @@ def validation(model: Any, samples: Any, config: TrainConfig) -> dict[str, float
 
     prediction = predict(model, samples, batch_size=config.batch_size, config=config.model)
     z = torch.from_numpy(redshifts(samples))
-    loss = training_loss(prediction.logits.double(), z, config)
+    loss = classifier_loss(
+        prediction.logits.double(),
+        z,
+        training_edges(config.model.bins, config.model.z_max),
+        grid_nodes(config.model.bins, config.model.z_max),
+        loss=config.loss,
+        spread=config.soft_width,
+    )
     scores = metrics.point_metrics(prediction.pdf.mean(), z)
     return {
         "loss": float(loss),

@@ -127,9 +127,9 @@ def component_fluxes(
     low = high - 1
 
     def shifted(table: Vector) -> NDArray[np.float32]:
-        table = table.astype(np.float32)
-        upper = table[high]
-        return upper + part * (table[low] - upper)
+        single = table.astype(np.float32)
+        upper = single[high]
+        return upper + part * (single[low] - upper)
 
     columns = (values.astype(np.float32)[:, None] for values in (mix, glow, a_v))
     young, lines, dust = columns
