@@ -1,0 +1,147 @@
+"""Step 9 of ``estimate``: recalibration and priors, with the features and files that they ask for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fusion_core.errors import InputError
+from mantis_photoz.errors import DataError
+from mantis_photoz.pdf import BinnedPDF
+
+
+def parts_of(recalibration: Any) -> list[Any]:
+    """The maps of a chain, or the one map."""
+    return [part for entry in getattr(recalibration, "maps", (recalibration,)) for part in
+            ([entry] if not hasattr(entry, "maps") else parts_of(entry))]  # fmt: skip
+
+
+def features_wanted(recalibration: Any) -> int:
+    """How many features a recalibration needs per object; 0 where the density alone decides."""
+    for part in parts_of(recalibration):
+        if part.kind == "calpit":
+            return int(part.network.features)
+        if part.kind == "nearest":
+            return int(part.features.shape[-1])
+    return 0
+
+
+def photometric_features(planes: Mapping[str, Tensor], ebv: Tensor) -> NDArray[np.float64]:
+    """The 83 features of Cal-PIT (81 ordered numbers and dust): Kron fluxes of all planes (extra ``phot``).
+
+    Args:
+        planes: survey -> (batch, bands, height, width) flux without NaN.
+        ebv: (batch, 2) E(B-V).
+    """
+    from mantis_photoz.photometry import magnitude_features, measure_batch
+
+    fluxes = measure_batch({name: images.double().cpu().numpy() for name, images in planes.items()}).flux
+    return np.asarray(magnitude_features(fluxes, ebv.double().cpu().numpy()), np.float64)
+
+
+def choose_features(
+    wanted: int, hidden: Tensor | None, planes: Mapping[str, Tensor], ebv: Tensor
+) -> NDArray[np.float64] | None:
+    """The features that fit a recalibration by their number: of the network's hidden layer, or photometric.
+
+    Raises:
+        DataError: neither has that number.
+    """
+    if not wanted:
+        return None
+    if hidden is not None and hidden.shape[1] == wanted:
+        return hidden.double().cpu().numpy()
+    found = photometric_features(planes, ebv)
+    if found.shape[1] != wanted:
+        has = "none" if hidden is None else hidden.shape[1]
+        raise DataError(
+            f"the recalibration wants {wanted} features; {found.shape[1]} are photometric and {has} of "
+            "the network; fit it for this model"
+        )
+    return found
+
+
+def load_prior(path: str | os.PathLike[str], edges: Any) -> NDArray[np.float64]:
+    """A redshift distribution as masses in bins.
+
+    Args:
+        path: ``.json`` with ``z`` and ``n``; or a table (ECSV, CSV, FITS, Parquet) with ``z`` and ``n``
+            (a density at redshifts, taken as linear between them), or ``z`` alone (a sample of redshifts).
+        edges: (bins + 1,).
+
+    Returns:
+        (bins,) masses that sum to 1.
+
+    Raises:
+        InputError: no such columns, or nothing within the bins.
+    """
+    place = Path(path)
+    try:
+        z, n = _columns(place)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--prior {place} cannot be read: {' '.join(str(error).split())}") from error
+    limits = np.asarray(edges, np.float64)
+    if n is None:
+        from mantis_photoz.prior import counts_prior
+
+        return np.asarray(counts_prior(torch.from_numpy(z), torch.from_numpy(limits)).numpy())
+    order = np.argsort(z)
+    z, n = z[order], n[order]
+    if len(z) < 2 or not np.isfinite([*z, *n]).all() or (n < 0).any() or (np.diff(z) <= 0).any():
+        raise InputError(
+            f"--prior {place} holds no density: wanted two or more redshifts z, each once, and n >= 0"
+        )
+    fine = np.unique(np.concatenate([limits, z[(z > limits[0]) & (z < limits[-1])]]))
+    height = np.interp(fine, z, n, left=0.0, right=0.0)
+    total = np.concatenate([[0.0], np.cumsum(np.diff(fine) * (height[1:] + height[:-1]) / 2)])
+    masses = np.diff(np.interp(limits, fine, total))
+    if not masses.sum() > 0:
+        raise InputError(f"--prior {place} is 0 on the model's redshifts, {limits[0]:g} to {limits[-1]:g}")
+    return masses / masses.sum()
+
+
+def _columns(place: Path) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    if place.suffix == ".json":
+        found: Any = json.loads(place.read_text(encoding="utf-8"))
+        n = found.get("n")
+        return np.asarray(found["z"], np.float64), None if n is None else np.asarray(n, np.float64)
+    from mantis_photoz.catalog import read_table
+
+    table = read_table(place)
+    if "z" not in table.colnames:
+        raise KeyError(f"no column z among {', '.join(table.colnames)}")
+    n = np.asarray(table["n"], np.float64) if "n" in table.colnames else None
+    return np.asarray(table["z"], np.float64), n
+
+
+def correct(
+    pdf: BinnedPDF,
+    *,
+    recalibration: Any = None,
+    features: Any = None,
+    prior: Any = None,
+    train_prior: Any = None,
+) -> BinnedPDF:
+    """Recalibrate, then exchange the prior.
+
+    Args:
+        pdf: densities of the network.
+        recalibration: of :mod:`mantis_photoz.calibrate`, or None.
+        features: that it needs.
+        prior: (bins,) masses that the densities shall carry, or None.
+        train_prior: (bins,) masses that they carry; flat by default, as the balanced sampler has it.
+    """
+    if recalibration is not None:
+        pdf = recalibration(pdf, features)
+    if prior is not None:
+        widths = np.diff(np.asarray(pdf.numpy().edges))
+        pdf = pdf.reweight(np.asarray(prior), widths if train_prior is None else np.asarray(train_prior))
+    return pdf
