@@ -19,7 +19,7 @@ Array: TypeAlias = Tensor | NDArray[Any]
 
 
 def as_tensor(value: Any, name: str = "value") -> Tensor:
-    """A tensor of numbers; arrays in another byte order (FITS) and masked arrays without a mask are taken too.
+    """A tensor of numbers; arrays in another byte order (FITS) are taken too.
 
     Raises:
         DataError: no array of numbers.

@@ -227,7 +227,7 @@ def share_rows(repeats: int, device: str) -> list[Row]:  # noqa: ARG001
             "estimate, the network's share of the time",
             "small-24",
             FusionConfig.official("early", **_SMALL),
-            64,
+            160,
             True,
         ),
         ("estimate, the same at the demo's size", "small-24", demo_config(), 256, False),

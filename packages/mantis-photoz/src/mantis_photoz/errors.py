@@ -1,4 +1,4 @@
-"""The package's names for what can be wrong with its inputs; all are :class:`fusion_core.errors.FusionError`."""
+"""The names for what can be wrong with inputs; all are :class:`fusion_core.errors.FusionError`."""
 
 from __future__ import annotations
 
