@@ -9,17 +9,17 @@ import re
 from collections import Counter
 from urllib.parse import parse_qs, urlsplit
 
-import fusion_core.http
 import numpy as np
 import pytest
 from astropy.io import fits
-from fusion_core.testing.server import FaultServer, Reply
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mantis_files import SMALL, table
 
+import fusion_core.http
 from fusion_core.errors import InputError
 from fusion_core.testing import run_cli
+from fusion_core.testing.server import FaultServer, Reply
 from mantis_photoz import Cutouts
 from mantis_photoz.catalog import read_catalog
 from mantis_photoz.cli import main

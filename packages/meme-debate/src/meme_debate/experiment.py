@@ -196,7 +196,7 @@ class Prepared:
 def _prepare(sets: dict[str, Set], scale: Scale, seed: int) -> Prepared:
     train = sets["train"]
     texts = [judge_text(meme, said) for meme, said in zip(train.memes, train.debates, strict=True)]
-    judges = {fusion: make_judge(texts, fusion, seed) for fusion in scale.fusions}
+    judges: dict[Fusion, Judge] = {fusion: make_judge(texts, fusion, seed) for fusion in scale.fusions}
     first = judges["layerwise"]
     train_tower(first, train.items, train.pixels, seed=seed)
     for judge in judges.values():

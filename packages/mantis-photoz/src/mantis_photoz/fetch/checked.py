@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fusion_core.http import Client, Response
-
 from mantis_photoz.errors import CutoutError
 
 
