@@ -241,8 +241,8 @@ def _claims(table: Comparison, use: Any, seeds: Sequence[int], count: int) -> li
             "Recalibration brings the PIT nearer to uniform",
             "section on calibration; here temperature and PIT map, not Cal-PIT",
             bool(ks[RECALIBRATED].mean() < ks[NAMES["sim-early"]].mean()),
-            f"Kolmogorov-Smirnov distance {ks[NAMES['sim-early']].mean():.3f} -> {ks[RECALIBRATED].mean():.3f}, "
-            f"seed by seed {pairs}; fitted on other galaxies. Draws of {count} from uniform PITs give about "
+            f"Kolmogorov-Smirnov distance {ks[NAMES['sim-early']].mean():.3f} -> "
+            f"{ks[RECALIBRATED].mean():.3f}, seed by seed {pairs}; fitted on other galaxies. Draws of {count} from uniform PITs give about "
             f"{0.87 / count**0.5:.3f}.",
         ),
         Claim(
