@@ -242,8 +242,8 @@ def _claims(table: Comparison, use: Any, seeds: Sequence[int], count: int) -> li
             "section on calibration; here temperature and PIT map, not Cal-PIT",
             bool(ks[RECALIBRATED].mean() < ks[NAMES["sim-early"]].mean()),
             f"Kolmogorov-Smirnov distance {ks[NAMES['sim-early']].mean():.3f} -> "
-            f"{ks[RECALIBRATED].mean():.3f}, seed by seed {pairs}; fitted on other galaxies. Draws of {count} from uniform PITs give about "
-            f"{0.87 / count**0.5:.3f}.",
+            f"{ks[RECALIBRATED].mean():.3f}, seed by seed {pairs}; fitted on other galaxies. "
+            f"Draws of {count} from uniform PITs give about {0.87 / count**0.5:.3f}.",
         ),
         Claim(
             "Every survey contributes",
