@@ -48,7 +48,7 @@ def test_verdict_follows_the_numbers() -> None:
         for metric in module.METRICS:
             table.add(module.RECALIBRATED, metric, 0, after)
         rows = [{"player": n, "shapley": v, "error": 0.001} for n, v in (("galex", galex), ("ps1", 0.05))]
-        return [claim.shown for claim in module._claims(table, BandUse(rows=rows), [0])]
+        return [claim.shown for claim in module._claims(table, BandUse(rows=rows), [0], 800)]
 
     assert verdicts(0.0205, 0.04, 0.01) == [True, True, True, True, None]
     assert verdicts(0.03, 0.09, -0.002) == [True, False, False, False, None]
