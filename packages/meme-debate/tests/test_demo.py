@@ -9,13 +9,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fusion_core.errors import MissingExtraError
+from fusion_core.errors import CheckpointError, MissingExtraError
 from meme_debate import demo_claims as words
 from meme_debate import experiment as demonstration
 from meme_debate import prompts, stand_in
 from meme_debate.demo_pages import choose_cards, reliability
 from meme_debate.detect import detect
+from meme_debate.fused import score_memes
 from meme_debate.policy import Policy
+from meme_debate.shipped import load_judges, save_judges
 from meme_debate.stand_in import HELD_OUT, KNOWN, debater, make_memes, read_pixels
 from meme_debate.stand_in_server import BIG_WORDS, LARGE, REFUSAL, Script, view
 
@@ -127,6 +129,25 @@ def test_one_seed_shows_what_the_demo_claims(seed, tmp_path):
     assert all(isinstance(note, str) for note in notes)
     some = list(detect(sets["test"].memes[:3], sets["test"].debates[:3], judge))
     assert [card.id for card in some] == [meme.id for meme in sets["test"].memes[:3]]
+
+
+@pytest.mark.slow
+def test_trained_judges_come_back_from_their_file(seed, tmp_path):
+    sets = {
+        name: demonstration.Set(part.items[:48], part.debates[:48], part.pixels[:48])
+        for name, part in seed[0].items()
+    }
+    scale = demonstration.SCALES["quick"]._replace(steps=2)
+    judges = demonstration.train_seeds({0: sets}, scale)[0]
+    save_judges(judges, tmp_path / "judges.safetensors")
+    again = demonstration._prepare(sets, scale, 0).judges
+    load_judges(again, tmp_path / "judges.safetensors")
+    memes, said = sets["test"].memes[:4], list(sets["test"].debates[:4])
+    for fusion, judge in judges.items():
+        before, after = (score_memes(each, memes, said) for each in (judge, again[fusion]))
+        np.testing.assert_allclose(after, before, atol=2e-2)  # float16
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_judges({"final": judges["none"]}, tmp_path / "judges.safetensors")
 
 
 def test_reliability_counts_every_meme():

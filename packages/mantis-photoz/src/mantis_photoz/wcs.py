@@ -399,7 +399,7 @@ def match_psf(
         ShapeError: another number of bands.
 
     Example:
-        >>> match_psf(torch.ones(1, 1, 5, 5), [1.0], 2.0, 0.5).sum().item()
+        >>> round(match_psf(torch.ones(1, 1, 5, 5), [1.0], 2.0, 0.5).sum().item(), 3)
         25.0
     """
     check_shape("images", images, "batch bands height width", bands=len(fwhm))

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from .fused import score_memes
 from .judge import Fusion, Judge
 from .meme import Debate, Meme
 from .metrics import metrics
+from .shipped import checkpoint, load_judges
 from .stand_in import (
     HELD_OUT,
     StandIn,
@@ -193,22 +195,24 @@ class Prepared:
     features: dict[str, Features]
 
 
-def _prepare(sets: dict[str, Set], scale: Scale, seed: int) -> Prepared:
+def _prepare(sets: dict[str, Set], scale: Scale, seed: int, shipped: bool = False) -> Prepared:
     train = sets["train"]
     texts = [judge_text(meme, said) for meme, said in zip(train.memes, train.debates, strict=True)]
     judges: dict[Fusion, Judge] = {fusion: make_judge(texts, fusion, seed) for fusion in scale.fusions}
     first = judges["layerwise"]
-    train_tower(first, train.items, train.pixels, seed=seed)
+    if shipped:
+        load_judges(judges, checkpoint(seed))
+    else:
+        train_tower(first, train.items, train.pixels, seed=seed)
     for judge in judges.values():
         judge.image_transformer.load_state_dict(first.image_transformer.state_dict())
         judge.image_transformer.requires_grad_(False)
     return Prepared(sets, judges, {name: _states(first, part) for name, part in sets.items()})
 
 
-def _fused(made: Prepared, scale: Scale, seed: int, fusion: Fusion) -> dict[str, dict[str, Floats]]:
-    """Train one judge; its scores with and without debate."""
+def _fused(made: Prepared, fusion: Fusion) -> dict[str, dict[str, Floats]]:
+    """Scores of one trained judge, with and without debate."""
     judge, sets = made.judges[fusion], made.sets
-    fit(judge, sets["train"], made.features["train"], scale, seed)
     found: dict[str, dict[str, Floats]] = {}
     for name, part in sets.items():
         if name == "train":
@@ -238,6 +242,37 @@ def _others(made: Prepared) -> dict[str, dict[str, Floats]]:
     }
 
 
+def _is_shipped(seeds: Sequence[int], scale: Scale) -> bool:
+    """Whether trained judges for these seeds come with the package: the quick demo's own."""
+    return scale == SCALES["quick"] and seeds[0] == 0 and all(checkpoint(seed).exists() for seed in seeds)
+
+
+def _train(
+    sets: Mapping[int, dict[str, Set]], scale: Scale, pool: ThreadPoolExecutor, *, shipped: bool
+) -> dict[int, Prepared]:
+    """Every seed's judges, trained here unless they are shipped."""
+    seeds = list(sets)
+    prepare = partial(_prepare, scale=scale, shipped=shipped)
+    made = dict(zip(seeds, pool.map(lambda seed: prepare(sets[seed], seed=seed), seeds), strict=True))
+    if not shipped:
+        jobs = [(seed, fusion) for seed in seeds for fusion in scale.fusions]
+
+        def train(job: tuple[int, Fusion]) -> None:
+            seed, fusion = job
+            one = made[seed]
+            fit(one.judges[fusion], one.sets["train"], one.features["train"], scale, seed)
+
+        list(pool.map(train, jobs))
+    return made
+
+
+@threads()
+def train_seeds(sets: Mapping[int, dict[str, Set]], scale: Scale) -> dict[int, dict[Fusion, Judge]]:
+    """Train the judges of every seed: what :mod:`meme_debate.train_checkpoints` writes."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return {seed: one.judges for seed, one in _train(sets, scale, pool, shipped=False).items()}
+
+
 @threads()
 def run_seeds(
     sets: Mapping[int, dict[str, Set]], scale: Scale
@@ -249,8 +284,8 @@ def run_seeds(
     seeds = list(sets)
     jobs = [(seed, fusion) for seed in seeds for fusion in scale.fusions]
     with ThreadPoolExecutor(WORKERS) as pool:
-        made = dict(zip(seeds, pool.map(lambda seed: _prepare(sets[seed], scale, seed), seeds), strict=True))
-        found = list(pool.map(lambda job: _fused(made[job[0]], scale, *job), jobs))
+        made = _train(sets, scale, pool, shipped=_is_shipped(seeds, scale))
+        found = list(pool.map(lambda job: _fused(made[job[0]], job[1]), jobs))
     scores: dict[int, dict[str, dict[str, Floats]]] = {seed: _others(made[seed]) for seed in seeds}
     for (seed, _), rows in zip(jobs, found, strict=True):
         scores[seed] |= rows
@@ -258,6 +293,34 @@ def run_seeds(
     return {
         seed: ({name: scores[seed][name] for name in order}, made[seed].judges["layerwise"]) for seed in seeds
     }
+
+
+def _debated(
+    folder: Path, scale: Scale, seeds: Sequence[int]
+) -> tuple[dict[int, dict[str, Set]], list[Any], Any]:
+    """The seeds' memes with debates, the debater's report of each, and that of a second run of the first."""
+    made: dict[int, dict[str, list[StandIn]]] = {}
+    pixels: dict[int, dict[str, Tensor]] = {}
+    for each in seeds:
+        if scale.new_memes or each == seeds[0]:
+            made[each] = _memes(folder, scale, each)
+            pixels[each] = {name: read_pixels(part) for name, part in made[each].items()}
+        else:
+            made[each], pixels[each] = made[seeds[0]], pixels[seeds[0]]
+    known = [item for each in seeds for part in made[each].values() for item in part]
+    sets: dict[int, dict[str, Set]] = {}
+    reports: list[Any] = []
+    with debater(known, folder) as url:
+        for each in seeds:
+            sets[each], report = _debates(folder, url, made[each], pixels[each], each)
+            reports.append(report)
+        again = _debates(folder, url, made[seeds[0]], pixels[seeds[0]], seeds[0])[1]
+    return sets, reports, again
+
+
+def quick_sets(folder: Path, scale: Scale) -> dict[int, dict[str, Set]]:
+    """Memes and debates of the quick demo's seeds."""
+    return _debated(folder, scale, list(range(scale.seeds)))[0]
 
 
 def experiment(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
@@ -279,24 +342,8 @@ def experiment(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         shown[UNSEEN] = {"better": "higher", "percent": True}
     title = "Stand-in memes: teasing, told from words, picture and debate"
     table = Comparison(shown, words.LIGHT, seeds, title)
-    reports: list[Any] = []
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        made: dict[int, dict[str, list[StandIn]]] = {}
-        pixels: dict[int, dict[str, Tensor]] = {}
-        for each in seeds:
-            if scale.new_memes or each == seeds[0]:
-                made[each] = _memes(folder, scale, each)
-                pixels[each] = {name: read_pixels(part) for name, part in made[each].items()}
-            else:
-                made[each], pixels[each] = made[seeds[0]], pixels[seeds[0]]
-        known = [item for each in seeds for part in made[each].values() for item in part]
-        sets: dict[int, dict[str, Set]] = {}
-        with debater(known, folder) as url:
-            for each in seeds:
-                sets[each], report = _debates(folder, url, made[each], pixels[each], each)
-                reports.append(report)
-            again = _debates(folder, url, made[seeds[0]], pixels[seeds[0]], seeds[0])[1]
+        sets, reports, again = _debated(Path(place), scale, seeds)
         first: tuple[Judge, Set, Floats] | None = None
         abstained: list[float] = []
         for each, (rows, judge) in run_seeds(sets, scale).items():
@@ -316,7 +363,7 @@ def experiment(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         claims=words.claims(table, scale.fusions, unseen=bool(scale.unseen)),
         figures=figures,
         notes=notes,
-        settings={**scale._asdict(), "debate_dropout": 0.5},
+        settings={**scale._asdict(), "debate_dropout": 0.5, "shipped judges": _is_shipped(seeds, scale)},
         seeds=seeds,
     )
 
