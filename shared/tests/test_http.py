@@ -214,3 +214,19 @@ def test_script_of_the_server():
         FaultServer([])
     with pytest.raises(RuntimeError, match="with FaultServer"):
         _ = FaultServer([200]).url
+
+
+def test_a_refused_answer_is_a_failed_try():
+    refuse = lambda answer: None if answer.body == b"image" else f"a page of {len(answer.body)} bytes"
+
+    async def ask(url, retries):
+        async with Client(retries=retries) as client:
+            return await client.request("GET", url, refuse=refuse)
+
+    with FaultServer([{"body": b"sorry", "retry_after": 0}, {"body": b"image", "retry_after": 0}]) as server:
+        answer = asyncio.run(ask(server.url, 1))
+        assert (answer.body, answer.tries) == (b"image", 2)
+    with FaultServer([{"body": b"sorry", "retry_after": 0}]) as server:
+        with pytest.raises(RequestError, match=r"2 tries, status 200: a page of 5 bytes") as caught:
+            asyncio.run(ask(server.url, 1))
+        assert len(server.requests) == caught.value.tries == 2

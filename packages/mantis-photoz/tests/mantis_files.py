@@ -9,11 +9,25 @@ from astropy.io import fits
 from astropy.table import Table
 
 from fusion_core.seeding import rng
+from mantis_photoz.config import EARLY, FusionConfig
+from mantis_photoz.simulate import model_inputs
 from mantis_photoz.surveys import SURVEYS
 from mantis_photoz.wcs import Tan
 
 SMALL = {name: survey.replace(pixels=12, crop=12, pixel_scale=scale) for (name, survey), scale in
          zip(SURVEYS.items(), (1.5, 0.5, 2.75), strict=True)}  # fmt: skip
+
+
+TINY = FusionConfig(
+    inputs=model_inputs(),
+    encoders={EARLY: "small-4"},
+    bins=24,
+    z_max=1.2,
+    hidden=16,
+    size=32,
+    align="wcs",
+    scaling="noise",
+)
 
 
 def planes(survey, key=0, seed=0):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mantis_files import TINY
 
 from fusion_core.demo import run_demo
 from fusion_core.testing import run_cli
@@ -15,7 +16,6 @@ from mantis_photoz import demo as module
 from mantis_photoz.cli import main
 from mantis_photoz.config import EARLY, FusionConfig, TrainConfig
 from mantis_photoz.convert import to_official
-from mantis_photoz.simulate import model_inputs
 from mantis_photoz.train_checkpoints import MODELS, drawn_masses, folder_name, model_config, recipe
 from mantis_photoz.training import new_model
 
@@ -85,17 +85,7 @@ def test_simulate_verb(tmp_path: Path) -> None:
 
 
 def settings_file(path: Path, **changes: Any) -> Path:
-    model = FusionConfig(
-        inputs=model_inputs(),
-        encoders={EARLY: "small-4"},
-        bins=24,
-        z_max=1.2,
-        hidden=16,
-        size=32,
-        align="wcs",
-        scaling="noise",
-    )
-    TrainConfig(model=model, epochs=1, batch_size=8, **changes).save(path)
+    TrainConfig(model=TINY, epochs=1, batch_size=8, **changes).save(path)
     return path
 
 

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mantis_files import TINY
 from torch import nn
 
 from fusion_core.errors import ConfigError, DataError, InputError
 from fusion_core.seeding import generator
 from mantis_photoz import training
-from mantis_photoz.config import EARLY, FusionConfig, TrainConfig
+from mantis_photoz.config import TrainConfig
 from mantis_photoz.fusion import FusionModel
 from mantis_photoz.pdf import BinnedPDF
 from mantis_photoz.predicting import predict
 from mantis_photoz.samples import CutoutArrays, batch_of, redshifts
-from mantis_photoz.simulate import model_inputs, simulate
+from mantis_photoz.simulate import simulate
 from mantis_photoz.training import (
     Plateau,
     Trainer,
@@ -35,17 +36,7 @@ from mantis_photoz.training import (
     viewed,
 )
 
-MODEL = FusionConfig(
-    inputs=model_inputs(),
-    encoders={EARLY: "small-4"},
-    bins=24,
-    z_max=1.2,
-    hidden=16,
-    size=32,
-    align="wcs",
-    scaling="noise",
-    missing="mask",
-)
+MODEL = TINY.replace(missing="mask")
 
 
 @pytest.fixture(scope="module")

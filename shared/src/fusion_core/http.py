@@ -11,7 +11,7 @@ import io
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -182,6 +182,8 @@ class Client:
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
+        # aiohttp would silently send a GET again where a kept connection was closed; tries are counted here.
+        self._session._retry_connection = False
         self._slots = asyncio.Semaphore(self.concurrency)
         return self
 
@@ -192,12 +194,16 @@ class Client:
         await self._session.close()
         self._session = None
 
-    async def request(self, method: str, url: str, **kw: Any) -> Response:
+    async def request(
+        self, method: str, url: str, *, refuse: Callable[[Response], str | None] | None = None, **kw: Any
+    ) -> Response:
         """Send a request until it is answered or given up.
 
         Args:
             method: such as ``"GET"``.
             url: absolute, http or https.
+            refuse: looks at an answer of status 200 to 299; words on what is wrong with it make it a failed
+                try, as a 5xx is: a page in place of an image is a server's passing fault.
             **kw: aiohttp's: ``data`` (bytes), ``json``, ``params``, ``headers``, ``allow_redirects`` ...
 
         Returns:
@@ -219,7 +225,7 @@ class Client:
                 await asyncio.sleep(wait)
             tries += 1
             stats.tries += 1
-            status, reason, body, asked = None, "", "", None
+            status, reason, body, asked, bad = None, "", "", None, False
             try:
                 async with self._slots:
                     answer = await self._once(method, url, kw, tries)
@@ -230,12 +236,17 @@ class Client:
             except (self._aiohttp.ClientError, OSError) as error:
                 reason = type(error).__name__
             else:
-                if 200 <= answer.status < 300:
-                    return answer
-                status, body = answer.status, self._clean(answer.text[:2000], kw)[:500]
+                status = answer.status
+                if 200 <= status < 300:
+                    wrong = None if refuse is None else refuse(answer)
+                    if wrong is None:
+                        return answer
+                    body, bad = wrong, True
+                else:
+                    body, bad = self._clean(answer.text[:2000], kw)[:500], False
                 reason = f"status {status}"
                 asked = _retry_after(answer.headers.get("Retry-After"))
-            again = status is None or status in (408, 429) or status >= 500
+            again = bad or status is None or status in (408, 429) or status >= 500
             if again and asked is not None and asked > self.max_wait:
                 reason += f", which asks to wait {asked:.0f} s, longer than max_wait={self.max_wait:g}"
                 again = False

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 from dbnet_asf.config import TrainConfig
 from dbnet_asf.data.dataset import Preparation, TrainingSet
 from dbnet_asf.losses import DBLoss
-from dbnet_asf.model.dbnet import CONFIG, DBNet
+from dbnet_asf.model.dbnet import DBNet
 from dbnet_asf.schedule import learning_rate, polynomial_lr
 from dbnet_asf.targets import Targets
 from fusion_core.atomic import PathLike
 from fusion_core.errors import ConfigError, InputError
+from fusion_core.hub import CONFIG
 from fusion_core.training import Loop, LoopResult
 
 SETTINGS = "training.json"

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion_core.checkpoint import load_strict, load_tensors, save_tensors
 from fusion_core.errors import CheckpointError, ConfigError, InputError, ShapeError, check_shape
+from fusion_core.hub import CONFIG, WEIGHTS, model_file, save_model
 from fusion_core.shards import read_header
 from gvdepth.config import CONTRACT, Fusion, GVDepthConfig
 from gvdepth.fusion import Fused
@@ -27,8 +27,6 @@ from gvdepth.losses import LossOutput, depth_loss
 from gvdepth.modeling_blocks import CueHeads, Decoder
 from gvdepth.modeling_encoder import build_encoder, encoder_parameters
 from gvdepth.modeling_head import CueDepths, cue_depths, fuse_cues, with_calibration_error
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -249,15 +247,7 @@ class GVDepth(
             save_directory: made if it is not there.
             **options: ``push_to_hub`` and what it takes, as in huggingface_hub.
         """
-        folder = Path(save_directory)
-        self._save_pretrained(folder)
-        card = folder / "README.md"
-        if not card.exists():
-            self.generate_model_card(**options.pop("model_card_kwargs", None) or {}).save(card)
-        if options.pop("push_to_hub", False):
-            options.pop("config", None)
-            return self.push_to_hub(repo_id=options.pop("repo_id", None) or folder.name, **options)
-        return None
+        return save_model(self, save_directory, options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         contract = {name: self.config.to_dict()[name] for name in CONTRACT}
@@ -297,21 +287,7 @@ class GVDepth(
         name = os.fspath(pretrained_model_name_or_path)
         options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         options |= {"force_download": force_download, "local_files_only": local_files_only}
-
-        def find(file: str) -> Path:
-            if Path(name).is_dir():
-                return Path(name) / file
-            try:
-                return Path(hf_hub_download(name, file, **options))
-            except (HfHubHTTPError, OSError, ValueError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise CheckpointError(
-                    f"{name!r} is neither a folder with {CONFIG} and {WEIGHTS} nor a model that the hub "
-                    f"gives "
-                    f"out ({reason})"
-                ) from error
-
-        stored, weights = find(CONFIG), find(WEIGHTS)
+        stored, weights = (model_file(name, file, **options) for file in (CONFIG, WEIGHTS))
         found = _stored_config(stored, weights)
         found = found if config is None else _agreed(config, found, name)
         model = cls(found.replace(pretrained=False))

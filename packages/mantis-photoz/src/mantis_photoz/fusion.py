@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion_core.checkpoint import load_strict, load_tensors, save_tensors
 from fusion_core.errors import CheckpointError, ConfigError, ShapeError, check_shape
+from fusion_core.hub import CONFIG, WEIGHTS, model_file, save_model
 from mantis_photoz import losses
 from mantis_photoz.config import EARLY, FusionConfig
 from mantis_photoz.encoders import build_encoder, map_channels
 from mantis_photoz.grid import training_edges
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOKENS = 4  # per side of a survey's map, for hybrid fusion
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"report": nn.LeakyReLU, "late": nn.ReLU}
 
@@ -253,15 +252,7 @@ class FusionModel(nn.Module, PyTorchModelHubMixin):
             save_directory: made if it is not there.
             **options: ``push_to_hub`` and what it takes, as in huggingface_hub.
         """
-        folder = Path(save_directory)
-        self._save_pretrained(folder)
-        card = folder / "README.md"
-        if not card.exists():
-            self.generate_model_card(**options.pop("model_card_kwargs", None) or {}).save(card)
-        if options.pop("push_to_hub", False):
-            options.pop("config", None)
-            return self.push_to_hub(repo_id=options.pop("repo_id", None) or folder.name, **options)
-        return None
+        return save_model(self, save_directory, options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
@@ -298,35 +289,17 @@ class FusionModel(nn.Module, PyTorchModelHubMixin):
         options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         options |= {"force_download": force_download, "local_files_only": local_files_only}
         try:
-            config = FusionConfig.load(find_file(name, CONFIG, **options))
+            config = FusionConfig.load(model_file(name, CONFIG, **options))
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
         model = cls(config)
-        state = load_tensors(find_file(name, WEIGHTS, **options))
+        state = load_tensors(model_file(name, WEIGHTS, **options))
         load_strict(model, {key: _single(value) for key, value in state.items()})
         return model.to(map_location).eval()
 
 
 def _single(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
-
-
-def find_file(name: str, file: str, **options: Any) -> Path:
-    """A file of a model: in its folder, or from the hub.
-
-    Raises:
-        CheckpointError: neither has it.
-    """
-    if Path(name).is_dir():
-        return Path(name) / file
-    try:
-        return Path(hf_hub_download(name, file, **options))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{name!r} is neither a folder with {CONFIG} and {WEIGHTS} nor a model that the hub gives out "
-            f"({reason})"
-        ) from error
 
 
 def shipped() -> dict[str, Path]:

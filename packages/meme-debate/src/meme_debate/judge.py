@@ -190,29 +190,27 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         if image is not None:
             check_shape("image_features", image, "batch patches vision", batch=found["batch"])
             image = image.to(self.clf.weight.dtype)
-        encoded = self._encode({"input_ids": input_ids}, attention_mask, image)
+        return self._read({"input_ids": input_ids}, attention_mask, image, labels)
+
+    def from_embeddings(
+        self, embeddings: Float[Tensor, "batch length width"], attention_mask: Tensor, image: Tensor | None
+    ) -> JudgeOutput:
+        """:meth:`forward` from the tokens' embeddings on, for gradients to the words."""
+        return self._read({"inputs_embeds": embeddings}, attention_mask, image, None)
+
+    def _read(
+        self, tokens: dict[str, Tensor], attention_mask: Tensor, image: Tensor | None, labels: Tensor | None
+    ) -> JudgeOutput:
+        """Encoder and decoder over the same tokens, unshifted."""
+        encoded = self._encode(tokens, attention_mask, image)
         decoded = self.text_transformer.decoder(
-            input_ids=input_ids,
+            **tokens,
             attention_mask=attention_mask,
             encoder_hidden_states=encoded,
             encoder_attention_mask=attention_mask,
             use_cache=False,
         ).last_hidden_state
         return self._output(encoded, decoded, attention_mask, labels)
-
-    def from_embeddings(
-        self, embeddings: Float[Tensor, "batch length width"], attention_mask: Tensor, image: Tensor | None
-    ) -> JudgeOutput:
-        """:meth:`forward` from the tokens' embeddings on, for gradients to the words."""
-        encoded = self._encode({"inputs_embeds": embeddings}, attention_mask, image)
-        decoded = self.text_transformer.decoder(
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=attention_mask,
-            use_cache=False,
-        ).last_hidden_state
-        return self._output(encoded, decoded, attention_mask, None)
 
     def _image(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor | None:
         if self.fusion == "none":

@@ -24,8 +24,8 @@ from fusion_core.atomic import PathLike, atomic_directory
 from fusion_core.checkpoint import load_strict, load_tensors, save_tensors
 from fusion_core.device import autocast, resolve_dtype
 from fusion_core.errors import CheckpointError, ConfigError, FusionWarning, ShapeError
+from fusion_core.hub import CONFIG, WEIGHTS, model_file
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
 
@@ -222,14 +222,8 @@ def _locate(name: PathLike, hub: dict[str, Any]) -> Path:
         raise CheckpointError(
             f"{name!r} is no directory, no shipped checkpoint ({there}) and no 'owner/name' of the hub"
         )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        files = [Path(hf_hub_download(str(name), file, **hub)) for file in (CONFIG, WEIGHTS)]
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{name!r} cannot be had from the hub: {error}") from error
-    return files[0].parent
+    config, _ = (model_file(str(name), file, **hub) for file in (CONFIG, WEIGHTS))
+    return config.parent
 
 
 def _compute_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

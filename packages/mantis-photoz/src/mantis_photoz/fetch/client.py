@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -193,10 +193,10 @@ class _Fetcher:
         self.failures: dict[str, str] = {}
 
     async def all(self, catalog: Catalog, surveys: Mapping[str, Survey], numbers: dict[str, Any]) -> Fetched:
-        from mantis_photoz.fetch.checked import CheckedClient
+        from fusion_core.http import Client
 
         start = time.perf_counter()
-        async with CheckedClient(headers={"User-Agent": AGENT}, **numbers) as client:
+        async with Client(headers={"User-Agent": AGENT}, **numbers) as client:
             plan = await self._plan(client, catalog, surveys)
             for name, why in plan.missing.items():
                 self._fail(name, why)
@@ -244,10 +244,10 @@ class _Fetcher:
         from fusion_core.http import RequestError
 
         body, headers = ps1_form(catalog, survey.bands)
-        check = lambda answer: parse_ps1_table(answer.decode("utf-8", "replace"))
+        refuse = _refusal(lambda answer: parse_ps1_table(answer.text))
         try:
             answer = await client.request(
-                "POST", self.services["ps1names"], data=body, headers=headers, check=check
+                "POST", self.services["ps1names"], refuse=refuse, data=body, headers=headers
             )
         except RequestError as error:
             raise CutoutError(" ".join(str(error).split())) from error
@@ -310,7 +310,8 @@ class _Fetcher:
         body, tries = self._from_cache(key, todo[0]), 0
         if body is None:
             try:
-                answer = await client.request("GET", url, check=lambda content: verify(content, todo[0]))
+                refuse = _refusal(lambda answer: verify(answer.body, todo[0]))
+                answer = await client.request("GET", url, refuse=refuse)
             except (RequestError, InputError) as error:
                 for job in todo:
                     self._fail(
@@ -357,3 +358,16 @@ def _by_address(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     for job in jobs:
         groups.setdefault(job.url, []).append(job)
     return iter(groups.values())
+
+
+def _refusal(check: Callable[[Any], Any]) -> Callable[[Any], str | None]:
+    """What :meth:`fusion_core.http.Client.request` asks: the words of a check that raises CutoutError."""
+
+    def refuse(answer: Any) -> str | None:
+        try:
+            check(answer)
+        except CutoutError as error:
+            return " ".join(str(error).split())
+        return None
+
+    return refuse
