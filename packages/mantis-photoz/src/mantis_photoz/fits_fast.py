@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ _BLOCK, _CARD = 2880, 80
 _GZIP = b"\x1f\x8b"
 _END, _LONG = b"END     ", b"HIERARCH"
 _BITPIX, _NAXIS = b"BITPIX  ", b"NAXIS   "
-_SCALED = (b"BSCALE  ", b"BZERO   ")
+_SCALED = frozenset((b"BSCALE  ", b"BZERO   "))
 _AXES = tuple(f"NAXIS{n}".ljust(8).encode() for n in (1, 2, 3))
 
 
@@ -161,29 +162,26 @@ def _what(content: bytes) -> str:
 
 def _plain(content: bytes, name: str) -> Image | None:
     """The fast path: the primary image of a file without further extensions, float32, without scaling."""
-    cards: dict[bytes, bytes] = {}
-    end = 0
-    for start in range(0, len(content), _CARD):
-        card = content[start : start + _CARD]
-        key = card[:8]
-        if key == _END:
-            end = start + _CARD
-            break
-        if key == _LONG:
-            word, _, value = card[9:].partition(b"=")
-            cards[word.strip()] = b"        = " + value.strip()
-        else:
-            cards[key] = card
-    if not end:
+    last = content.find(_END)
+    while last % _CARD and last != -1:
+        last = content.find(_END, last + 1)
+    if last == -1:
         raise CutoutError(f"{name} is cut off within its header ({len(content)} bytes); fetch it again")
+    end = last + _CARD
+    cards = {content[start : start + 8]: content[start : start + _CARD] for start in range(0, last, _CARD)}
+    if _LONG in cards:
+        for start in range(0, last, _CARD):
+            if content.startswith(_LONG, start):
+                word, _, value = content[start + 9 : start + _CARD].partition(b"=")
+                cards[word.strip()] = b"        = " + value.strip()
     axes = _value(cards.get(_NAXIS, b""))
-    if _value(cards.get(_BITPIX, b"")) != -32 or axes not in (2, 3) or any(key in cards for key in _SCALED):
+    if _value(cards.get(_BITPIX, b"")) != -32 or axes not in (2, 3) or not _SCALED.isdisjoint(cards):
         return None
     shape = tuple(_value(cards.get(key, b"")) for key in reversed(_AXES[:axes]))
     if not all(isinstance(size, int) and size > 0 for size in shape):
         return None
     offset = -(-end // _BLOCK) * _BLOCK
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     if offset + 4 * count > len(content):
         raise CutoutError(
             f"{name} is cut off: {len(content)} bytes, its header promises {offset + 4 * count}; fetch it "
