@@ -5,16 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fusion_core.device import threads
 from fusion_core.errors import ConfigError
 from logit_fusion import fuse_logits
 from logit_fusion.bench import draw, generation_rows, run, solver_rows
 from logit_fusion.plain import plain_grid
 
 
-def test_solver_rows():
-    rows = solver_rows(((700, 8),), repeats=1)
-    assert [row.name.split()[0] for row in rows] == ["grid", "exact", "exact", "newton", "exact"]
-    assert rows[0].target == ">= 3"
+@pytest.mark.parametrize("count", [1, 2])
+def test_solver_rows(count):
+    with threads(count):
+        rows = solver_rows(((700, 8),), repeats=1)
+        assert torch.get_num_threads() == count
+    wanted = ["grid", "exact", "exact", "newton", "exact"]
+    assert [row.name.split()[0] for row in rows] == wanted + ["grid"] * (count > 1)
+    assert [row.threads for row in rows] == [1] * 5 + [2] * (count > 1)
+    assert (rows[0].target, rows[-1].target) == (">= 3", None)
     assert all(row.ours_s > 0 for row in rows)
 
 

@@ -30,6 +30,7 @@ from .geometry import Array
 from .losses import DBLoss
 from .model.dbnet import DBNet
 from .protocols import combine, iou_protocol
+from .targets import Targets, make_targets
 
 PAPER = (
     "Minghui Liao, Zhisheng Zou, Zhaoyi Wan, Cong Yao, Xiang Bai: Real-Time Scene Text Detection with "
@@ -39,7 +40,7 @@ OURS, BASELINE = "DB++ nano (shipped)", "classical: threshold, closing, rectangl
 SEEDS, SCENES = {"quick": 3, "full": 5}, {"quick": 14, "full": 30}
 SIDE = 384
 LEVELS = ("p5, stride 32", "p4, stride 16", "p3, stride 8", "p2, stride 4")
-TRAIN_STEPS, TRAIN_SCENES, TRAIN_SEEDS = 240, 160, 2
+TRAIN_STEPS, TRAIN_SCENES, TRAIN_SEEDS = 150, 160, 2
 NETS: dict[str, Attention | None] = {"DB": None, "DB++": "scale_channel_spatial"}
 NOTES = (
     "A small network of a third of a million parameters that learned from rendered scenes only; the "
@@ -266,27 +267,28 @@ def _negatives_figure(out: Path, detector: TextDetector) -> tuple[int, Figure]:
 
 
 def _trained(seed: int) -> tuple[Comparison, Claim]:
-    """DB and DB++ from scratch, equal steps, equal scenes: F on held-out scenes."""
-    metric: dict[str, Any] = {"F": {"better": "higher", "percent": True}}
+    """DB and DB++ from scratch, equal steps, equal scenes.
+
+    After so few steps no region passes the post-processing's thresholds; the pixels' average precision shows
+    what was learned all the same.
+    """
+    metric: dict[str, Any] = {"pixel_AP": {"better": "higher", "percent": True}}
     seeds = list(range(seed, seed + TRAIN_SEEDS))
     table = Comparison(metric, "DB", seeds, f"Trained from scratch, {TRAIN_STEPS} steps of 6 crops")
     held_out = list(scenes(30, 7000, 320))
+    labels = LabelConfig(distance="exact", precise=True, min_text_size=5)
+    truth = [make_targets(s.polygons, s.ignore, s.image.shape[:2], labels) for s in held_out]
     for each in seeds:
         scenes_of = Rendered(TRAIN_SCENES, 100 + each, 256)
-        how = Preparation(
-            crop=224, labels=LabelConfig(distance="exact", precise=True, min_text_size=5), seed=each
-        )
+        how = Preparation(crop=224, labels=labels, seed=each)
         examples = [scenes_of[at] for at in range(TRAIN_SCENES)]
         for name, attention in NETS.items():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(generator(each, "weights").initial_seed())
                 config = DBConfig.nano(attention=attention, inner=64).replace(channels=(16, 32, 64, 96))
                 net = fit(DBNet(config), TrainingSet(examples, how), TRAIN_STEPS, seed=each)
-            detector = TextDetector(
-                net, device="cpu", dtype="float32", short_side=320, box_thresh=0.4, score="component"
-            )
-            matched = [iou_protocol(s.polygons, s.ignore, detector(s.image).polygons) for s in held_out]
-            table.add(name, "F", each, combine(matched)[2])
+            detector = TextDetector(net, device="cpu", dtype="float32", short_side=320)
+            table.add(name, "pixel_AP", each, _pixel_precision(detector, held_out, truth))
     rows = {row["method"]: row for row in table.rows()}
     gain, p = rows["DB++"]["difference"], rows["DB++"]["p"]
     shown = bool(gain > 0 and p is not None and p < 0.05)
@@ -295,9 +297,20 @@ def _trained(seed: int) -> tuple[Comparison, Claim]:
         "Adaptive scale fusion finds more text than plain concatenation",
         "table 1",
         shown,
-        f"After {TRAIN_STEPS} steps F differs by {100 * gain:+.1f} points over {TRAIN_SEEDS} seeds{certain}; "
-        "the paper's gain comes after far longer training.",
+        f"After {TRAIN_STEPS} steps the pixels' average precision differs by {100 * gain:+.1f} points over "
+        f"{TRAIN_SEEDS} seeds{certain}; the paper's gain comes after far longer training.",
     )
+
+
+def _pixel_precision(detector: TextDetector, held_out: Sequence[Scene], truth: Sequence[Targets]) -> float:
+    """Average precision of the probability map's pixels as a finder of the shrunk text."""
+    from sklearn.metrics import average_precision_score
+
+    found = [detector.maps([scene.image])[0].prob for scene in held_out]
+    counted = [labels.mask.numpy() for labels in truth]
+    text = np.concatenate([labels.gt.numpy()[part] for labels, part in zip(truth, counted, strict=True)])
+    prob = np.concatenate([one[part] for one, part in zip(found, counted, strict=True)])
+    return float(average_precision_score(text, prob))
 
 
 def fit(

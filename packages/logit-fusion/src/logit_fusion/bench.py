@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusion_core.bench import Bench, Row, paired
-from fusion_core.device import resolve_device, synchronize
+from fusion_core.device import resolve_device, synchronize, threads
 from fusion_core.errors import ConfigError, FusionError
 from fusion_core.testing import tiny
 from logit_fusion.fuse import fuse_logits
@@ -52,6 +52,8 @@ def bandwidth(device: torch.device, size: int = 1 << 26) -> float:
 def solver_rows(sizes: Sequence[tuple[int, int]] = SIZES, repeats: int = 5, device: str = "cpu") -> list[Row]:
     """Time one fused step of one expert, without any model, with every solver.
 
+    On a CPU on one thread, as the targets were set; the grid once more on as many as torch has.
+
     Args:
         sizes: (vocabulary, batch).
         repeats: pairs per row.
@@ -61,6 +63,25 @@ def solver_rows(sizes: Sequence[tuple[int, int]] = SIZES, repeats: int = 5, devi
         FusionError: our grid does not find what the literal one finds.
     """
     where = resolve_device(device)
+    all_threads = torch.get_num_threads()
+    rows: list[Row] = []
+    with threads(1):
+        rows += _solver_rows(sizes, repeats, where)
+    if where.type == "cpu" and all_threads > 1:
+        for vocab, batch in sizes:
+            large, base, expert = draw(vocab, batch, where)
+            rows.append(
+                paired(
+                    f"grid ({vocab}, {batch}), {all_threads} threads",
+                    lambda: fuse_logits(large, base, [expert], strategy="single", solver="grid"),  # noqa: B023
+                    lambda: plain_grid(large, base, expert),  # noqa: B023
+                    against=LITERAL, repeats=repeats, device=device, dtype="float32",
+                )
+            )  # fmt: skip
+    return rows
+
+
+def _solver_rows(sizes: Sequence[tuple[int, int]], repeats: int, where: torch.device) -> list[Row]:
     speed = bandwidth(where)
     rows: list[Row] = []
     for vocab, batch in sizes:
@@ -70,7 +91,7 @@ def solver_rows(sizes: Sequence[tuple[int, int]] = SIZES, repeats: int = 5, devi
         if not torch.allclose(step("grid").alpha.squeeze(-1), literal()[0], atol=1e-5):
             raise FusionError("our grid and the literal grid chose different nodes")
         tag = f"({vocab}, {batch})"
-        shared: dict[str, Any] = {"repeats": repeats, "device": device, "dtype": "float32"}
+        shared: dict[str, Any] = {"repeats": repeats, "device": str(where), "dtype": "float32"}
         grid, exact = (lambda: step("grid")), (lambda: step("exact"))  # noqa: B023
         rows.append(
             paired(
