@@ -21,7 +21,7 @@ from fusion_core.seeding import generator, rng
 
 from . import draw
 from .acceptance import classical, scenes
-from .config import Attention, DBConfig, LabelConfig
+from .config import Attention, LabelConfig
 from .data.dataset import Preparation, Rendered, TrainingSet
 from .data.scenery import photographs
 from .data.synth import Rendered as Scene
@@ -41,6 +41,7 @@ SEEDS, SCENES = {"quick": 3, "full": 5}, {"quick": 14, "full": 30}
 SIDE = 384
 LEVELS = ("p5, stride 32", "p4, stride 16", "p3, stride 8", "p2, stride 4")
 TRAIN_STEPS, TRAIN_SCENES, TRAIN_SEEDS = 150, 160, 2
+CHANCE = "chance: the share of text pixels"
 NETS: dict[str, Attention | None] = {"DB": None, "DB++": "scale_channel_spatial"}
 NOTES = (
     "A small network of a third of a million parameters that learned from rendered scenes only; the "
@@ -69,7 +70,7 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
 
     Args:
         out: gets the pictures.
-        full: more scenes and seeds, and DB and DB++ trained from scratch for the same number of steps.
+        full: more scenes and seeds, and DB and DB++ trained on one backbone for the same number of steps.
         seed: of the scenes.
 
     Raises:
@@ -267,28 +268,32 @@ def _negatives_figure(out: Path, detector: TextDetector) -> tuple[int, Figure]:
 
 
 def _trained(seed: int) -> tuple[Comparison, Claim]:
-    """DB and DB++ from scratch, equal steps, equal scenes.
+    """DB and DB++ for equal steps on equal scenes, on the shipped network's backbone.
 
-    After so few steps no region passes the post-processing's thresholds; the pixels' average precision shows
-    what was learned all the same.
+    The paper starts from a backbone that was trained on ImageNet. After so few steps few regions pass the
+    post-processing's thresholds; the pixels' average precision shows what was learned all the same.
     """
     metric: dict[str, Any] = {"pixel_AP": {"better": "higher", "percent": True}}
     seeds = list(range(seed, seed + TRAIN_SEEDS))
-    table = Comparison(metric, "DB", seeds, f"Trained from scratch, {TRAIN_STEPS} steps of 6 crops")
+    table = Comparison(metric, "DB", seeds, f"Neck and heads from scratch, {TRAIN_STEPS} steps of 6 crops")
     held_out = list(scenes(30, 7000, 320))
     labels = LabelConfig(distance="exact", precise=True, min_text_size=5)
+    start = DBNet.from_pretrained("nano")
     truth = [make_targets(s.polygons, s.ignore, s.image.shape[:2], labels) for s in held_out]
+    pixels = np.concatenate([labels.gt.numpy()[labels.mask.numpy()] for labels in truth])
     for each in seeds:
+        table.add(CHANCE, "pixel_AP", each, float(pixels.mean()))
         scenes_of = Rendered(TRAIN_SCENES, 100 + each, 256)
         how = Preparation(crop=224, labels=labels, seed=each)
         examples = [scenes_of[at] for at in range(TRAIN_SCENES)]
         for name, attention in NETS.items():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(generator(each, "weights").initial_seed())
-                config = DBConfig.nano(attention=attention, inner=64).replace(channels=(16, 32, 64, 96))
-                net = fit(DBNet(config), TrainingSet(examples, how), TRAIN_STEPS, seed=each)
+                net = DBNet(start.config.replace(attention=attention))
+                net.backbone.load_state_dict(start.backbone.state_dict())
+                fit(net, TrainingSet(examples, how), TRAIN_STEPS, seed=each)
             detector = TextDetector(net, device="cpu", dtype="float32", short_side=320)
-            table.add(name, "pixel_AP", each, _pixel_precision(detector, held_out, truth))
+            table.add(name, "pixel_AP", each, _pixel_precision(detector, held_out, truth, pixels))
     rows = {row["method"]: row for row in table.rows()}
     gain, p = rows["DB++"]["difference"], rows["DB++"]["p"]
     shown = bool(gain > 0 and p is not None and p < 0.05)
@@ -298,19 +303,20 @@ def _trained(seed: int) -> tuple[Comparison, Claim]:
         "table 1",
         shown,
         f"After {TRAIN_STEPS} steps the pixels' average precision differs by {100 * gain:+.1f} points over "
-        f"{TRAIN_SEEDS} seeds{certain}; the paper's gain comes after far longer training.",
+        f"{TRAIN_SEEDS} seeds{certain}; chance is {100 * rows[CHANCE]['mean']:.1f}. "
+        "The paper's gain comes after far longer training.",
     )
 
 
-def _pixel_precision(detector: TextDetector, held_out: Sequence[Scene], truth: Sequence[Targets]) -> float:
+def _pixel_precision(
+    detector: TextDetector, held_out: Sequence[Scene], truth: Sequence[Targets], pixels: Array
+) -> float:
     """Average precision of the probability map's pixels as a finder of the shrunk text."""
     from sklearn.metrics import average_precision_score
 
     found = [detector.maps([scene.image])[0].prob for scene in held_out]
-    counted = [labels.mask.numpy() for labels in truth]
-    text = np.concatenate([labels.gt.numpy()[part] for labels, part in zip(truth, counted, strict=True)])
-    prob = np.concatenate([one[part] for one, part in zip(found, counted, strict=True)])
-    return float(average_precision_score(text, prob))
+    prob = np.concatenate([one[labels.mask.numpy()] for one, labels in zip(found, truth, strict=True)])
+    return float(average_precision_score(pixels, prob))
 
 
 def fit(
