@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from fusion_core.errors import DataError, FusionWarning, InputError
 
@@ -241,7 +241,7 @@ def run_demo(
     return document
 
 
-def add_demo(app: typer.Typer, package: str, text: str, full: str) -> None:
+def add_demo(app: typer.Typer, package: str, text: str, full: str, **own: tuple[Any, Any]) -> None:
     """Give a command line the verb ``demo``, with ``--out``, ``--full``, ``--seed`` and ``--json``.
 
     Args:
@@ -249,20 +249,28 @@ def add_demo(app: typer.Typer, package: str, text: str, full: str) -> None:
         package: the distribution, whose module ``demo`` holds the :class:`Method` as ``method``.
         text: one sentence of what it shows.
         full: what ``--full`` does.
+        **own: further options of the package's demo, name -> (``Annotated`` type, default).
     """
     import typer
 
-    folder = f"{package}-demo"
+    from fusion_core import cli
 
-    @app.command("demo", help=f"{text}\n\nExample: {package} demo --out results")
-    def command(  # pyright: ignore[reportUnusedFunction]
-        out: Path = typer.Option(Path(folder), "--out", "-o", help="Directory for the results."),  # noqa: B008
-        full: bool = typer.Option(False, "--full", help=full),
-        seed: int = typer.Option(0, "--seed", help="All random draws follow from it."),
-        json: bool = typer.Option(False, "--json", help="Print one JSON document instead of a table."),
-    ) -> None:
+    def command(out: Path, full: bool, seed: int, json: bool, **options: Any) -> None:
         module = importlib.import_module(f"{package.replace('-', '_')}.demo")
-        run_demo(module.method, out, full=full, seed=seed, json=json)
+        run_demo(module.method, out, full=full, seed=seed, json=json, **options)
+
+    place = Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")]
+    cli.show_options(
+        command,
+        {
+            "out": (place, Path(f"{package}-demo")),
+            **own,
+            "full": (Annotated[bool, typer.Option("--full", help=full)], False),
+            "seed": (cli.Seed, 0),
+            "json": (cli.Json, False),
+        },
+    )
+    app.command("demo", help=f"{text}\n\nExample: {package} demo --out results")(command)
 
 
 def check_own(out: str | os.PathLike[str], schema: str) -> None:

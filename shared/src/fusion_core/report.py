@@ -301,8 +301,8 @@ def _show(value: Any) -> str:
             return str(other)
 
 
-def dataframe(rows: Rows) -> Any:
-    """Mappings as a ``pandas.DataFrame``, one column per key.
+def dataframe(rows: Rows | Mapping[str, Any]) -> Any:
+    """Mappings, or columns by name, as a ``pandas.DataFrame``.
 
     Raises:
         MissingExtraError: pandas is not installed.
