@@ -349,9 +349,9 @@ def _cost(value: float | None, timed: bool) -> str:
 def add_bench(app: typer.Typer, package: str, text: str, **own: tuple[Any, Any]) -> None:
     """Give a command line the verb ``bench``.
 
-    It has the options ``--out``, ``--repeats``, ``--device``, ``--threads``, ``--json`` and those of the package,
-    and calls ``run`` of the module ``bench`` of the package with them, on so many threads of torch; the device
-    is resolved by then. ``run`` returns a :class:`Bench`.
+    It has the options ``--out``, ``--repeats``, ``--device``, ``--threads``, ``--json`` and those of the
+    package. ``run`` of the package's module ``bench`` gets them as keywords, with the device resolved and
+    torch on so many threads, and returns a :class:`Bench`.
 
     Args:
         app: of :func:`fusion_core.cli.new_app`.

@@ -221,7 +221,6 @@ def run_demo(
         InputError: ``out`` holds something else.
     """
     from fusion_core.checkpoint import atomic_directory
-    from fusion_core.report import Page
     from fusion_core.results import dump_json
 
     check_own(out, SCHEMA)
@@ -230,9 +229,7 @@ def run_demo(
         demo = method.demo(place, full=full, seed=seed, **options)
         seconds = time.perf_counter() - start
         document = write_result(demo, place, method, full=full, seed=seed, seconds=seconds)
-        page = Page(method.title)
-        add_result(page, document, place, method, heading=False)
-        page.save(place / "report.html")
+        result_page(document, place, method).save(place / "report.html")
     if json:
         sys.stdout.write(dump_json(document))
     else:
@@ -303,24 +300,19 @@ def show(document: Mapping[str, Any]) -> None:
         console.print(note, style="dim", markup=False, soft_wrap=True)
 
 
-def add_result(
-    page: Page, document: Mapping[str, Any], place: Path, method: Method | None, *, heading: bool = True
-) -> None:
-    """Add a result to a page: facts, claims, tables, pictures, notes, settings.
+def result_page(document: Mapping[str, Any], place: Path, method: Method | None, *, level: int = 2) -> Page:
+    """A result as a page: facts, claims, tables, pictures, notes, settings.
 
     Args:
-        page: the page.
         document: a ``result.json``.
         place: the directory of its pictures.
         method: for title, summary and paper; None where it could not be loaded.
-        heading: begin with the method's title.
+        level: of the headings inside; 3 where the page becomes a card of another.
     """
-    from fusion_core.report import Claim, Comparison, Figure, piece
+    from fusion_core.report import Claim, Comparison, Figure, Page, piece
     from fusion_core.results import dump_json
 
-    name = document["method"]
-    if heading:
-        page.heading(method.title if method else name, anchor=f"method-{name}")
+    page = Page(method.title if method else document["method"])
     facts = [piece("link", method.url, method.paper)] if method else []
     facts += [
         f"{document['package']} {document['version']}",
@@ -333,14 +325,20 @@ def add_result(
         page.text(method.summary)
     if document["status"] != "ok":
         page.raw(piece("badge", "bad", "✗ failed"))
-        page.raw(piece("details", "What it said", document["error"], True))
-        return
-    page.claims(Claim(**claim) for claim in document["claims"])
+        return page.raw(piece("details", "What it said", document["error"], True))
+    if document["claims"]:
+        page.heading("Claims of the paper", level)
+        page.claims(Claim(**claim) for claim in document["claims"])
+    if document["tables"]:
+        page.heading("Numbers", level)
     for table in document["tables"]:
         page.table(Comparison.from_dict(table))
+    if document["figures"]:
+        page.heading("Pictures", level)
     for figure in document["figures"]:
         page.figure(Figure(place / Path(figure["file"]).name, figure["alt"], figure["caption"]))
-    for note in document["notes"]:
-        page.text(note)
+    if document["notes"]:
+        page.heading("Notes", level)
+        page.raw(piece("notes", document["notes"]))
     record = {key: document[key] for key in ("settings", "seeds", "environment")}
-    page.raw(piece("details", "Settings and machine", dump_json(record), False))
+    return page.raw(piece("details", "Settings and machine", dump_json(record), False))

@@ -156,6 +156,7 @@ def train(
     ] = None,
     change: cli.Settings = None,
     resume: cli.Resume = False,
+    overwrite: cli.Overwrite = False,
     device: cli.Device = "auto",
     seed: cli.Seed = 0,
     json: cli.Json = False,
@@ -181,7 +182,7 @@ def train(
         net = DBNet(DBConfig.preset(preset))
     held_out = load(test) if test else None
     trainer = Trainer(net, load(data, format=format), held_out, config=settings, device=device)
-    cli.emit(trainer.fit(out, resume=resume, progress=_bar(quiet)), json)
+    cli.emit(trainer.fit(out, resume=resume, overwrite=overwrite, progress=_bar(quiet)), json)
 
 
 @app.command()

@@ -366,14 +366,14 @@ def simulate(
 
 @app.command()
 def export(
-    onnx: Annotated[Path, typer.Option("--onnx", "--out", "-o", help="The file.")],
+    onnx: Annotated[Path, typer.Option("--out", "-o", "--onnx", help="The ONNX file.")],
     model: Model = "tiny",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with onnxruntime.")] = True,
     json: cli.Json = False,
 ) -> None:
     """One ONNX graph that takes the camera as an input (needs the extra onnx).
 
-    Example: gvdepth export --model run --onnx model.onnx
+    Example: gvdepth export --model run --out model.onnx
     """
     from gvdepth.export import export_onnx
 

@@ -249,11 +249,11 @@ def verify_spec(
     model: Annotated[str, typer.Argument(help="A model.")],
     data: Data = None,
     spec: SpecFile = None,
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Derive the specification by tracing (needs --data).")
+    infer: Annotated[
+        bool, typer.Option("--infer", help="Derive the specification by tracing (needs --data).")
     ] = False,
-    save: Annotated[
-        Path | None, typer.Option("--save", help="Write the specification to this JSON file.")
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the specification to this JSON file.")
     ] = None,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Largest relative change of an output.")
@@ -275,14 +275,14 @@ def verify_spec(
     inputs = read_inputs(data, model, max_length)
     if inputs is None:
         kind = getattr(getattr(loaded, "config", None), "vocab_size", None)
-        if kind is None or trace:
+        if kind is None or infer:
             raise InputError("give --data: inputs that the model takes")
         import torch
 
         draws = torch.Generator().manual_seed(0)
         inputs = {"input_ids": torch.randint(0, int(kind), (2, 8), generator=draws)}
     few = next(iter(batches(inputs, 4, 4)))
-    found = read_spec(spec) or (infer_spec(loaded, few) if trace else spec_for(loaded))
+    found = read_spec(spec) or (infer_spec(loaded, few) if infer else spec_for(loaded))
     try:
         changes = verify(loaded, found, few, tolerance=tolerance)
     except SpecError as error:
@@ -290,8 +290,8 @@ def verify_spec(
             raise
         typer.echo(f"not proved: {error}", err=True)
         raise typer.Exit(3) from None
-    if save is not None:
-        save_spec(found, save)
+    if out is not None:
+        save_spec(found, out)
     rows = [
         {
             "space": name,
