@@ -242,7 +242,7 @@ def merge(
     kind = None if dtype == "auto" else resolve_dtype(dtype)
     size = int(shard_gb * 1e9)
     if dry_run:
-        cli.emit(plan.dry_run(dtype=kind, shard_bytes=size, workers=num_workers), json)
+        cli.emit(plan.dry_run(dtype=kind, shard_bytes=size, num_workers=num_workers), json)
         return
     if out is None:
         raise InputError("--out is missing: the folder of the merged model")
@@ -250,7 +250,7 @@ def merge(
         out,
         dtype=kind,
         shard_bytes=size,
-        workers=num_workers,
+        num_workers=num_workers,
         overwrite=overwrite,
         progress=False if quiet else None,
     )
