@@ -1,5 +1,6 @@
 """EVIDENCE.md is what the kept measurements and the READMEs say, and measuring goes on where it stopped."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -23,8 +24,8 @@ CLAIM = {"text": "It | helps", "source": "table 1", "shown": False, "sentence": 
 
 def result(mode: str, status: str = "ok") -> dict:
     return {
-        "schema": "fusion.result/1", "method": "adaea", "package": "adaea", "version": "0.1.0", "status": status,
-        "error": None, "mode": mode, "seed": 0, "seeds": [0, 1], "seconds": 12.3, "environment": ENVIRONMENT,
+        "schema": "fusion.result/1", "method": "adaea", "package": "adaea", "version": "0.1.0",
+        "status": status, "error": None, "mode": mode, "seed": 0, "seeds": [0, 1], "seconds": 12.3, "environment": ENVIRONMENT,
         "settings": {"large": list(range(100))}, "tables": [], "claims": [CLAIM], "figures": [], "notes": [],
     }  # fmt: skip
 
@@ -32,8 +33,8 @@ def result(mode: str, status: str = "ok") -> dict:
 def bench_row(**changes) -> dict:
     row = dict.fromkeys(evidence.ROW)
     return row | {
-        "name": "exact", "device": "cpu", "threads": 1, "dtype": "float32", "ours_s": 0.00123456, "reference_s": 2.0,
-        "reference": "plain", "ratio": 1.23456, "ratio_low": 1.2, "ratio_high": 1.3, "target": ">= 2",
+        "name": "exact", "device": "cpu", "threads": 1, "dtype": "float32", "ours_s": 0.00123456,
+        "reference_s": 2.0, "reference": "plain", "ratio": 1.23456, "ratio_low": 1.2, "ratio_high": 1.3, "target": ">= 2",
         "met": False, "note": "",
     } | changes  # fmt: skip
 
@@ -142,10 +143,11 @@ def test_measuring_goes_on_where_it_stopped(tmp_path: Path, monkeypatch, capsys)
         made = original(folder, ["works", "fails"], kinds, merging)
         words = (sys.executable, str(tmp_path / "NAME.py"))
         return [
-            measure.Step(step.kind, step.name, (*(w.replace("NAME", step.name) for w in words), *step.words[1:]),
-                         step.result)
+            dataclasses.replace(
+                step, words=(*(word.replace("NAME", step.name) for word in words), *step.words[1:])
+            )
             for step in made
-        ]  # fmt: skip
+        ]
 
     original = measure.steps
     monkeypatch.setattr(measure, "steps", steps)

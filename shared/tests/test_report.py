@@ -194,7 +194,7 @@ def test_page_is_self_contained_and_escapes(comparison, figure, tmp_path):
     assert len(audit.sources) == 2
     assert "url(" not in document
     assert "@import" not in document
-    assert document.count("&lt;script&gt;") == 10
+    assert document.count("&lt;script&gt;") == 11
     assert 'alt="a &#34;rising&#34; curve"' in document
     assert "Accuracy &lt;rises&gt;" in document
     assert "<hr-own>" in document
