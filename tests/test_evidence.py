@@ -24,19 +24,46 @@ CLAIM = {"text": "It | helps", "source": "table 1", "shown": False, "sentence": 
 
 def result(mode: str, status: str = "ok") -> dict:
     return {
-        "schema": "fusion.result/1", "method": "adaea", "package": "adaea", "version": "0.1.0",
-        "status": status, "error": None, "mode": mode, "seed": 0, "seeds": [0, 1], "seconds": 12.3, "environment": ENVIRONMENT,
-        "settings": {"large": list(range(100))}, "tables": [], "claims": [CLAIM], "figures": [], "notes": [],
-    }  # fmt: skip
+        "schema": "fusion.result/1",
+        "method": "adaea",
+        "package": "adaea",
+        "version": "0.1.0",
+        "status": status,
+        "error": None,
+        "mode": mode,
+        "seed": 0,
+        "seeds": [0, 1],
+        "seconds": 12.3,
+        "environment": ENVIRONMENT,
+        "settings": {"large": list(range(100))},
+        "tables": [],
+        "claims": [CLAIM],
+        "figures": [],
+        "notes": [],
+    }
 
 
 def bench_row(**changes) -> dict:
     row = dict.fromkeys(evidence.ROW)
-    return row | {
-        "name": "exact", "device": "cpu", "threads": 1, "dtype": "float32", "ours_s": 0.00123456,
-        "reference_s": 2.0, "reference": "plain", "ratio": 1.23456, "ratio_low": 1.2, "ratio_high": 1.3, "target": ">= 2",
-        "met": False, "note": "",
-    } | changes  # fmt: skip
+    return (
+        row
+        | {
+            "name": "exact",
+            "device": "cpu",
+            "threads": 1,
+            "dtype": "float32",
+            "ours_s": 0.00123456,
+            "reference_s": 2.0,
+            "reference": "plain",
+            "ratio": 1.23456,
+            "ratio_low": 1.2,
+            "ratio_high": 1.3,
+            "target": ">= 2",
+            "met": False,
+            "note": "",
+        }
+        | changes
+    )
 
 
 def write(path: Path, document: dict) -> None:
