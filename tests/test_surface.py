@@ -204,7 +204,6 @@ def test_no_word_that_was_replaced_comes_back(member: Member) -> None:
     old = {
         "bs",
         "batchsize",
-        "output",
         "output_dir",
         "out_dir",
         "verbose",

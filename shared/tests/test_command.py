@@ -9,8 +9,10 @@ import types
 import warnings
 from importlib.metadata import EntryPoints
 from itertools import pairwise
+from typing import Annotated
 
 import pytest
+import typer
 
 from fusion_core import cli, command, demo
 from fusion_core.errors import DataError, FusionWarning, InputError
@@ -282,12 +284,13 @@ def test_add_demo_gives_a_command_line_its_verb(tmp_path, monkeypatch):
     module.method = made(function)
     monkeypatch.setitem(sys.modules, "some_method.demo", module)
     app = cli.new_app("some-method", "Some method.", "1.0")
-    demo.add_demo(app, "some-method", "What it shows.", "Everything (minutes).")
+    rows = Annotated[int, typer.Option("--rows", help="How many.")]
+    demo.add_demo(app, "some-method", "What it shows.", "Everything (minutes).", rows=(rows, 7))
     main = lambda: cli.run(app)
-    done = run_cli(main, "demo", "--out", tmp_path / "out", "--full", "--seed", "3", "--json")
+    done = run_cli(main, "demo", "--out", tmp_path / "out", "--full", "--seed", "3", "--json", "--rows", 9)
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["notes"] == ["first"]
-    assert told == {"full": True, "seed": 3}
+    assert told == {"full": True, "seed": 3, "rows": 9}
     text = " ".join(run_cli(main, "demo", "--help").stdout.split())
     assert "What it shows. Example: some-method demo --out results" in text
     assert "Everything (minutes)." in text

@@ -252,7 +252,7 @@ def _tile(document: dict[str, Any], method: Method | None) -> dict[str, Any]:
         "anchor": f"method-{document['method']}",
         "error": document["status"] != "ok",
         "summary": method.summary if method else "It cannot be loaded.",
-        "time": f"{document['seconds']:.1f} s",
+        "time": f"{document['seconds']:.1f}\u00a0s",
         "verdicts": [
             (kind, f"{sign} {verdicts.count(value)} {word}")
             for value, kind, sign, word in kinds

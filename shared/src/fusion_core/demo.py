@@ -318,7 +318,7 @@ def result_page(document: Mapping[str, Any], place: Path, method: Method | None,
         f"{document['package']} {document['version']}",
         f"{document['mode']} mode",
         f"seed {document['seed']}",
-        f"{document['seconds']:.1f} s",
+        f"{document['seconds']:.1f}\u00a0s",
     ]
     page.raw(piece("facts", facts))
     if method:
