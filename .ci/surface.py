@@ -151,9 +151,9 @@ def callables(member: Member) -> Iterator[tuple[str, Callable[..., Any]]]:
     for name in module.__all__:
         found = getattr(module, name)
         if inspect.ismodule(found):
-            names = getattr(found, "__all__", [word for word in vars(found) if not word.startswith("_")])
-            for inner in names:
-                yield from _own(f"{name}.{inner}", getattr(found, inner), member.module)
+            for inner in getattr(found, "__all__", [word for word in vars(found) if word[0] != "_"]):
+                own = found.__name__ if not hasattr(found, "__all__") else member.module
+                yield from _own(f"{name}.{inner}", getattr(found, inner), own)
         else:
             yield from _own(name, found, member.module)
 

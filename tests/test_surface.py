@@ -65,7 +65,7 @@ DEFAULTS = {
 }
 OTHER_PYTHON = {
     ("adaea", "device"): "load_model and load_official return a module, which is where torch puts modules",
-    ("fusechat", "limit"): "of merge.inspect's listing, whose rows are many",
+    ("fusechat", "limit"): "align.inspect reads the first 200 dialogues: it is to be quick",
 }
 NO_MIXIN = {
     "adaea.AdversarialSet": "saves images and their record in formats of its own",

@@ -276,8 +276,8 @@ def test_run_demo_prints_one_json_document(tmp_path, capsys):
 def test_add_demo_gives_a_command_line_its_verb(tmp_path, monkeypatch):
     told = {}
 
-    def function(out, *, full=False, seed=0):
-        told.update(full=full, seed=seed)
+    def function(out, *, full=False, seed=0, rows=0):
+        told.update(full=full, seed=seed, rows=rows)
         return demo.Demo(notes=["first"])
 
     module = types.ModuleType("some_method.demo")

@@ -354,7 +354,9 @@ def simulate(
 
     if rig is not None and flags.given:
         raise InputError("--rig is a whole camera; give it alone")
-    streets = Simulated(rig if rig is not None else flags.resolve(), count, seed=seed, size=object_size)
+    streets = Simulated(
+        rig if rig is not None else flags.resolve(), count, seed=seed, object_size=object_size
+    )
     with atomic_directory(out, overwrite=overwrite) as place:
         frames = (
             streets.frame(index)
