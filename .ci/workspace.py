@@ -13,6 +13,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("cv2", "matplotlib", "pandas", "sklearn", "transformers")
 """What ``import package`` must not load; it is slow, and most users of a package never need it."""
+SECTIONS = (
+    "why",
+    "install",
+    "quickstart",
+    "command line",
+    "how it differs",
+    "evidence",
+    "benchmarks",
+    "limits",
+    "citation",
+)
+"""What every package's README tells, in this order."""
 
 
 @dataclass(frozen=True)

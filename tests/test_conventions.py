@@ -11,20 +11,9 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from workspace import CORE, ROOT, Member, members, packages, tracked_files
+from workspace import CORE, ROOT, SECTIONS, Member, members, packages, tracked_files
 
 LINES = 450
-SECTIONS = (
-    "why",
-    "install",
-    "quickstart",
-    "command line",
-    "how it differs",
-    "evidence",
-    "benchmarks",
-    "limits",
-    "citation",
-)
 HOSTS = re.compile(
     "|".join(("py" + r"pi\.org", "python" + r"hosted\.", "npm" + r"js\.", "ana" + r"conda\.org")), re.I
 )

@@ -2,13 +2,17 @@ import json
 import os
 import sys
 import time
+from functools import partial
+from typing import Annotated
 
 import numpy as np
 import pytest
 import torch
+import typer
 
-from fusion_core import bench
+from fusion_core import bench, cli
 from fusion_core.errors import ConfigError, FusionError, InputError
+from fusion_core.testing import run_cli
 
 MODULE = """
 import os
@@ -163,3 +167,33 @@ def test_document_and_table(tmp_path, capsys):
     text = capsys.readouterr().out
     for word in ("missed", "1.0 MiB", "3.0 MiB (naive)", "3.00", "[n]"):
         assert word in text
+
+
+def test_add_bench_gives_a_verb_with_shared_and_own_options(tmp_path, monkeypatch, capsys):
+    (tmp_path / "some_tool").mkdir()
+    (tmp_path / "some_tool" / "__init__.py").write_text("")
+    (tmp_path / "some_tool" / "bench.py").write_text(
+        "import torch\nfrom fusion_core.bench import Bench, memory_row\n"
+        "def run(*, repeats, device, size):\n"
+        "    made = Bench('fusion-core')\n"
+        "    made.add(memory_row(f'{repeats} {device} {size} {torch.get_num_threads()}', 1, 2))\n"
+        "    return made\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    app = cli.new_app("some-tool", "Does things.", "1.2.3")
+    size = Annotated[int, typer.Option("--size", help="Of the work.")]
+    bench.add_bench(app, "some-tool", "Time the work.", size=(size, 3))
+    main = partial(cli.run, app)
+    before = torch.get_num_threads()
+    done = run_cli(main, "bench", "--repeats", 2, "--device", "cpu", "--out", tmp_path / "b.json", "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["rows"][0]["name"] == "2 cpu 3 1"
+    assert json.loads((tmp_path / "b.json").read_text())["rows"] == json.loads(done.stdout)["rows"]
+    assert torch.get_num_threads() == before
+    text = " ".join(run_cli(main, "bench", "--help").stdout.split())
+    assert "Example: some-tool bench --out bench.json" in text
+    for option in ("--out", "-o", "--repeats", "--device", "--threads", "--size", "--json"):
+        assert option in text
+    script = run_cli(partial(cli.run, app, "bench"), "--size", 9, "--device", "cpu", "--json")
+    assert json.loads(script.stdout)["rows"][0]["name"] == "5 cpu 9 1"
+    assert run_cli(main, "bench", "--device", "cuda:99").code == 2

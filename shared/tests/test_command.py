@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -7,8 +8,11 @@ import time
 import types
 import warnings
 from importlib.metadata import EntryPoints
+from itertools import pairwise
+from typing import Annotated
 
 import pytest
+import typer
 
 from fusion_core import cli, command, demo
 from fusion_core.errors import DataError, FusionWarning, InputError
@@ -143,7 +147,8 @@ def test_demo_runs_each_method_apart_and_names_the_failed(fakes, tmp_path):
         "exit code 41",
         "Small data.",
         "✓ shown",
-        "1 of 2",
+        "✓ 1 shown",
+        "1 not tested",
         "91.35",
         "fake-methods 1.5",
     ):
@@ -271,20 +276,21 @@ def test_run_demo_prints_one_json_document(tmp_path, capsys):
 def test_add_demo_gives_a_command_line_its_verb(tmp_path, monkeypatch):
     told = {}
 
-    def function(out, *, full=False, seed=0):
-        told.update(full=full, seed=seed)
+    def function(out, *, full=False, seed=0, rows=0):
+        told.update(full=full, seed=seed, rows=rows)
         return demo.Demo(notes=["first"])
 
     module = types.ModuleType("some_method.demo")
     module.method = made(function)
     monkeypatch.setitem(sys.modules, "some_method.demo", module)
     app = cli.new_app("some-method", "Some method.", "1.0")
-    demo.add_demo(app, "some-method", "What it shows.", "Everything (minutes).")
+    rows = Annotated[int, typer.Option("--rows", help="How many.")]
+    demo.add_demo(app, "some-method", "What it shows.", "Everything (minutes).", rows=(rows, 7))
     main = lambda: cli.run(app)
-    done = run_cli(main, "demo", "--out", tmp_path / "out", "--full", "--seed", "3", "--json")
+    done = run_cli(main, "demo", "--out", tmp_path / "out", "--full", "--seed", "3", "--json", "--rows", 9)
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["notes"] == ["first"]
-    assert told == {"full": True, "seed": 3}
+    assert told == {"full": True, "seed": 3, "rows": 9}
     text = " ".join(run_cli(main, "demo", "--help").stdout.split())
     assert "What it shows. Example: some-method demo --out results" in text
     assert "Everything (minutes)." in text
@@ -317,3 +323,26 @@ def test_broken_entry_points_are_warned_of(fakes):
     assert any("method gone cannot be loaded" in str(warning.message) for warning in caught)
     assert "good" in methods
     assert not {"odd", "alias"} & set(methods)
+
+
+def test_the_page_can_be_walked_through_without_eyes_or_a_mouse(fakes, tmp_path):
+    out = tmp_path / "page"
+    fusion("demo", "good", "bad", "--out", out, "-q")
+    for name in ("index.html", "good/report.html"):
+        page = (out / name).read_text(encoding="utf-8")
+        assert '<html lang="en">' in page
+        assert page.index('class="skip" href="#content"') < page.index('<main id="content" tabindex="-1"')
+        levels = [int(level) for level in re.findall(r"<h([1-6])\b", page)]
+        assert levels[0] == 1
+        assert levels.count(1) == 1
+        assert all(after <= before + 1 for before, after in pairwise(levels)), levels
+        assert all(' alt="' in image for image in re.findall(r"<img [^>]*>", page))
+        assert all(' scope="' in head for head in re.findall(r"<th\b[^>]*>", page))
+        assert page.count("<table>") == page.count("<caption>") == page.count('tabindex="0" role="region"')
+        targets = set(re.findall(r'href="#([\w-]+)"', page))
+        assert targets <= set(re.findall(r'id="([\w-]+)"', page))
+    page = (out / "index.html").read_text(encoding="utf-8")
+    bar = page[page.index("<nav") : page.index("</nav>")]
+    assert re.findall(r'href="#([\w-]+)"', bar) == ["content", "method-good", "method-bad"]
+    assert page.count('<section class="card"') == 2
+    assert page.count('<li class="tile">') == 2

@@ -5,6 +5,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from markupsafe import Markup
 from rich.console import Console
 from scipy import stats
 
+from fusion_core import report
 from fusion_core.errors import DataError, InputError, MissingExtraError
 from fusion_core.report import Claim, Comparison, Figure, Page, Report
 
@@ -187,11 +189,12 @@ def test_page_is_self_contained_and_escapes(comparison, figure, tmp_path):
     assert audit.open == []
     assert "script" not in audit.tags
     assert "link" not in audit.tags
-    assert all(source.startswith("data:image/png;base64,") for source in audit.sources)
-    assert len(audit.sources) == 1
+    assert audit.sources[0] == "#content"
+    assert audit.sources[1].startswith("data:image/png;base64,")
+    assert len(audit.sources) == 2
     assert "url(" not in document
     assert "@import" not in document
-    assert document.count("&lt;script&gt;") == 10
+    assert document.count("&lt;script&gt;") == 11
     assert 'alt="a &#34;rising&#34; curve"' in document
     assert "Accuracy &lt;rises&gt;" in document
     assert "<hr-own>" in document
@@ -265,3 +268,38 @@ def test_report_prints_and_shows_in_notebooks(comparison):
     style = re.search(r"<style>(.*?)</style>", fragment, re.S).group(1)
     for rule in re.findall(r"^\s*([^\s@:{}][^{};]*)\{", style, re.M):
         assert all(part.strip().startswith(".fusion") for part in rule.split(",")), rule
+
+
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one, other):
+    """The contrast ratio of WCAG 2."""
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(scheme):
+    style = (Path(report.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    light, _, dark = style.partition("prefers-color-scheme: dark")
+    colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", light if scheme == "light" else dark))
+    assert len(colors) == 13
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for ink in ("ink", "muted", "accent"):
+        for ground in ("paper", "ground", "tint"):
+            assert contrast(colors[ink], colors[ground]) >= 4.5, (ink, ground)
+    for kind in ("good", "bad", "plain"):
+        assert contrast(colors[kind], colors[f"{kind}-tint"]) >= 4.5, kind
+
+
+def test_cards_fill_the_contents_bar(comparison):
+    part = Page("One method").table(comparison)
+    page = Page("All").card(part, "method-one", "one").html()
+    assert '<a href="#method-one">one</a>' in page
+    assert '<section class="card" id="method-one" aria-labelledby="method-one-title">' in page
+    assert '<h2 id="method-one-title">One method</h2>' in page
+    assert "<nav" not in part.html()

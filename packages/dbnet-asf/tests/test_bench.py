@@ -40,5 +40,5 @@ def test_rows():
 
 
 def test_bad_input_gets_a_sentence():
-    with pytest.raises(ConfigError, match="threads is 0, wanted at least 1"):
-        run(threads=0)
+    with pytest.raises(ConfigError, match="repeats is 0, wanted at least 1"):
+        run(repeats=0)

@@ -124,11 +124,10 @@ BAD = [
     (["diagnose", "{photos}"], "p0.png"),
     (["labels", "{photo}", "{photo}", "--out", "{out}"], "p0.png"),
     (["labels", "{photo}", "{photo}", "--out", "{out}", "--set", "shrink=1"], "shrink_ratio"),
-    (["convert", "{photo}", "{out}"], "p0.png"),
-    (["train", "rendered:2", "--preset", "huge", "--out", "{out}"], "preset"),
-    (["train", "rendered:2"], "--out"),
-    (["export", "{out}/a.onnx", "--model", "nothing"], "nothing"),
-    (["render", "{out}", "--photos", "nowhere"], "nowhere"),
+    (["convert", "{photo}", "--out", "{out}"], "p0.png"),
+    (["train", "--data", "rendered:2", "--preset", "huge", "--out", "{out}"], "preset"),
+    (["export", "--out", "{out}/a.onnx", "--model", "nothing"], "nothing"),
+    (["render", "--out", "{out}", "--photos", "nowhere"], "nowhere"),
 ]
 
 
@@ -148,18 +147,33 @@ def test_bad_input_is_one_line_and_2(place, tmp_path, words, said, monkeypatch):
     assert "Traceback" not in done.stderr
 
 
+def test_a_run_needs_a_place():
+    done = run_cli(main, "train", "--data", "rendered:2")
+    assert done.code == 2
+    assert "--out" in done.stderr
+
+
 def test_render_labels_diagnose_evaluate_tune(place, tmp_path):
     scenes = tmp_path / "scenes"
-    assert run_cli(main, "render", scenes, "-n", "3", "--size", "128", "-q").stdout.startswith("3 scenes")
+    render = ("render", "--out", scenes, "--size", "128", "-q", "--json")
+    assert json.loads(run_cli(main, *render, "-n", "3").stdout) == {"scenes": 3, "out": str(scenes)}
     stamp = (scenes / "images" / "scene_000000.jpg").stat().st_mtime_ns
-    assert run_cli(main, "render", scenes, "-n", "4", "--size", "128", "-q").stdout.startswith("1 scenes")
+    assert json.loads(run_cli(main, *render, "-n", "4").stdout)["scenes"] == 1
     assert (scenes / "images" / "scene_000000.jpg").stat().st_mtime_ns == stamp
     assert len(datasets.totaltext(scenes)) == 4
     picture = scenes / "images" / "scene_000001.jpg"
     drawn = run_cli(
-        main, "labels", picture, scenes / "gts", "--format", "totaltext", "--out", tmp_path / "labels"
+        main,
+        "labels",
+        picture,
+        scenes / "gts",
+        "--format",
+        "totaltext",
+        "--out",
+        tmp_path / "labels",
+        "--json",
     )
-    assert len(drawn.stdout.splitlines()) == 5
+    assert len(json.loads(drawn.stdout)) == 5
     assert Image.open(tmp_path / "labels" / "scene_000001.shrink.png").size == (128, 128)
     counts = json.loads(run_cli(main, "diagnose", scenes, "--json", "--out", tmp_path / "d").stdout)["counts"]
     assert counts["pictures"] == 4
@@ -177,7 +191,7 @@ def test_render_labels_diagnose_evaluate_tune(place, tmp_path):
 def test_convert(tmp_path, official_name):
     state = DBNet(DBConfig.official("resnet18", dcn=False)).state_dict()
     torch.save({official_name(name): value for name, value in state.items()}, tmp_path / "official.pth")
-    done = run_cli(main, "convert", tmp_path / "official.pth", tmp_path / "ours")
+    done = run_cli(main, "convert", tmp_path / "official.pth", "--out", tmp_path / "ours")
     assert done.code == 0, done.stderr
     assert "resnet18" in done.stdout
     assert DBNet.from_pretrained(tmp_path / "ours").config.color == "bgr"

@@ -50,7 +50,7 @@ def test_collect_align_inspect_train(place, tmp_path):
         place / "pivot",
         "--tokenizer",
         place / "source1",
-        "--report",
+        "--out",
         tmp_path / "page",
         "--json",
     )

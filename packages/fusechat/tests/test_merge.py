@@ -165,7 +165,7 @@ def test_the_bits_do_not_hang_on_chunks_shards_or_workers(big, tmp_path, name):
     memory = STREAMED[name]([states["t0"], states["t1"]], states["base"]).state_dict()
     for number, (chunk, shard, workers) in enumerate(((BLOCK, 10**9, 1), (2 * BLOCK, 100_000, 3))):
         out = tmp_path / str(number)
-        STREAMED[name](paths, place / "base", chunk=chunk).save(out, shard_bytes=shard, workers=workers)
+        STREAMED[name](paths, place / "base", chunk=chunk).save(out, shard_bytes=shard, num_workers=workers)
         found = stored(out)
         assert (out / "config.json").exists()
         for key, value in whole.items():

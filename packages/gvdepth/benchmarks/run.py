@@ -1,25 +1,7 @@
-"""Measure geometry, metrics, head and prediction: ``python packages/gvdepth/benchmarks/run.py``."""
+"""Measure geometry, metrics, head and prediction: ``gvdepth bench``, with its options."""
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from gvdepth.bench import ROWS, run
-
-
-def main() -> None:
-    """Print the table and write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="pairs per row")
-    parser.add_argument("--only", nargs="*", default=(), help=f"words of {', '.join(ROWS)}")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"))
-    options = parser.parse_args()
-    bench = run(repeats=options.repeats, only=options.only, device=options.device)
-    bench.print()
-    bench.save(options.out)
-
+from fusion_core import cli
+from gvdepth.cli import app
 
 if __name__ == "__main__":
-    main()
+    cli.run(app, "bench")

@@ -32,7 +32,7 @@ NUMBERS = ("--fx", 90, "--fy", 90, "--cx", 59.5, "--cy", 21.4, "--camera-height"
 @pytest.fixture(scope="module")
 def streets(tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "streets"
-    done = run_cli(main, "simulate", "--rig", "D", "--n", 4, "--out", out, "--json")
+    done = run_cli(main, "simulate", "--rig", "D", "-n", 4, "--out", out, "--json")
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout) == {"frames": 4, "out": str(out)}
     return out
@@ -183,20 +183,17 @@ def test_calibrate_and_doctor(streets, tmp_path):
 
 
 def test_evaluate(streets, tmp_path):
-    done = run_cli(
-        main, "evaluate", "--data", f"folder:{streets}", "--json", "--quiet", "--out", tmp_path / "page"
-    )
+    done = run_cli(main, "evaluate", f"folder:{streets}", "--json", "--quiet", "--out", tmp_path / "page")
     assert done.code == 0, done.stderr
     found = json.loads(done.stdout)["metrics"]["tiny"]
     assert found["abs_rel"] < 0.5
     assert (tmp_path / "page" / "report.html").is_file()
-    gate = run_cli(main, "evaluate", "--data", f"folder:{streets}", "--max-abs-rel", 0.01, "--quiet")
+    gate = run_cli(main, "evaluate", f"folder:{streets}", "--max-abs-rel", 0.01, "--quiet")
     assert gate.code == 3
     assert "the gate is 0.01" in gate.stderr
     stored = run_cli(
         main,
         "evaluate",
-        "--data",
         f"folder:{streets}",
         "-m",
         streets / "depth",
@@ -206,16 +203,16 @@ def test_evaluate(streets, tmp_path):
         "--quiet",
     )
     assert json.loads(stored.stdout)["metrics"]["depth"]["abs_rel"] < 1e-3
-    refuse("wanted kitti:ROOT", "evaluate", "--data", "nothing:here")
+    refuse("wanted kitti:ROOT", "evaluate", "nothing:here")
 
 
 def test_simulate(tmp_path):
     flags = ("--hfov", 80, "--size", "64x40", "--camera-height", 1.2, "--pitch-deg", 2, "--roll-deg", 3)
-    done = run_cli(main, "simulate", "--n", 2, *flags, "--object-size", 1.2, "--out", tmp_path / "s")
+    done = run_cli(main, "simulate", "-n", 2, *flags, "--object-size", 1.2, "--out", tmp_path / "s")
     assert done.code == 0, done.stderr
     camera = Camera.load(tmp_path / "s" / "camera.json")
     assert (camera.size, camera.roll_deg) == ((40, 64), 3)
-    refuse("not empty", "simulate", "--n", 1, *flags, "--out", tmp_path / "s")
+    refuse("not empty", "simulate", "-n", 1, *flags, "--out", tmp_path / "s")
     refuse("--rig is a whole camera", "simulate", "--rig", "A", *flags, "--out", tmp_path / "t")
     refuse("wanted a Camera or one of", "simulate", "--rig", "Z", "--out", tmp_path / "t")
     assert not (tmp_path / "t").exists()
@@ -243,9 +240,29 @@ def test_train(tmp_path):
     assert json.loads(done.stdout)["steps"] == 2
     assert json.loads((tmp_path / "run" / "config.json").read_text())["cue"] == "focal"
     refuse("pass resume or overwrite", *run)
-    refuse("--data is missing", "train", recipe)
-    refuse("did you mean steps", "train", recipe, "--data", "simulated:train:4", "--set", "stepz=3")
-    refuse("cannot be read", "train", tmp_path / "none.toml", "--data", "simulated:train:4")
+    missing = run_cli(main, "train", recipe, "--out", tmp_path / "other")
+    assert missing.code == 2
+    assert "--data" in missing.stderr
+    refuse(
+        "did you mean steps",
+        "train",
+        recipe,
+        "--data",
+        "simulated:train:4",
+        "--set",
+        "stepz=3",
+        "--out",
+        tmp_path / "other",
+    )
+    refuse(
+        "cannot be read",
+        "train",
+        tmp_path / "none.toml",
+        "--data",
+        "simulated:train:4",
+        "--out",
+        tmp_path / "other",
+    )
 
 
 def test_export_and_bench_pass_their_options_on(tmp_path, monkeypatch):

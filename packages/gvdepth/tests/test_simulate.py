@@ -75,7 +75,7 @@ def test_frames_depend_on_seed_and_index_only():
 
 
 def test_size_multiplies_objects():
-    one, more = make_scene(0, 0), make_scene(0, 0, size=1.3)
+    one, more = make_scene(0, 0), make_scene(0, 0, object_size=1.3)
     tall = [np.abs(scene.boxes[scene.kinds == BUILDING, 2]).mean() for scene in (one, more)]
     assert 1.1 < tall[1] / tall[0] < 1.5
     assert (one.boxes[:, 3] == 0).all()  # everything stands on the ground
@@ -113,7 +113,7 @@ def test_written_streets_are_read_back(tmp_path):
 
 def test_bad_input():
     with pytest.raises(ConfigError, match="size is 9"):
-        make_scene(0, 0, size=9)
+        make_scene(0, 0, object_size=9)
     with pytest.raises(ConfigError, match="supersample is 0"):
         render(make_scene(), SMALL, supersample=0)
     with pytest.raises(ConfigError, match="noise is -1"):

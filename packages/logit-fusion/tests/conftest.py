@@ -8,31 +8,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fusion_core.testing import tiny
+
 VOCABULARY = 97
 
 
 def make_llama(
     seed=0, *, hidden=32, vocab=VOCABULARY, layers=1, heads=4, dtype=torch.float64, spread=0.25, **more
 ):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            max_position_embeddings=128,
-            bos_token_id=0,
-            eos_token_id=more.pop("eos", None),
-            pad_token_id=1,
-            initializer_range=spread,
-            **more,
-        )
-        return LlamaForCausalLM(config).to(dtype).eval()
+    settings = {
+        "num_key_value_heads": heads // 2,
+        "bos_token_id": 0,
+        "eos_token_id": more.pop("eos", None),
+        "pad_token_id": 1,
+        "initializer_range": spread,
+        "tie_word_embeddings": False,
+    }
+    made = tiny.llama(vocab, hidden, layers, heads, 48, seed=seed, positions=128, **{**settings, **more})
+    return made.to(dtype)
 
 
 def near(model, seed, size=0.15):

@@ -129,7 +129,7 @@ def test_align_keeps_the_function(place, tmp_path, models):
 
 
 def test_verify_spec_and_its_gate(place, tmp_path):
-    done = run_cli(main, "verify-spec", place / "llama-a", "--save", tmp_path / "spec.json", "--json")
+    done = run_cli(main, "verify-spec", place / "llama-a", "--out", tmp_path / "spec.json", "--json")
     assert done.code == 0, done.stderr
     assert {row["space"] for row in json.loads(done.stdout)} >= {"stream", "all"}
     found = json.loads((tmp_path / "spec.json").read_text())
@@ -138,7 +138,7 @@ def test_verify_spec_and_its_gate(place, tmp_path):
     gate = run_cli(main, "verify-spec", place / "llama-a", "--spec", tmp_path / "wrong.json")
     assert gate.code == 3
     assert gate.stderr.startswith("not proved: relabelling stream changes the outputs")
-    traced = run_cli(main, "verify-spec", place / "a", "--trace", "--data", place / "images.npy")
+    traced = run_cli(main, "verify-spec", place / "a", "--infer", "--data", place / "images.npy")
     assert traced.code == 0, traced.stderr
     assert "Heads" in traced.stdout
 

@@ -60,7 +60,7 @@ def test_digits_are_the_recorded_split():
 
 
 def test_benchmark_in_small(monkeypatch):
-    found = bench_module.run_bench(quick=True, memory=False)
+    found = bench_module.run(repeats=1, quick=True, memory=False)
     assert isinstance(found, Bench)
     names = [row["name"] for row in found.to_dict()["rows"]]
     assert names[0] == "W1, whole flow against exact cdist"

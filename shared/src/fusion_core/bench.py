@@ -18,12 +18,15 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fusion_core.checkpoint import atomic_write
+from fusion_core import cli
+from fusion_core.atomic import atomic_write
 from fusion_core.demo import package_version
 from fusion_core.errors import ConfigError, FusionError, InputError
-from fusion_core.results import dump_json
+
+if TYPE_CHECKING:
+    import typer
 
 _LEAST_SECONDS = 2e-3  # short calls are repeated until one measurement takes this long
 _RESAMPLES = 1000
@@ -303,6 +306,8 @@ class Bench:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON document; it appears whole or not at all."""
+        from fusion_core.results import dump_json
+
         with atomic_write(path, "w") as file:
             file.write(dump_json(self))
 
@@ -339,3 +344,30 @@ def _cost(value: float | None, timed: bool) -> str:
         if value >= 1e-3
         else f"{value * 1e6:.3g} µs"
     )
+
+
+def add_bench(app: typer.Typer, package: str, text: str, **own: tuple[Any, Any]) -> None:
+    """Give a command line the verb ``bench``.
+
+    It has the options ``--out``, ``--repeats``, ``--device``, ``--threads``, ``--json`` and those of the
+    package. ``run`` of the package's module ``bench`` gets them as keywords, with the device resolved and
+    torch on so many threads, and returns a :class:`Bench`.
+
+    Args:
+        app: of :func:`fusion_core.cli.new_app`.
+        package: the distribution.
+        text: what it measures; the first sentence stands in the list of verbs.
+        **own: further options, name -> (``Annotated`` type, default).
+    """
+
+    def command(out: Path | None, device: str, threads: int, json: bool, **options: Any) -> None:
+        from fusion_core import device as places
+
+        run = importlib.import_module(f"{package.replace('-', '_')}.bench").run
+        with places.threads(threads):
+            found = run(device=str(places.resolve_device(device)), **options)
+        cli.emit(found, json, out)
+
+    common = {"out": (cli.Out, None), "repeats": (cli.Repeats, 5), "device": (cli.Device, "auto")}
+    cli.show_options(command, {**common, "threads": (cli.Threads, 1), **own, "json": (cli.Json, False)})
+    app.command("bench", help=f"{text}\n\nExample: {package} bench --out bench.json")(command)

@@ -4,11 +4,12 @@
 stdout carries data only; bars, warnings and errors go to stderr.
 """
 
+import inspect
 import io
 import math
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,22 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Items per forward pass.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in --out.")]
+Shard = Annotated[
+    str | None, typer.Option("--shard", help="i/n: every n-th input from the i-th on, counted from 0.")
+]
+NumWorkers = Annotated[
+    int, typer.Option("--num-workers", min=0, help="Threads or processes beside the computation.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a setting: name=value or part.name=value; repeat.")
+]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many runs: --seed, the next number, and on.")]
+MaxLength = Annotated[int, typer.Option("--max-length", min=1, help="Most tokens of a text.")]
+ShardGb = Annotated[float, typer.Option("--shard-gb", min=0.001, help="Most gigabytes of a shard.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed pairs per row.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Of the CPU, for both sides of a pair.")]
+Only = Annotated[list[str] | None, typer.Option("--only", help="Rows whose name contains this; repeat.")]
+Memory = Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peaks of memory too.")]
 
 _EXPECTED = (InputError, CheckpointError, StoreError, MissingExtraError)
 
@@ -72,6 +89,28 @@ def new_app(name: str, help: str, version: str) -> typer.Typer:  # noqa: A002
     return app
 
 
+def show_options(command: Callable[..., Any], options: Mapping[str, tuple[Any, Any]]) -> None:
+    """Let typer see options of a command that takes them as ``**keywords``.
+
+    Args:
+        command: not yet registered; afterwards its signature is that of ``options``.
+        options: name -> its ``Annotated`` type and its default; ``inspect.Parameter.empty`` for none.
+
+    Example:
+        >>> def command(**options): ...
+        >>> show_options(command, {"seed": (Seed, 0)})
+        >>> list(inspect.signature(command).parameters)
+        ['seed']
+    """
+    shown = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in options.items()
+    ]
+    command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    command.__annotations__ = {name: kind for name, (kind, _) in options.items()}
+    vars(command).pop("__wrapped__", None)  # else typer looks at the function inside
+
+
 def fraction(text: str) -> float:
     """A number that may be written as a fraction.
 
@@ -95,8 +134,12 @@ def fraction(text: str) -> float:
     return found
 
 
-def run(app: typer.Typer) -> None:
+def run(app: typer.Typer, *words: str) -> None:
     """Run an app as a console script: an error of the family is one line on stderr, without a traceback.
+
+    Args:
+        app: of :func:`new_app`.
+        *words: put before those of the command line, such as the verb of a script of its own.
 
     Raises:
         SystemExit: 2 for bad input, checkpoints, stores and missing extras, 1 for others of the family, 130
@@ -108,7 +151,7 @@ def run(app: typer.Typer) -> None:
     # A notice from torch to torch, printed while its own modules load; users of a command cannot act on it.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
     try:
-        app()
+        app([*words, *sys.argv[1:]]) if words else app()
     except FusionError as error:
         line = " ".join(str(error).split())
         sys.stderr.write(f"error: {line or type(error).__name__}\n")

@@ -19,10 +19,10 @@ from fusion_core import __version__, cli
 from fusion_core.demo import (
     GROUP,
     Method,
-    add_result,
     check_own,
     discover,
     result_document,
+    result_page,
     show,
 )
 from fusion_core.errors import InputError
@@ -231,10 +231,34 @@ def _page(results: Iterable[dict[str, Any]], methods: dict[str, Method], place: 
     versions = [f"{name} {version}" for name, version in machine["versions"].items()]
     hardware = [machine["os"], f"{machine['cores']} cores", *machine["accelerators"]]
     page.raw(piece("facts", [*hardware, f"Python {machine['python']}", *versions]))
-    page.raw(piece("overview", [(document, methods.get(document["method"])) for document in listed]))
+    page.raw(piece("tiles", [_tile(document, methods.get(document["method"])) for document in listed]))
     for document in listed:
-        add_result(page, document, place / document["method"], methods.get(document["method"]))
+        name = document["method"]
+        part = result_page(document, place / name, methods.get(name), level=3)
+        page.card(part, f"method-{name}", name)
     return page
+
+
+def _tile(document: dict[str, Any], method: Method | None) -> dict[str, Any]:
+    """What the overview says of one method."""
+    verdicts = [claim["shown"] for claim in document["claims"]]
+    kinds = (
+        (True, "good", "✓", "shown"),
+        (False, "bad", "✗", "not shown"),
+        (None, "plain", "\u2013", "not tested"),
+    )
+    return {
+        "name": document["method"],
+        "anchor": f"method-{document['method']}",
+        "error": document["status"] != "ok",
+        "summary": method.summary if method else "It cannot be loaded.",
+        "time": f"{document['seconds']:.1f}\u00a0s",
+        "verdicts": [
+            (kind, f"{sign} {verdicts.count(value)} {word}")
+            for value, kind, sign, word in kinds
+            if value in verdicts
+        ],
+    }
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from fusion_core.errors import DataError, FusionWarning, InputError
 
@@ -221,7 +221,6 @@ def run_demo(
         InputError: ``out`` holds something else.
     """
     from fusion_core.checkpoint import atomic_directory
-    from fusion_core.report import Page
     from fusion_core.results import dump_json
 
     check_own(out, SCHEMA)
@@ -230,9 +229,7 @@ def run_demo(
         demo = method.demo(place, full=full, seed=seed, **options)
         seconds = time.perf_counter() - start
         document = write_result(demo, place, method, full=full, seed=seed, seconds=seconds)
-        page = Page(method.title)
-        add_result(page, document, place, method, heading=False)
-        page.save(place / "report.html")
+        result_page(document, place, method).save(place / "report.html")
     if json:
         sys.stdout.write(dump_json(document))
     else:
@@ -241,7 +238,7 @@ def run_demo(
     return document
 
 
-def add_demo(app: typer.Typer, package: str, text: str, full: str) -> None:
+def add_demo(app: typer.Typer, package: str, text: str, full: str, **own: tuple[Any, Any]) -> None:
     """Give a command line the verb ``demo``, with ``--out``, ``--full``, ``--seed`` and ``--json``.
 
     Args:
@@ -249,20 +246,28 @@ def add_demo(app: typer.Typer, package: str, text: str, full: str) -> None:
         package: the distribution, whose module ``demo`` holds the :class:`Method` as ``method``.
         text: one sentence of what it shows.
         full: what ``--full`` does.
+        **own: further options of the package's demo, name -> (``Annotated`` type, default).
     """
     import typer
 
-    folder = f"{package}-demo"
+    from fusion_core import cli
 
-    @app.command("demo", help=f"{text}\n\nExample: {package} demo --out results")
-    def command(  # pyright: ignore[reportUnusedFunction]
-        out: Path = typer.Option(Path(folder), "--out", "-o", help="Directory for the results."),  # noqa: B008
-        full: bool = typer.Option(False, "--full", help=full),
-        seed: int = typer.Option(0, "--seed", help="All random draws follow from it."),
-        json: bool = typer.Option(False, "--json", help="Print one JSON document instead of a table."),
-    ) -> None:
+    def command(out: Path, full: bool, seed: int, json: bool, **options: Any) -> None:
         module = importlib.import_module(f"{package.replace('-', '_')}.demo")
-        run_demo(module.method, out, full=full, seed=seed, json=json)
+        run_demo(module.method, out, full=full, seed=seed, json=json, **options)
+
+    place = Annotated[Path, typer.Option("--out", "-o", help="Directory for the results.")]
+    cli.show_options(
+        command,
+        {
+            "out": (place, Path(f"{package}-demo")),
+            **own,
+            "full": (Annotated[bool, typer.Option("--full", help=full)], False),
+            "seed": (cli.Seed, 0),
+            "json": (cli.Json, False),
+        },
+    )
+    app.command("demo", help=f"{text}\n\nExample: {package} demo --out results")(command)
 
 
 def check_own(out: str | os.PathLike[str], schema: str) -> None:
@@ -295,44 +300,45 @@ def show(document: Mapping[str, Any]) -> None:
         console.print(note, style="dim", markup=False, soft_wrap=True)
 
 
-def add_result(
-    page: Page, document: Mapping[str, Any], place: Path, method: Method | None, *, heading: bool = True
-) -> None:
-    """Add a result to a page: facts, claims, tables, pictures, notes, settings.
+def result_page(document: Mapping[str, Any], place: Path, method: Method | None, *, level: int = 2) -> Page:
+    """A result as a page: facts, claims, tables, pictures, notes, settings.
 
     Args:
-        page: the page.
         document: a ``result.json``.
         place: the directory of its pictures.
         method: for title, summary and paper; None where it could not be loaded.
-        heading: begin with the method's title.
+        level: of the headings inside; 3 where the page becomes a card of another.
     """
-    from fusion_core.report import Claim, Comparison, Figure, piece
+    from fusion_core.report import Claim, Comparison, Figure, Page, piece
     from fusion_core.results import dump_json
 
-    name = document["method"]
-    if heading:
-        page.heading(method.title if method else name, anchor=f"method-{name}")
+    page = Page(method.title if method else document["method"])
     facts = [piece("link", method.url, method.paper)] if method else []
     facts += [
         f"{document['package']} {document['version']}",
         f"{document['mode']} mode",
         f"seed {document['seed']}",
-        f"{document['seconds']:.1f} s",
+        f"{document['seconds']:.1f}\u00a0s",
     ]
     page.raw(piece("facts", facts))
     if method:
         page.text(method.summary)
     if document["status"] != "ok":
         page.raw(piece("badge", "bad", "✗ failed"))
-        page.raw(piece("details", "What it said", document["error"], True))
-        return
-    page.claims(Claim(**claim) for claim in document["claims"])
+        return page.raw(piece("details", "What it said", document["error"], True))
+    if document["claims"]:
+        page.heading("Claims of the paper", level)
+        page.claims(Claim(**claim) for claim in document["claims"])
+    if document["tables"]:
+        page.heading("Numbers", level)
     for table in document["tables"]:
         page.table(Comparison.from_dict(table))
+    if document["figures"]:
+        page.heading("Pictures", level)
     for figure in document["figures"]:
         page.figure(Figure(place / Path(figure["file"]).name, figure["alt"], figure["caption"]))
-    for note in document["notes"]:
-        page.text(note)
+    if document["notes"]:
+        page.heading("Notes", level)
+        page.raw(piece("notes", document["notes"]))
     record = {key: document[key] for key in ("settings", "seeds", "environment")}
-    page.raw(piece("details", "Settings and machine", dump_json(record), False))
+    return page.raw(piece("details", "Settings and machine", dump_json(record), False))

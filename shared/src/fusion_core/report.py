@@ -97,6 +97,7 @@ class Page:
     def __init__(self, title: str) -> None:
         self.title = title
         self._pieces: list[Markup] = []
+        self._contents: list[tuple[str, str]] = []
 
     def _add(self, name: str, *values: Any) -> Page:
         return self.raw(piece(name, *values))
@@ -122,6 +123,17 @@ class Page:
         """Add a picture; the file is read now."""
         return self._add("figure", figure.data_url(), figure.alt, figure.caption)
 
+    def card(self, part: Page, anchor: str, label: str) -> Page:
+        """Add another page as a framed section, with a link to it in the contents bar at the top.
+
+        Args:
+            part: its title becomes the heading, of level 2.
+            anchor: id of the section.
+            label: in the bar.
+        """
+        self._contents.append((anchor, label))
+        return self._add("card", part.title, anchor, part.body())
+
     def claims(self, claims: Iterable[Claim]) -> Page:
         """Add claims, each with its badge: shown, not shown, not tested."""
         listed = list(claims)
@@ -146,7 +158,11 @@ class Page:
 
     def html(self) -> str:
         """The whole document."""
-        return _templates().get_template("page.html").render(title=self.title, body=self.body())
+        return (
+            _templates()
+            .get_template("page.html")
+            .render(title=self.title, body=self.body(), contents=self._contents)
+        )
 
     def fragment(self) -> str:
         """The page as a piece of another one (a notebook cell), with its style."""
@@ -301,8 +317,8 @@ def _show(value: Any) -> str:
             return str(other)
 
 
-def dataframe(rows: Rows) -> Any:
-    """Mappings as a ``pandas.DataFrame``, one column per key.
+def dataframe(rows: Rows | Mapping[str, Any]) -> Any:
+    """Mappings, or columns by name, as a ``pandas.DataFrame``.
 
     Raises:
         MissingExtraError: pandas is not installed.

@@ -6,8 +6,7 @@ images of 64 x 64 pixels. The targets of speed and memory are those of the packa
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,36 +112,24 @@ def _prepare(name: str, batch: int, size: int) -> Callable[[], Tensor]:
     return made.plain if name == "plain" else made.ours(name)
 
 
-@contextlib.contextmanager
-def _threads(count: int) -> Generator[None, None, None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run(
     *,
     repeats: int = 5,
-    batch: int = 8,
+    batch_size: int = 8,
     size: int = 64,
     steps: int = 10,
     device: str = "cpu",
     memory: bool = True,
-    threads: int = 1,
 ) -> Bench:
     """Measure speed and, on request, memory.
 
     Args:
         repeats: pairs per row.
-        batch: images.
+        batch_size: images.
         size: of a side in pixels.
-        steps: of each attack; the default is the attack's own.
+        steps: of each attack.
         device: ``"cpu"`` or ``"cuda"``.
-        memory: measure peaks too; on the CPU each in a fresh process.
-        threads: of the CPU, for both sides.
+        memory: measure peaks too; on the CPU each in a fresh process, on one thread.
 
     Returns:
         The rows; their ratio is the plain loop's cost over ours.
@@ -155,21 +142,20 @@ def run(
         raise ConfigError(f"size is {size}, wanted a multiple of 8 of at least 32")
     place, bench = str(resolve_device(device)), Bench("adaea")
     cuda = place.startswith("cuda")
-    with _threads(threads):
-        made = workload(batch, size, steps=steps, device=place)
-        for name in VARIANTS:
-            row = paired(
-                name,
-                made.ours(name),
-                made.plain,
-                repeats=repeats,
-                target=(">= 2" if name == "exact" else None) if cuda else TARGETS[name],
-                device=place,
-                dtype="float32",
-                against=AGAINST,
-                note=f"K=4, B={batch}, {size} px, {steps} steps",
-            )
-            bench.add(row)
+    made = workload(batch_size, size, steps=steps, device=place)
+    for name in VARIANTS:
+        row = paired(
+            name,
+            made.ours(name),
+            made.plain,
+            repeats=repeats,
+            target=(">= 2" if name == "exact" else None) if cuda else TARGETS[name],
+            device=place,
+            dtype="float32",
+            against=AGAINST,
+            note=f"K=4, B={batch_size}, {size} px, {steps} steps",
+        )
+        bench.add(row)
     if not memory:
         return bench
     if cuda:
@@ -178,7 +164,7 @@ def run(
             **{n: peak_memory(made.ours(n), place) for n in VARIANTS},
         }
     else:
-        peaks = {name: peak_memory(_Task(name, batch, size)) for name in ("plain", *VARIANTS)}  # type: ignore[arg-type]
+        peaks = {name: peak_memory(_Task(name, batch_size, size)) for name in ("plain", *VARIANTS)}  # type: ignore[arg-type]
     for name in VARIANTS:
         bench.add(
             memory_row(

@@ -9,6 +9,7 @@ import typer
 
 from adaea import __version__
 from fusion_core import cli
+from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
 from fusion_core.errors import ConfigError, InputError
 
@@ -34,7 +35,6 @@ Norm = Annotated[str, typer.Option("--norm", help="linf or l2.")]
 Target = Annotated[
     str | None, typer.Option("--target", help="A label, random or least-likely; untargeted if not given.")
 ]
-Workers = Annotated[int, typer.Option("--batch-size", min=1, help="Images attacked together.")]
 
 
 def _settings(alpha: str | None, steps: int | None, norm: str) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def audit(
             "--defence", help="Further targets, by commas: jpeg:75, bits:4, median:3, resize-pad ..."
         ),
     ] = None,
-    batch_size: Workers = 32,
+    batch_size: cli.BatchSize = 32,
     limit: cli.Limit = None,
     size: Size = None,
     device: cli.Device = "auto",
@@ -165,7 +165,7 @@ def attack(
     steps: Steps = None,
     norm: Norm = "linf",
     target: Target = None,
-    batch_size: Workers = 32,
+    batch_size: cli.BatchSize = 32,
     limit: cli.Limit = None,
     size: Size = None,
     device: cli.Device = "auto",
@@ -247,9 +247,7 @@ def evaluate(
     clean = None if data is None else load_data(data, size=size)[0]
     progress = False if quiet else None
     report = run(set_, models, clean=clean, batch_size=batch_size, device=device, progress=progress)
-    if out is not None:
-        report.save(out)
-    cli.emit(report, json)
+    cli.emit(report, json, out)
 
 
 @app.command()
@@ -269,9 +267,7 @@ def compare(
     from adaea.evaluation import compare as run
 
     report = run(first, second, models, batch_size=batch_size, device=device)
-    if out is not None:
-        report.save(out)
-    cli.emit(report, json)
+    cli.emit(report, json, out)
 
 
 @app.command()
@@ -284,7 +280,7 @@ def importance(
     alpha: Alpha = None,
     steps: Steps = None,
     norm: Norm = "linf",
-    batch_size: Workers = 32,
+    batch_size: cli.BatchSize = 32,
     limit: cli.Limit = None,
     size: Size = None,
     device: cli.Device = "auto",
@@ -318,9 +314,7 @@ def importance(
         dtype=dtype,
         progress=False if quiet else None,
     )
-    if out is not None:
-        report.save(out)
-    cli.emit(report, json)
+    cli.emit(report, json, out)
 
 
 @app.command()
@@ -372,22 +366,15 @@ add_demo(
 )
 
 
-@app.command()
-def bench(
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File for the JSON document, such as bench.json.")
-    ] = None,
-    device: cli.Device = "cpu",
-    json: cli.Json = False,
-) -> None:
-    """Time AdaEA against a plain implementation of the published loop, in one process.
-
-    Example: adaea bench --out bench.json
-    """
-    from adaea.bench import run
-
-    found = run(device=device)
-    cli.emit(found, json, out)
+add_bench(
+    app,
+    "adaea",
+    "Time AdaEA against a plain implementation of the published loop, in one process.",
+    batch_size=(cli.BatchSize, 8),
+    size=(Annotated[int, typer.Option("--size", min=32, help="Side of the images in pixels.")], 64),
+    steps=(Annotated[int, typer.Option("--steps", min=1, help="Steps of the attack.")], 10),
+    memory=(cli.Memory, True),
+)
 
 
 def main() -> None:

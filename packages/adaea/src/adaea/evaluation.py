@@ -61,7 +61,7 @@ def predictions(
     images: Tensor,
     *,
     batch_size: int = 32,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     progress: bool | None = None,
 ) -> Tensor:
@@ -125,7 +125,7 @@ def evaluate(
     *,
     clean: Tensor | None = None,
     batch_size: int = 32,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     progress: bool | None = None,
 ) -> Report:
     """Score a saved adversarial set against models, exactly and after rounding to uint8.
@@ -193,7 +193,7 @@ def compare(
     models: Models,
     *,
     batch_size: int = 32,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
 ) -> Report:
     """Two saved sets on the same images: strict success of each, and McNemar's exact test between them.
 

@@ -10,30 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fusion_core.atomic import atomic_write
-from fusion_core.errors import require_extra
+from fusion_core.plotting import new_figure, save_figure
 from fusion_core.report import Figure
 from fusion_core.stats import Interval
 
 # Okabe and Ito's colors: told apart with any color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#B8A000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_DPI = 144
-
-
-def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure without pyplot, so that nothing global changes.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    module = require_extra("matplotlib.figure", "plot", "adaea")
-    return module.Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=_DPI)
 
 
 def _plain_axes(ax: Any) -> None:
@@ -78,7 +61,7 @@ def grid(
     """
     columns = len(clean)
     rows = 3 if keep is None else 4
-    figure = new_figure(1.5 * columns + 1.15, 1.72 * rows + 0.75)
+    figure = new_figure(1.5 * columns + 1.15, 1.72 * rows + 0.75, "adaea")
     axes = figure.subplots(rows, columns, squeeze=False)
     labels = ("clean", "perturbation\ntimes 10", "adversarial", "filter keeps\n(first step)")
     change = ((adversarial - clean) * 10 + 0.5).clamp(0, 1)
@@ -103,7 +86,7 @@ def grid(
     figure.suptitle(
         f"{attack}, eps {_fraction(eps)}, seen by {model}", fontsize=12, color="#222222", fontweight="bold"
     )
-    _save(figure, path)
+    save_figure(figure, path)
     fooled = sum(before == truth != after for truth, before, after in titles)
     filter_words = (
         "" if keep is None else " The last row is white where the disparity filter lets a pixel move."
@@ -142,7 +125,7 @@ def curves(path: Path, series: Mapping[str, Mapping[str, Mapping[float, Interval
     """
     columns = min(len(series), 3)
     rows = -(-len(series) // columns)
-    figure = new_figure(max(3.5 * columns, 4.6) + 0.4, 2.75 * rows + 0.75)
+    figure = new_figure(max(3.5 * columns, 4.6) + 0.4, 2.75 * rows + 0.75, "adaea")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     every = sorted({eps for attacks in series.values() for points in attacks.values() for eps in points})
     step = min((b - a for a, b in pairwise(every)), default=every[0] or 1.0)
@@ -184,7 +167,7 @@ def curves(path: Path, series: Mapping[str, Mapping[str, Mapping[float, Interval
         ncols=min(len(handles), 4),
         frameon=False,
     )
-    _save(figure, path)
+    save_figure(figure, path)
     return Figure(
         path,
         f"{rate} over the budget for {', '.join(series)}",
@@ -203,7 +186,7 @@ def weights(path: Path, traces: Mapping[str, Any], names: Sequence[str]) -> Figu
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = new_figure(max(4.1 * len(traces), 5.4), 3.5)
+    figure = new_figure(max(4.1 * len(traces), 5.4), 3.5, "adaea")
     axes = figure.subplots(1, len(traces), squeeze=False, sharey=True)[0]
     lines: list[Any] = []
     top = 0.0
@@ -239,7 +222,7 @@ def weights(path: Path, traces: Mapping[str, Any], names: Sequence[str]) -> Figu
     axes[0].set_ylabel("weight of the surrogate", fontsize=9.5, color="#444444")
     axes[0].set_ylim(0, min(1.0, 1.12 * top))
     figure.legend(lines, names, loc="outside upper center", ncols=min(len(names), 5), frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
     return Figure(
         path,
         f"Weights of {', '.join(names)} over the steps",

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fusion_core.checkpoint import PathLike, atomic_write
-from fusion_core.errors import DataError, require_extra
+from fusion_core.errors import DataError
+from fusion_core.plotting import axes_or_new
 from fusion_core.results import Result, plain
 
 
@@ -110,7 +111,9 @@ class Trace(Result):
         Raises:
             MissingExtraError: pandas is not installed.
         """
-        return require_extra("pandas", "demo", "adaea").DataFrame(self.rows())
+        from fusion_core.report import dataframe
+
+        return dataframe(self.rows())
 
     def save(self, path: PathLike) -> None:
         """Write ``.npz``, ``.safetensors``, ``.json`` or, a row per line, ``.jsonl``; whole or not at all."""
@@ -132,8 +135,7 @@ class Trace(Result):
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        if ax is None:
-            ax = require_extra("matplotlib.pyplot", "plot", "adaea").figure().add_subplot()
+        ax = axes_or_new(ax, "adaea")
         weights = self.weights.detach().double().cpu()
         weights = weights.mean(-1) if weights.dim() == 3 else weights
         for name, line in zip(self.names, weights.T.tolist(), strict=True):

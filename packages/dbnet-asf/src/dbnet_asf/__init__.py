@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dbnet_asf.detect import TextDetector
     from dbnet_asf.detection import Detection, Region
     from dbnet_asf.diagnosing import diagnose
+    from dbnet_asf.errors import AnnotationError
     from dbnet_asf.evaluation import evaluate
     from dbnet_asf.export import export_onnx
     from dbnet_asf.geometry import unclip
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dbnet_asf.train import Trainer
 
 __all__ = [
+    "AnnotationError",
     "DBConfig",
     "DBLoss",
     "DBNet",
@@ -62,6 +64,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "AnnotationError": "errors",
         "DBConfig": "config",
         "DBLoss": "losses",
         "DBNet": "model.dbnet",

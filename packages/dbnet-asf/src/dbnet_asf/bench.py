@@ -114,27 +114,21 @@ def _forward_row(
     )
 
 
-def run(*, repeats: int = 5, threads: int = 1, device: str = "cpu", memory: bool = True) -> Bench:
+def run(*, repeats: int = 5, device: str = "cpu", memory: bool = True) -> Bench:
     """Measure everything.
 
     Args:
         repeats: pairs per row.
-        threads: of both sides of a pair.
         device: of the network and the detector.
         memory: also the row that starts a fresh process.
 
     Raises:
-        ConfigError: fewer than one repeat or thread.
+        ConfigError: fewer than one repeat.
     """
-    for name, value in (("repeats", repeats), ("threads", threads)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}, wanted at least 1")
-    bench, before = Bench("dbnet-asf"), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for row in (*label_rows(repeats), *network_rows(repeats, device)):
-            bench.add(row)
-        add_rows(bench, repeats=repeats, device=device, memory=memory)
-    finally:
-        torch.set_num_threads(before)
+    if repeats < 1:
+        raise ConfigError(f"repeats is {repeats}, wanted at least 1")
+    bench = Bench("dbnet-asf")
+    for row in (*label_rows(repeats), *network_rows(repeats, device)):
+        bench.add(row)
+    add_rows(bench, repeats=repeats, device=device, memory=memory)
     return bench

@@ -8,6 +8,7 @@ import typer
 
 from dbnet_asf import __version__, options
 from fusion_core import cli
+from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
 from fusion_core.errors import InputError
 
@@ -42,11 +43,9 @@ def detect(
         bool, typer.Option("--crops", help="Write the straightened regions into --out.")
     ] = False,
     batch_size: cli.BatchSize = 4,
-    num_workers: options.Workers = 2,
+    num_workers: cli.NumWorkers = 2,
     limit: cli.Limit = None,
-    shard: Annotated[
-        str | None, typer.Option("--shard", help="i/n: every n-th picture from the i-th on.")
-    ] = None,
+    shard: cli.Shard = None,
     resume: cli.Resume = False,
     overwrite: cli.Overwrite = False,
     device: cli.Device = "auto",
@@ -142,7 +141,11 @@ def _on_screen(
 
 @app.command()
 def train(
-    data: options.Data,
+    data: Annotated[str, typer.Option("--data", "-d", help=options.DATA)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the run.")],
+    config: Annotated[
+        Path | None, typer.Argument(help="Training settings, .toml or .json.", show_default=False)
+    ] = None,
     test: Annotated[str | None, typer.Option("--test", help="Data set to evaluate on.")] = None,
     format: options.Format = None,  # noqa: A002
     preset: Annotated[
@@ -151,12 +154,9 @@ def train(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Begin with these weights instead.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Training settings, .toml or .json.")
-    ] = None,
-    change: options.Settings = None,
-    out: cli.Out = None,
+    change: cli.Settings = None,
     resume: cli.Resume = False,
+    overwrite: cli.Overwrite = False,
     device: cli.Device = "auto",
     seed: cli.Seed = 0,
     json: cli.Json = False,
@@ -164,15 +164,13 @@ def train(
 ) -> None:
     """Train a detector; Ctrl-C finishes the step, --resume goes on.
 
-    Example: dbnet-asf train icdar2015:ic15/train --test icdar2015:ic15/test --preset resnet18 --out runs/ic15
+    Example: dbnet-asf train -d icdar2015:ic15/train --test icdar2015:ic15/test --preset resnet18 -o runs/ic15
     """
     from dbnet_asf.config import DBConfig, TrainConfig
     from dbnet_asf.datasets import load
     from dbnet_asf.model.dbnet import DBNet
     from dbnet_asf.train import Trainer
 
-    if out is None:
-        raise InputError("--out is missing, wanted a folder for the run")
     settings = TrainConfig.load(config) if config is not None else TrainConfig(seed=seed)
     settings = settings.override(change or [])
     if model is not None:
@@ -184,7 +182,7 @@ def train(
         net = DBNet(DBConfig.preset(preset))
     held_out = load(test) if test else None
     trainer = Trainer(net, load(data, format=format), held_out, config=settings, device=device)
-    cli.emit(trainer.fit(out, resume=resume, progress=_bar(quiet)), json)
+    cli.emit(trainer.fit(out, resume=resume, overwrite=overwrite, progress=_bar(quiet)), json)
 
 
 @app.command()
@@ -236,9 +234,7 @@ def evaluate(
     )
     how: dict[str, Any] = {"protocol": protocol, "matching": matching}
     report = run(detector, load(data, format=format), limit=limit, progress=_bar(quiet), **how)
-    if out is not None:
-        report.save(out)
-    cli.emit(report, json)
+    cli.emit(report, json, out)
     if min_hmean is not None and report.hmean < min_hmean:
         sys.stderr.write(f"gate not met: hmean is {report.hmean:.4f}, below --min-hmean {min_hmean:g}\n")
         raise typer.Exit(3)
@@ -271,9 +267,7 @@ def tune(
         model, device, dtype, mode="polygon" if polygon else None, score=score, short_side=short_side
     )
     report = run(detector, load(data, format=format), protocol=protocol, limit=limit, progress=_bar(quiet))
-    if out is not None:
-        report.save(out)
-    cli.emit(report, json)
+    cli.emit(report, json, out)
 
 
 @app.command()
@@ -294,9 +288,7 @@ def diagnose(
     from dbnet_asf.diagnosing import diagnose as run
 
     report = run(load(data, format=format), scale=scale, limit=limit, progress=_bar(quiet))
-    if out is not None:
-        report.save(out)
-    cli.emit(report, json)
+    cli.emit(report, json, out)
     for warning in report.warnings:
         sys.stderr.write(f"warning: {warning}\n")
 
@@ -307,7 +299,8 @@ def labels(
     annotation: Annotated[Path, typer.Argument(help="Its words: a file, or the folder that holds it.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the pictures.")],
     format: Annotated[str, typer.Option("--format", help="icdar2015 or totaltext.")] = "icdar2015",  # noqa: A002
-    change: options.Settings = None,
+    change: cli.Settings = None,
+    json: cli.Json = False,
 ) -> None:
     """Draw the label maps that a network would learn from one picture.
 
@@ -317,61 +310,66 @@ def labels(
     from dbnet_asf.jobs import label_pictures
 
     config = LabelConfig().override(change or [])
-    for path in label_pictures(image, annotation, out, format=format, labels=config):
-        typer.echo(str(path))
+    made = label_pictures(image, annotation, out, format=format, labels=config)
+    cli.emit([{"file": str(path)} for path in made], json)
 
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Argument(help="The ONNX file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file.")],
     model: options.Model = "nano",
     opencv: Annotated[
         bool, typer.Option("--opencv/--ort", help="For OpenCV's text detector, or onnxruntime.")
     ] = False,
     drop_deform: Annotated[bool, typer.Option("--drop-deform", help="Where all offsets are zero.")] = False,
+    json: cli.Json = False,
 ) -> None:
     """Write a network as ONNX, with the settings of the whole pipeline inside.
 
-    Example: dbnet-asf export nano.onnx --ort
+    Example: dbnet-asf export --ort --out nano.onnx
     """
     from dbnet_asf.export import export_onnx
     from dbnet_asf.model.dbnet import DBNet
 
-    typer.echo(str(export_onnx(DBNet.from_pretrained(model), out, opencv=opencv, drop_deform=drop_deform)))
+    path = export_onnx(DBNet.from_pretrained(model), out, opencv=opencv, drop_deform=drop_deform)
+    cli.emit({"out": str(path)}, json)
 
 
 @app.command()
 def convert(
     official: Annotated[Path, typer.Argument(help="A checkpoint of the authors' code (.pth).")],
-    out: Annotated[Path, typer.Argument(help="The folder of the converted network.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the converted network.")],
     polygon: options.Polygon = False,
+    json: cli.Json = False,
 ) -> None:
     """Turn a checkpoint of the authors' code into one of ours, without running anything inside it.
 
-    Example: dbnet-asf convert totaltext_resnet18 totaltext --polygon
+    Example: dbnet-asf convert totaltext_resnet18 --polygon --out totaltext
     """
     from dbnet_asf.checkpoint import load_official
 
     net = load_official(official, mode="polygon" if polygon else "quad")
     net.save_pretrained(out)
     config = net.config
-    typer.echo(f"{out}: {config.backbone}, dcn {config.dcn}, attention {config.attention}")
+    facts = {name: getattr(config, name) for name in ("backbone", "dcn", "attention")}
+    cli.emit({**facts, "out": str(out)}, json)
 
 
 @app.command()
 def render(
-    out: Annotated[Path, typer.Argument(help="Gets images/ and gts/.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Gets images/ and gts/.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many scenes.")] = 100,
     photos: Annotated[Path | None, typer.Option("--photos", help="Photographs without text.")] = None,
     size: options.Size = 640,
     first: Annotated[int, typer.Option("--first", min=0, help="Index of the first scene.")] = 0,
     seed: cli.Seed = 0,
-    num_workers: options.Workers = 1,
+    num_workers: cli.NumWorkers = 1,
+    json: cli.Json = False,
     quiet: cli.Quiet = False,
 ) -> None:
     """Render synthetic scenes with known words; what is there already stays.
 
-    Example: dbnet-asf render scenes -n 20
+    Example: dbnet-asf render -n 20 --out scenes
     """
     from dbnet_asf.jobs import render_files
 
@@ -385,25 +383,15 @@ def render(
         num_workers=num_workers,
         progress=_bar(quiet),
     )
-    typer.echo(f"{made} scenes in {out}")
+    cli.emit({"scenes": made, "out": str(out)}, json)
 
 
-@app.command()
-def bench(
-    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Pairs per row.")] = 5,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Of both sides of a pair.")] = 1,
-    device: cli.Device = "cpu",
-    out: cli.Out = None,
-    json: cli.Json = False,
-) -> None:
-    """Measure against plain implementations, in interleaved pairs.
-
-    Example: dbnet-asf bench --repeats 5 --out bench.json
-    """
-    from dbnet_asf.bench import run
-
-    found = run(repeats=repeats, threads=threads, device=device)
-    cli.emit(found, json, out)
+add_bench(
+    app,
+    "dbnet-asf",
+    "Measure against plain implementations, in interleaved pairs.",
+    memory=(cli.Memory, True),
+)
 
 
 add_demo(

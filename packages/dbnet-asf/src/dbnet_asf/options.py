@@ -9,9 +9,8 @@ from fusion_core.errors import InputError
 Model = Annotated[
     str, typer.Option("--model", "-m", help="nano (inside the package), a folder, or OWNER/NAME of the hub.")
 ]
-Data = Annotated[
-    str, typer.Argument(help="Folder or file, FORMAT:PATH, or rendered:COUNT[:SEED] for synthetic scenes.")
-]
+DATA = "Folder or file, FORMAT:PATH, or rendered:COUNT[:SEED] for synthetic scenes."
+Data = Annotated[str, typer.Argument(help=DATA)]
 Format = Annotated[
     str | None, typer.Option("--format", help="icdar2015, totaltext, paddleocr or synthtext; else guessed.")
 ]
@@ -26,14 +25,7 @@ Tile = Annotated[int | None, typer.Option("--tile", help="Tiles of this side for
 Overlap = Annotated[int, typer.Option("--overlap", help="Of neighboring tiles, in pixels.")]
 Score = Annotated[str | None, typer.Option("--score", help="fast, slow or component.")]
 Size = Annotated[int, typer.Option("--size", min=64, help="Side of the scenes, in pixels.")]
-Workers = Annotated[
-    int, typer.Option("--num-workers", min=1, help="Threads or processes beside the network.")
-]
 Protocol = Annotated[str, typer.Option("--protocol", help="iou (ICDAR 2015) or deteval (Total-Text).")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change a setting, such as lr=0.001 or labels.shrink_ratio=0.5."),
-]
 
 
 def detector(model: str, device: str, dtype: str, **options: Any) -> Any:

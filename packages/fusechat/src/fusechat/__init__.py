@@ -13,19 +13,23 @@ if TYPE_CHECKING:
     from fusechat import align, merge
     from fusechat.collate import FusionCollator
     from fusechat.collecting import collect
+    from fusechat.errors import AlignmentError, IncompatibleCheckpoints, UnsupportedTokenizer
     from fusechat.objective import FusionLoss, LossOutput
     from fusechat.store import TopKStore
     from fusechat.targets import FusionBatch, Targets
     from fusechat.trainer import FusionTrainer
 
 __all__ = [
+    "AlignmentError",
     "FusionBatch",
     "FusionCollator",
     "FusionLoss",
     "FusionTrainer",
+    "IncompatibleCheckpoints",
     "LossOutput",
     "Targets",
     "TopKStore",
+    "UnsupportedTokenizer",
     "__version__",
     "align",
     "collect",
@@ -35,13 +39,16 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "AlignmentError": "errors",
         "FusionBatch": "targets",
         "FusionCollator": "collate",
         "FusionLoss": "objective",
         "FusionTrainer": "trainer",
+        "IncompatibleCheckpoints": "errors",
         "LossOutput": "objective",
         "Targets": "targets",
         "TopKStore": "store",
+        "UnsupportedTokenizer": "errors",
         "align": "align",
         "collect": "collecting",
         "merge": "merge",

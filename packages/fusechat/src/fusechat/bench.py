@@ -85,16 +85,19 @@ class _LossTask:
         return loss_call, self.arguments
 
 
-def loss_call(kind: str, batch: int, tokens: int, classes: int, k: int) -> Callable[[], object]:
+def loss_call(
+    kind: str, batch: int, tokens: int, classes: int, k: int, device: str = "cpu"
+) -> Callable[[], object]:
     """A function that computes a loss and its gradient, ``"ours"`` or ``"dense"``."""
-    torch.set_num_threads(1)
+    if device == "cpu":
+        torch.set_num_threads(1)
     made = torch.Generator().manual_seed(0)
-    logits = torch.randn(batch, tokens, classes, generator=made).requires_grad_()
-    labels = torch.randint(0, classes, (batch, tokens), generator=made)
-    ids = torch.randint(0, classes, (batch, tokens, k), generator=made)
-    values = torch.randn(batch, tokens, k, generator=made)
-    mask = torch.ones(batch, tokens, dtype=torch.bool)
-    sample = FusionBatch({}, labels, (Targets(ids, values, mask, torch.zeros(batch)),))
+    logits = torch.randn(batch, tokens, classes, generator=made).to(device).requires_grad_()
+    labels = torch.randint(0, classes, (batch, tokens), generator=made).to(device)
+    ids = torch.randint(0, classes, (batch, tokens, k), generator=made).to(device)
+    values = torch.randn(batch, tokens, k, generator=made).to(device)
+    mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    sample = FusionBatch({}, labels, (Targets(ids, values, mask, torch.zeros(batch, device=device)),))
     loss = FusionLoss(0.1, select="source")
 
     def ours() -> None:
@@ -104,35 +107,49 @@ def loss_call(kind: str, batch: int, tokens: int, classes: int, k: int) -> Calla
         plain_loss(logits, labels, ids, values.softmax(-1), 0.9).backward()
 
     # The libraries set themselves up on the first call.
-    small = torch.zeros(1, 2, 8, requires_grad=True)
-    few = Targets(ids[:1, :2] % 8, values[:1, :2], mask[:1, :2], torch.zeros(1))
+    small = torch.zeros(1, 2, 8, device=device, requires_grad=True)
+    few = Targets(ids[:1, :2] % 8, values[:1, :2], mask[:1, :2], torch.zeros(1, device=device))
     loss(small, FusionBatch({}, labels[:1, :2] % 8, (few,))).total.backward()
     plain_loss(small, labels[:1, :2] % 8, ids[:1, :2] % 8, values[:1, :2].softmax(-1), 0.9).backward()
     return ours if kind == "ours" else dense
 
 
-def loss_rows(batch: int = 2, tokens: int = 512, classes: int = 32_000, k: int = 10) -> list[Row]:
+def loss_rows(
+    batch: int = 2, tokens: int = 512, classes: int = 32_000, k: int = 10, device: str = "cpu"
+) -> list[Row]:
     """Peak memory of the sparse loss and of the dense one, beyond the logits; the gradient counts."""
+    sizes = (batch, tokens, classes, k)
     kinds = ("ours", "dense")
-    peaks = {kind: peak_memory(_LossTask(kind, batch, tokens, classes, k)) for kind in kinds}  # type: ignore[arg-type]
+    if not device.startswith("cuda"):
+        device = "cpu"
+        peaks = {kind: peak_memory(_LossTask(kind, *sizes)) for kind in kinds}  # type: ignore[arg-type]
+    else:
+        peaks = {kind: peak_memory(loss_call(kind, *sizes, device), device) for kind in kinds}
     gradient = batch * tokens * classes * 4
     note = f"{batch} x {tokens} x {classes}, k={k}; the gradient alone is {gradient / 2**20:.0f} MiB"
     extra = max(peaks["ours"] - gradient, 1), max(peaks["dense"] - gradient, 1)
+    common: dict[str, Any] = {"device": device, "against": "dense targets", "note": note}
     return [
-        memory_row(
-            "loss and gradient, peak", peaks["ours"], peaks["dense"], against="dense targets", note=note
-        ),
-        memory_row("loss beyond logits and gradient", *extra, against="dense targets", note=note),
+        memory_row("loss and gradient, peak", peaks["ours"], peaks["dense"], **common),
+        memory_row("loss beyond logits and gradient", *extra, **common),
     ]
 
 
-def run(*, repeats: int = 5, tokens: int = 1024, memory: bool = True, merging: Path | None = None) -> Bench:
+def run(
+    *,
+    repeats: int = 5,
+    device: str = "cpu",
+    tokens: int = 1024,
+    memory: bool = True,
+    merging: Path | None = None,
+) -> Bench:
     """Measure alignment and, on request, the memory of the loss and merging.
 
     Args:
         repeats: pairs per row.
+        device: of the loss; alignment and merging are work of the CPU.
         tokens: of the pivot's side of the aligned pair, at least 16.
-        memory: measure peaks too, each in a fresh process.
+        memory: measure peaks too; on the CPU each in a fresh process.
         merging: a folder with 4 GB of room; compare a 2 GB merge with mergekit there.
 
     Raises:
@@ -143,7 +160,7 @@ def run(*, repeats: int = 5, tokens: int = 1024, memory: bool = True, merging: P
     bench = Bench("fusechat")
     for row in alignment_rows(tokens, repeats):
         bench.add(row)
-    for row in loss_rows() if memory else ():
+    for row in loss_rows(device=device) if memory else ():
         bench.add(row)
     if merging is not None:
         from fusechat.bench_merging import merging_rows

@@ -10,6 +10,7 @@ import typer
 
 from fusechat import __version__
 from fusion_core import cli
+from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
 from fusion_core.errors import DataError, InputError
 
@@ -49,16 +50,16 @@ def _tokenizer(name: str) -> Any:
 
 @app.command()
 def collect(
-    model: Annotated[str, typer.Option("--model", help="The source: name or folder.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The source: name or folder.")],
     data: Annotated[
-        Path, typer.Option("--data", help=".jsonl or .json of dialogues, or .txt with one text a line.")
+        Path, typer.Option("--data", "-d", help=".jsonl or .json of dialogues, or .txt with one text a line.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the store.")],
     pivot: Annotated[
         str | None, typer.Option("--pivot", help="Whose chat template renders the dialogues.")
     ] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Entries to keep per token.")] = 10,
-    max_length: Annotated[int, typer.Option("--max-length", min=1, help="Most tokens of a dialogue.")] = 2048,
+    max_length: cli.MaxLength = 2048,
     batch_tokens: Annotated[
         int, typer.Option("--batch-tokens", min=1, help="Most tokens of a forward pass.")
     ] = 8192,
@@ -97,28 +98,26 @@ def align(
         str | None, typer.Option("--tokenizer", help="The source's tokenizer; by default its model's.")
     ] = None,
     vocab: Annotated[str, typer.Option("--vocab", help="ms, ms-official, em, mined or prefix.")] = "ms",
-    report: Annotated[Path | None, typer.Option("--report", help="Directory for a page.")] = None,
+    out: cli.Out = None,
     json: cli.Json = False,
 ) -> None:
     """How well a source's tokens align with a pivot's: coverage and kept mass, before any GPU hour.
 
-    Example: fusechat align stores/a --pivot pivot --report page
+    Example: fusechat align stores/a --pivot pivot --out page
     """
     from fusechat.align import inspect
     from fusechat.store import TopKStore
 
     source = None if tokenizer is None else _tokenizer(tokenizer)
     found = inspect(TopKStore(store), _tokenizer(pivot), source_tokenizer=source, vocab=vocab)
-    if report is not None:
-        found.save(report)
-    cli.emit(found, json)
+    cli.emit(found, json, out)
 
 
 @app.command()
 def train(
     pivot: Pivot,
     store: Stores,
-    data: Annotated[Path, typer.Option("--data", help="The dialogues that the stores hold.")],
+    data: Annotated[Path, typer.Option("--data", "-d", help="The dialogues that the stores hold.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the trained model.")],
     weight: Annotated[float | None, typer.Option("--weight", help="Share of the fusion term; 0.1.")] = None,
     lam: Annotated[float | None, typer.Option("--lambda", help="The papers' lambda: 1 - weight.")] = None,
@@ -126,8 +125,9 @@ def train(
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 3.0,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 5e-6,
     batch_size: cli.BatchSize = 4,
-    max_length: Annotated[int, typer.Option("--max-length", min=1, help="Most tokens of a dialogue.")] = 2048,
+    max_length: cli.MaxLength = 2048,
     seed: cli.Seed = 0,
+    json: cli.Json = False,
     quiet: cli.Quiet = False,
 ) -> None:
     """Fine-tune the pivot towards a source's distributions (needs the extra train).
@@ -170,7 +170,7 @@ def train(
     trainer.train()
     trainer.save_model(str(out))
     tokenizer.save_pretrained(out)
-    typer.echo(str(out), err=True)
+    cli.emit({"out": str(out)}, json)
 
 
 @app.command()
@@ -182,8 +182,8 @@ def merge(
     ] = "sce",
     base: Annotated[str | None, typer.Option("--base", help="The pivot.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the merged model.")] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="A mergekit recipe instead (extra recipe).")
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="A mergekit recipe instead (extra recipe).")
     ] = None,
     tau: Annotated[float, typer.Option("--tau", help="SCE: kept share of the elements that vary.")] = 0.1,
     variant: Annotated[str, typer.Option("--variant", help="SCE: paper, fusechat or mergekit.")] = "paper",
@@ -197,12 +197,8 @@ def merge(
     embeddings: Annotated[
         str, typer.Option("--embeddings", help="error, or common: merge common rows only.")
     ] = "error",
-    shard_gb: Annotated[
-        float, typer.Option("--shard-gb", min=0.001, help="Most gigabytes of a shard.")
-    ] = 5.0,
-    num_workers: Annotated[
-        int, typer.Option("--num-workers", min=1, help="Tensors merged side by side.")
-    ] = 1,
+    shard_gb: cli.ShardGb = 5.0,
+    num_workers: cli.NumWorkers = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would cost; read no tensor.")
     ] = False,
@@ -227,8 +223,8 @@ def merge(
         except ValueError:
             raise InputError(f"--weights is {weights!r}, wanted numbers such as 0.5,0.5") from None
     names = list(targets or [])
-    if config is not None:
-        plan = rules.from_recipe(config, **common)
+    if recipe is not None:
+        plan = rules.from_recipe(recipe, **common)
     elif method == "linear":
         plan = rules.linear(names, base=base, weights=numbers, **common)
     elif method == "slerp":
@@ -246,7 +242,7 @@ def merge(
     kind = None if dtype == "auto" else resolve_dtype(dtype)
     size = int(shard_gb * 1e9)
     if dry_run:
-        cli.emit(plan.dry_run(dtype=kind, shard_bytes=size, workers=num_workers), json)
+        cli.emit(plan.dry_run(dtype=kind, shard_bytes=size, num_workers=num_workers), json)
         return
     if out is None:
         raise InputError("--out is missing: the folder of the merged model")
@@ -254,11 +250,11 @@ def merge(
         out,
         dtype=kind,
         shard_bytes=size,
-        workers=num_workers,
+        num_workers=num_workers,
         overwrite=overwrite,
         progress=False if quiet else None,
     )
-    typer.echo(str(out), err=True)
+    cli.emit({"out": str(out)}, json)
 
 
 @app.command()
@@ -288,26 +284,21 @@ add_demo(
 )
 
 
-@app.command()
-def bench(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the JSON document.")] = None,
-    merging: Annotated[
-        Path | None,
-        typer.Option("--merging", help="Folder with 4 GB of room: compare merging with mergekit too."),
-    ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Pairs per row.")] = 5,
-    json: cli.Json = False,
-) -> None:
-    """Time alignment against a plain program, and measure the memory of the loss.
-
-    With --merging a 2 GB merge is compared with mergekit's, which gets an environment of its own by uv.
-
-    Example: fusechat bench --merging scratch --out bench.json
-    """
-    from fusechat.bench import run
-
-    found = run(repeats=repeats, merging=merging)
-    cli.emit(found, json, out)
+add_bench(
+    app,
+    "fusechat",
+    "Time alignment against a plain program, and measure the memory of the loss.\n\n"
+    "With --merging a 2 GB merge is compared with mergekit's, which gets an environment of its own by uv.",
+    tokens=(Annotated[int, typer.Option("--tokens", min=16, help="Of the aligned pair.")], 1024),
+    merging=(
+        Annotated[
+            Path | None,
+            typer.Option("--merging", help="Folder with 4 GB of room: compare merging with mergekit too."),
+        ],
+        None,
+    ),
+    memory=(cli.Memory, True),
+)
 
 
 def main() -> None:

@@ -32,8 +32,8 @@ def collect(
     max_length: int = 2048,
     batch_tokens: int = 8192,
     logits_dtype: Literal["float16", "float32"] = "float16",
-    device: Any = "auto",
-    dtype: Any = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     shard_rows: int = 256,
     progress: bool | None = None,
 ) -> TopKStore:

@@ -18,6 +18,7 @@ from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
 from fusion_core.device import threads
 from fusion_core.errors import require_extra
+from fusion_core.plotting import new_figure, save_figure
 from fusion_core.report import Claim, Figure
 from fusion_core.seeding import generator
 from fusion_core.testing import tiny
@@ -218,11 +219,9 @@ def _claims(table: Comparison) -> list[Claim]:
 
 
 def _bars(table: Comparison, path: Path) -> Figure:
-    matplotlib: Any = require_extra("matplotlib", "demo", "fusechat")
-    matplotlib.use("Agg", force=False)
-    plt: Any = require_extra("matplotlib.pyplot", "demo", "fusechat")
     names = table.methods[::-1]
-    figure, ax = plt.subplots(figsize=(7, 4.6))
+    figure = new_figure(7, 4.6, "fusechat", "demo")
+    ax = figure.subplots()
     values = [_mean(table, name) for name in names]
     colors = [
         "#999999" if "own" in n or "before" in n else "#c44e52" if n == SFT else "#3b6ea5" for n in names
@@ -232,9 +231,7 @@ def _bars(table: Comparison, path: Path) -> Figure:
         ax.text(value, place, f" {value:.3f}", va="center", fontsize=8)
     ax.set_xlim(left=min(values) * 0.9, right=max(values) * 1.05)
     ax.set_xlabel("held-out bits per character (lower is better)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
     return Figure(path, "Bars of the bits per character of every model", "Red: the pivot fine-tuned alone.")
 
 
@@ -244,13 +241,13 @@ def _strip(texts: Sequence[str], path: Path) -> Figure:
     from fusechat.spans import encode
     from fusechat.texts import Text
 
-    plt: Any = require_extra("matplotlib.pyplot", "demo", "fusechat")
     text = next(t for t in texts if len(t) > 90)[:72]
     whole = Text(text, (), whole=True)
     ends = [encode(load_tokenizer(name), whole).ends for name in ("source1", "pivot")]
     pairs = span(ends[1], ends[0])
     joined = {int(ends[1][i]) for i in pairs.pivot}
-    figure, ax = plt.subplots(figsize=(11, 1.9))
+    figure = new_figure(11, 1.9, "fusechat", "demo")
+    ax = figure.subplots()
     for row, marks in enumerate(ends):
         start = 0
         for number, stop in enumerate(sorted({int(e) for e in marks if 0 < e <= len(text)})):
@@ -271,9 +268,7 @@ def _strip(texts: Sequence[str], path: Path) -> Figure:
     ax.set_yticks([0, 1], ["source 1", "pivot"])
     ax.set_xticks([])
     ax.set_xlim(0, len(text))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
     return Figure(
         path,
         f"The text {text!r} cut into tokens by two tokenizers",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fusion_core import cli
+from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
 from fusion_core.errors import InputError
 from gvdepth import __version__
@@ -19,7 +20,7 @@ app = cli.new_app("gvdepth", "Metric depth from any vehicle's camera, and its gr
 Model = Annotated[
     str, typer.Option("--model", "-m", help="tiny (shipped, simulator only), a folder, or a name on the hub.")
 ]
-Data = Annotated[str, typer.Option("--data", help="kitti:ROOT, folder:ROOT or simulated:RIG[:COUNT[:SEED]].")]
+DATA = "kitti:ROOT, folder:ROOT or simulated:RIG[:COUNT[:SEED]]."
 MaxDepth = Annotated[float, typer.Option("--max-depth", min=1.0, help="Metres.")]
 Split = Annotated[str | None, typer.Option("--split", help="File of frames, for kitti.")]
 NOTICE = (
@@ -66,11 +67,9 @@ def predict(
         bool, typer.Option("--clip/--no-clip", help="Keep depth within the model's range.")
     ] = True,
     batch_size: cli.BatchSize = 1,
-    num_workers: Annotated[
-        int, typer.Option("--num-workers", min=0, help="Threads that read, and as many that write.")
-    ] = 2,
+    num_workers: cli.NumWorkers = 2,
     limit: cli.Limit = None,
-    shard: Annotated[str | None, typer.Option("--shard", help="i/n: every n-th image from the i-th.")] = None,
+    shard: cli.Shard = None,
     resume: cli.Resume = False,
     overwrite: cli.Overwrite = False,
     device: cli.Device = "auto",
@@ -236,13 +235,11 @@ def doctor(
 
 @app.command()
 def train(
+    data: Annotated[str, typer.Option("--data", "-d", help=DATA)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the run.")],
     config: Annotated[Path | None, typer.Argument(help="Recipe and model, .toml or .json.")] = None,
-    data: Data = "",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the run.")] = Path("gvdepth-run"),
     split: Split = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="name=value, such as model.cue=focal.")
-    ] = None,
+    settings: cli.Settings = None,
     limit: cli.Limit = None,
     resume: cli.Resume = False,
     overwrite: cli.Overwrite = False,
@@ -260,8 +257,6 @@ def train(
 
     found = TrainConfig() if config is None else TrainConfig.load(config)
     found = found.override(settings or [])
-    if not data:
-        raise InputError("--data is missing: kitti:ROOT, folder:ROOT or simulated:RIG[:COUNT[:SEED]]")
     samples = open_data(data, split=split, limit=limit)
     trainer = Trainer(
         build_model(found),
@@ -279,7 +274,7 @@ def train(
 
 @app.command()
 def evaluate(
-    data: Data,
+    data: Annotated[str, typer.Argument(help=DATA)],
     model: Annotated[
         list[str] | None,
         typer.Option("--model", "-m", help="Model, or folder of depth maps; several compare."),
@@ -304,7 +299,7 @@ def evaluate(
 ) -> None:
     """Eleven depth metrics with intervals, per distance; several models are compared on the same images.
 
-    Example: gvdepth evaluate --data kitti:ROOT --split eigen_test.txt --model run --crop garg
+    Example: gvdepth evaluate kitti:ROOT --split eigen_test.txt --model run --crop garg
     """
     from gvdepth.data import open_data
     from gvdepth.evaluation import evaluate as run
@@ -337,7 +332,7 @@ def evaluate(
 def simulate(
     flags: CameraFlags,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder: images/, depth/, road/, camera.json.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="How many streets.")] = 32,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many scenes.")] = 32,
     rig: Annotated[
         str | None, typer.Option("--rig", help="A rig of the experiments: train, A ... F.")
     ] = None,
@@ -351,7 +346,7 @@ def simulate(
 ) -> None:
     """Streets with exact depth and road masks for any rig.
 
-    Example: gvdepth simulate --n 200 --hfov 80 --size 640x192 --camera-height 1.2 --pitch-deg 2 --out streets
+    Example: gvdepth simulate -n 200 --hfov 80 --size 640x192 --camera-height 1.2 --pitch-deg 2 --out streets
     """
     from fusion_core.atomic import atomic_directory
     from fusion_core.progress import track
@@ -359,25 +354,28 @@ def simulate(
 
     if rig is not None and flags.given:
         raise InputError("--rig is a whole camera; give it alone")
-    streets = Simulated(rig if rig is not None else flags.resolve(), n, seed=seed, size=object_size)
+    streets = Simulated(
+        rig if rig is not None else flags.resolve(), count, seed=seed, object_size=object_size
+    )
     with atomic_directory(out, overwrite=overwrite) as place:
         frames = (
-            streets.frame(index) for index in track(range(n), "simulating", enabled=False if quiet else None)
+            streets.frame(index)
+            for index in track(range(count), "simulating", enabled=False if quiet else None)
         )
-        count = write_frames(frames, place)
-    cli.emit({"frames": count, "out": str(out)}, json)
+        written = write_frames(frames, place)
+    cli.emit({"frames": written, "out": str(out)}, json)
 
 
 @app.command()
 def export(
-    onnx: Annotated[Path, typer.Option("--onnx", "--out", "-o", help="The file.")],
+    onnx: Annotated[Path, typer.Option("--out", "-o", "--onnx", help="The ONNX file.")],
     model: Model = "tiny",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with onnxruntime.")] = True,
     json: cli.Json = False,
 ) -> None:
     """One ONNX graph that takes the camera as an input (needs the extra onnx).
 
-    Example: gvdepth export --model run --onnx model.onnx
+    Example: gvdepth export --model run --out model.onnx
     """
     from gvdepth.export import export_onnx
 
@@ -393,21 +391,9 @@ add_demo(
 )
 
 
-@app.command()
-def bench(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the JSON document.")] = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Pairs per row.")] = 5,
-    only: Annotated[list[str] | None, typer.Option("--only", help="Rows whose name contains this.")] = None,
-    json: cli.Json = False,
-) -> None:
-    """Time the parts against plain implementations, in one process.
-
-    Example: gvdepth bench --out bench.json
-    """
-    from gvdepth.bench import run
-
-    found = run(repeats=repeats, only=tuple(only or ()))
-    cli.emit(found, json, out)
+add_bench(
+    app, "gvdepth", "Time the parts against plain implementations, in one process.", only=(cli.Only, None)
+)
 
 
 def main() -> None:

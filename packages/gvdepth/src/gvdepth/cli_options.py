@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fusion_core import cli
 from fusion_core.errors import InputError
 from gvdepth.camera import Camera
 from gvdepth.errors import CameraError
@@ -221,17 +222,9 @@ def camera_options(function: Callable[..., Any]) -> Callable[..., Any]:
         flags = CameraFlags(**{name: arguments.pop(name) for name in _OPTIONS})
         return function(flags=flags, **arguments)
 
-    signature = inspect.signature(function, eval_str=True)
-    own = [parameter for name, parameter in signature.parameters.items() if name != "flags"]
-    shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in _OPTIONS.items()
-    ]
-    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-    merged = [*own, *shared]
-    wrapper.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
-    del wrapper.__wrapped__  # typer must see this signature, not the function's
+    own = inspect.signature(function, eval_str=True).parameters
+    options = {name: (own[name].annotation, own[name].default) for name in own if name != "flags"}
+    cli.show_options(wrapper, options | _OPTIONS)
     return wrapper
 
 

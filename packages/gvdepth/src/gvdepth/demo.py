@@ -15,6 +15,7 @@ from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
 from fusion_core.errors import require_extra
 from fusion_core.images import save_png
+from fusion_core.plotting import clean_axes, new_figure, save_figure
 from fusion_core.report import Claim, Figure
 from gvdepth.calibration import calibrate
 from gvdepth.data.simulated import RIGS, Simulated
@@ -260,22 +261,17 @@ def _pictures(models: Mapping[str, GVDepth], path: Path) -> Figure:
 
 
 def _growth(growth: Mapping[str, Sequence[float]], path: Path) -> Figure:
-    matplotlib: Any = require_extra("matplotlib", "demo", "gvdepth")
-    matplotlib.use("Agg", force=False)
-    plt: Any = require_extra("matplotlib.pyplot", "demo", "gvdepth")
-    figure, ax = plt.subplots(figsize=(6.4, 3.6))
+    figure = new_figure(6.4, 3.6, "gvdepth", "demo")
+    ax = figure.subplots()
     colors = {"fusion": "#3b6ea5", "vertical cue (offset)": "#c44e52"}
     places = np.arange(len(BINS) - 1)
     for label, values in growth.items():
         name, _, what = label.rpartition(", ")
         ax.plot(places, values, "o-" if what == "right" else "o--", color=colors[name], label=label)
     ax.set_xticks(places, [f"{low:g}-{high:g} m" for low, high in pairwise(BINS)])
-    ax.set_ylabel("AbsRel %")
-    ax.set_title("Camera D: what a pitch that is 1 degree wrong costs", fontsize=10)
+    clean_axes(ax, "Camera D: what a pitch that is 1 degree wrong costs", y="AbsRel %")
     ax.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
     return Figure(
         path,
         "AbsRel per distance of the fusion and the vertical model, with the right pitch and with one degree "

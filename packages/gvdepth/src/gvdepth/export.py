@@ -43,7 +43,7 @@ class Graph(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
+class Exported(Result):
     """A written graph and how well it agrees with the model.
 
     Args:

@@ -21,6 +21,7 @@ from fusion_core.device import autocast, resolve_device, resolve_dtype
 from fusion_core.errors import FusionWarning, InputError
 from fusion_core.images import list_images, read_image
 from fusion_core.progress import track
+from fusion_core.results import Result
 from fusion_core.store import Manifest, parse_shard, take_shard
 from gvdepth.camera import Camera
 from gvdepth.config import Fusion
@@ -179,7 +180,7 @@ def _result(output: Output, number: int, item: Prepared, max_depth: float, clip:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(Result):
     """What a run over a folder did.
 
     Args:

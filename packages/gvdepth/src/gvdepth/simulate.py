@@ -102,27 +102,27 @@ def _poles(rng: np.random.Generator, side: float, size: float) -> Array:
     return _boxes(x, z, np.stack([thick, height, thick], axis=1))[z < FAR]
 
 
-def make_scene(seed: int = 0, index: int = 0, *, size: float = 1.0) -> Scene:
+def make_scene(seed: int = 0, index: int = 0, *, object_size: float = 1.0) -> Scene:
     """A street with buildings, poles, vehicles and pedestrians.
 
     Args:
         seed: of the series of streets.
         index: number of the street in it.
-        size: multiplies the sizes of all objects ("another country"), in (0, 5].
+        object_size: multiplies the sizes of all objects ("another country"), in (0, 5].
 
     Raises:
-        ConfigError: ``size`` out of range.
+        ConfigError: ``object_size`` out of range.
 
     Example:
         >>> len(make_scene(0, 3).boxes) > 10
         True
     """
-    check_range("size", size, 0.0, 5.0)
-    check_range("size", size, 0.0, float("inf"), open=True)
+    check_range("object_size", object_size, 0.0, 5.0)
+    check_range("object_size", object_size, 0.0, float("inf"), open=True)
     rng = np.random.default_rng([seed, index])
     parts: list[tuple[int, Array]] = []
     for side in (-1.0, 1.0):
-        parts += [(BUILDING, _row(rng, side, size)), (POLE, _poles(rng, side, size))]
+        parts += [(BUILDING, _row(rng, side, object_size)), (POLE, _poles(rng, side, object_size))]
     count = int(rng.integers(4, 10))
     car = rng.random(count) < 0.82
     sizes = np.where(
@@ -132,11 +132,11 @@ def make_scene(seed: int = 0, index: int = 0, *, size: float = 1.0) -> Scene:
     )
     lane = rng.choice(_LANES, count, p=_LANE_PROBS) + rng.normal(scale=0.3, size=count)
     z = np.exp(rng.uniform(np.log(5.0), np.log(65.0), count))
-    parts.append((VEHICLE, _boxes(lane, z, sizes * size)))
+    parts.append((VEHICLE, _boxes(lane, z, sizes * object_size)))
     count = int(rng.integers(1, 5))
     place = rng.uniform(-ROAD_HALF_WIDTH, ROAD_HALF_WIDTH, count)
     z = np.exp(rng.uniform(np.log(5.0), np.log(40.0), count))
-    parts.append((PEDESTRIAN, _boxes(place, z, np.tile([0.55, 1.72, 0.4], (count, 1)) * size)))
+    parts.append((PEDESTRIAN, _boxes(place, z, np.tile([0.55, 1.72, 0.4], (count, 1)) * object_size)))
     boxes = np.concatenate([part for _, part in parts])
     kinds = np.repeat([kind for kind, _ in parts], [len(part) for _, part in parts])
     colors = rng.uniform(0.15, 0.95, (len(boxes), 3))
@@ -341,7 +341,7 @@ def simulate(
     *,
     seed: int = 0,
     start: int = 0,
-    size: float = 1.0,
+    object_size: float = 1.0,
     supersample: int = 1,
     noise: float = 0.02,
 ) -> Iterator[Frame]:
@@ -352,9 +352,11 @@ def simulate(
         count: how many frames.
         seed: of the streets; a frame depends on ``seed`` and its index only.
         start: index of the first.
-        size: see :func:`make_scene`.
+        object_size: see :func:`make_scene`.
         supersample: see :func:`render`.
         noise: see :func:`render`.
     """
     for index in range(start, start + count):
-        yield render(make_scene(seed, index, size=size), camera, supersample=supersample, noise=noise)
+        yield render(
+            make_scene(seed, index, object_size=object_size), camera, supersample=supersample, noise=noise
+        )

@@ -196,7 +196,7 @@ class Trainer:
         samples: Samples,
         config: TrainConfig | None = None,
         *,
-        out: PathLike = "gvdepth-run",
+        out: PathLike,
         validate: Any = None,
         resume: bool = False,
         overwrite: bool = False,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from fusion_core.cli import BatchSize, Device, Json, Out, Overwrite, Quiet, Resume, Seed, emit, new_app, run
+from fusion_core import cli
+from fusion_core.bench import add_bench
+from fusion_core.demo import add_demo
 from fusion_core.errors import ConfigError, DataError, InputError
 from kd_trilateral import __version__
 
-app = new_app(
+app = cli.new_app(
     "kd-trilateral",
     "Distil a teacher into a student with a learned weight per sample (TGeo-KD).\n\n"
     "Example: kd-trilateral demo --out demo",
@@ -22,9 +24,6 @@ cache = typer.Typer(help="Keep a teacher's logits on disk and use them again.", 
 app.add_typer(cache, name="cache")
 
 ConfigFile = Annotated[Path, typer.Argument(help="Settings, .toml or .json.", show_default=False)]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", help="Replace a setting, name=value; may be given again.")
-]
 RunDir = Annotated[Path, typer.Argument(help="A directory that train made.", show_default=False)]
 
 
@@ -95,63 +94,15 @@ def _splits(config: Any, seed: int) -> Any:
 
 
 @app.command()
-def demo(
-    out: Out = Path("kd-trilateral-demo"),
-    task: Annotated[str, typer.Option(help="digits, cancer or ctr.")] = "digits",
-    noise: Annotated[
-        str | None, typer.Option(help="Shares of wrong teachers and wrong labels, such as 0.3,0.3.")
-    ] = None,
-    val_noise: Annotated[float, typer.Option(help="Share of wrong held-out labels.")] = 0.0,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; 3, with --full 5.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Repeat the whole recorded experiment.")] = False,
-    seed: Seed = 0,
-    json: Json = False,
-) -> None:
-    """Fixed, heuristic and learned ratios on bundled data, with a page.
-
-    Example: kd-trilateral demo --noise 0.4,0 --seeds 5 --out demo
-    """
-    from fusion_core.demo import run_demo
-    from kd_trilateral.demo import method
-    from kd_trilateral.tasks import TASKS
-
-    if task not in TASKS:
-        raise InputError(f"--task is {task!r}, wanted one of {sorted(TASKS)}")
-    shares = None
-    if noise is not None:
-        try:
-            first, second = (float(part) for part in noise.split(","))
-        except ValueError:
-            raise InputError(f"--noise is {noise!r}, wanted two shares such as 0.3,0.3") from None
-        shares = (first, second)
-        if not all(0.0 <= share < 1.0 for share in shares):
-            raise InputError(f"--noise is {noise!r}, wanted shares in [0, 1)")
-    if not 0.0 <= val_noise < 1.0:
-        raise InputError(f"--val-noise is {val_noise}, wanted a share in [0, 1)")
-    place = out or Path("kd-trilateral-demo")
-    run_demo(
-        method,
-        place,
-        full=full,
-        seed=seed,
-        json=json,
-        task=task,
-        noise=shares,
-        val_noise=val_noise,
-        seeds=seeds,
-    )
-
-
-@app.command()
 def train(
     config: ConfigFile,
-    out: Out = None,
-    sets: Sets = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    device: Device = "auto",
-    json: Json = False,
-    quiet: Quiet = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the run.")],
+    sets: cli.Settings = None,
+    resume: cli.Resume = False,
+    overwrite: cli.Overwrite = False,
+    device: cli.Device = "auto",
+    json: cli.Json = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Train a student; the run directory holds settings, weights, trace, metrics and a report.
 
@@ -163,8 +114,6 @@ def train(
     settings = _load(config, sets)
     if device != "auto":
         settings = settings.replace(device=device)
-    if out is None:
-        raise InputError("--out is missing; name the run directory")
     check_out(out, resume=resume, overwrite=overwrite)
     splits = _splits(settings, settings.seed)
     result = fit(
@@ -183,7 +132,7 @@ def train(
     )
     report = result.report()
     _save_report(report, out)
-    emit({"out": str(out), **result.metrics[-1]} if json else report, json)
+    cli.emit({"out": str(out), **result.metrics[-1]} if json else report, json)
 
 
 def _save_report(report: Any, out: Path) -> None:
@@ -201,15 +150,16 @@ def compare(
     ratios: Annotated[
         str,
         typer.Option(
-            help="alone, const[:0.9], ada, wls, anl, rw, tgeo, tgeo:paper, tgeo:refit, tgeo:frozen."
+            "--ratios",
+            help="alone, const[:0.9], ada, wls, anl, rw, tgeo, tgeo:paper, tgeo:refit, tgeo:frozen.",
         ),
     ] = "const:0.3,const:0.5,const:0.9,wls,ada,tgeo",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per method.")] = 5,
-    seed: Seed = 0,
-    out: Out = None,
-    sets: Sets = None,
-    json: Json = False,
-    quiet: Quiet = False,
+    seeds: cli.Seeds = 5,
+    seed: cli.Seed = 0,
+    out: cli.Out = None,
+    sets: cli.Settings = None,
+    json: cli.Json = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Does a per-sample ratio help on your data? Methods over seeds, paired test.
 
@@ -230,9 +180,7 @@ def compare(
         title=f"{config.stem}: methods over {seeds} seeds",
         progress=False if quiet else None,
     )
-    if out is not None:
-        report.save(out)
-    emit(report, json)
+    cli.emit(report, json, out)
     if not json:
         for sentence in report.verdict:
             typer.echo(sentence)
@@ -241,9 +189,11 @@ def compare(
 @app.command()
 def inspect(
     run_dir: RunDir,
-    suspects: Annotated[int, typer.Option(min=0, help="How many suspicious rows to show.")] = 20,
-    out: Out = None,
-    json: Json = False,
+    suspects: Annotated[
+        int, typer.Option("--suspects", min=0, help="How many suspicious rows to show.")
+    ] = 20,
+    out: cli.Out = None,
+    json: cli.Json = False,
 ) -> None:
     """Statistics of the ratio and the rows to distrust; --out FILE.csv writes all of them.
 
@@ -257,11 +207,11 @@ def inspect(
     rows = audit if audit is not None else trace.rows().last_of_each()
     if out is not None:
         save_suspects(find(rows, len(rows), trace), out)
-    emit(run_report(trace, rows, metrics, settings, suspects), json)
+    cli.emit(run_report(trace, rows, metrics, settings, suspects), json)
 
 
 @app.command()
-def plot(run_dir: RunDir, out: Out = None) -> None:
+def plot(run_dir: RunDir, out: cli.Out = None, json: cli.Json = False) -> None:
     """Draw the ratio over training.
 
     Example: kd-trilateral plot runs/first --out alpha.png
@@ -274,43 +224,72 @@ def plot(run_dir: RunDir, out: Out = None) -> None:
     if target.suffix != ".png":
         raise InputError(f"--out is {target}, wanted a .png file")
     draw(trace, target)
-    typer.echo(str(target))
+    cli.emit({"out": str(target)}, json)
 
 
-@app.command()
-def bench(
-    student: Annotated[str, typer.Option(help="mlp, resnet or all.")] = "all",
-    engines: Annotated[str | None, typer.Option(help="Comma-separated engines; all by default.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed pairs per row.")] = 7,
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Time each engine against a plain distillation step, in pairs.
+add_demo(
+    app,
+    "kd-trilateral",
+    "Fixed, heuristic and learned ratios on bundled data, with a page.",
+    "Five seeds, and the whole recorded experiment (minutes).",
+    task=(
+        Annotated[Literal["digits", "cancer", "ctr"], typer.Option("--task", help="The bundled data.")],
+        "digits",
+    ),
+    noise=(
+        Annotated[
+            str | None,
+            typer.Option("--noise", help="Shares of wrong teachers and wrong labels, such as 0.3,0.3."),
+        ],
+        None,
+    ),
+    val_noise=(
+        Annotated[
+            float, typer.Option("--val-noise", min=0.0, max=0.99, help="Share of wrong held-out labels.")
+        ],
+        0.0,
+    ),
+    seeds=(
+        Annotated[int | None, typer.Option("--seeds", min=1, help="How many; 3, with --full 5.")],
+        None,
+    ),
+)
 
-    Example: kd-trilateral bench --student mlp --engines jvp,fd1
-    """
-    from kd_trilateral.bench import run as run_bench
 
-    table = run_bench(student, engines.split(",") if engines else None, repeats=repeats)
-    if out is not None:
-        table.save(out)
-    emit(table, json)
+add_bench(
+    app,
+    "kd-trilateral",
+    "Time each engine against a plain distillation step, in pairs.",
+    student=(Annotated[str, typer.Option("--student", help="mlp, resnet or all.")], "all"),
+    engines=(
+        Annotated[str | None, typer.Option("--engines", help="By commas; all by default.")],
+        None,
+    ),
+)
 
 
 @cache.command("build")
 def cache_build(
-    teacher: Annotated[str, typer.Option(help="module:callable that makes the teacher.")],
-    data: Annotated[str, typer.Option(help="module:callable that makes the training rows, or Splits.")],
-    out: Out = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Classes kept per row; all by default.")] = None,
-    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
-    task: Annotated[str, typer.Option(help="multiclass or binary.")] = "multiclass",
-    batch_size: BatchSize = 256,
-    num_workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
-    device: Device = "auto",
-    seed: Seed = 0,
-    json: Json = False,
-    quiet: Quiet = False,
+    teacher: Annotated[str, typer.Option("--teacher", help="module:callable that makes the teacher.")],
+    data: Annotated[
+        str, typer.Option("--data", "-d", help="module:callable that makes the training rows, or Splits.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The cache, such as teacher.kdc.")],
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Classes kept per row; all by default.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float16", "float32"], typer.Option("--dtype", help="Of the stored logits.")
+    ] = "float16",
+    task: Annotated[
+        Literal["multiclass", "binary"], typer.Option("--task", help="What the logits are.")
+    ] = "multiclass",
+    batch_size: cli.BatchSize = 256,
+    num_workers: cli.NumWorkers = 0,
+    device: cli.Device = "auto",
+    seed: cli.Seed = 0,
+    json: cli.Json = False,
+    quiet: cli.Quiet = False,
 ) -> None:
     """Run the teacher over the training rows; a cache that was cut off goes on where it stopped.
 
@@ -320,30 +299,24 @@ def cache_build(
     from kd_trilateral.cache import TeacherCache
     from kd_trilateral.training import Splits
 
-    if out is None:
-        raise InputError("--out is missing; name the cache, such as teacher.kdc")
-    if dtype not in ("float16", "float32"):
-        raise InputError(f"--dtype is {dtype!r}, wanted float16 or float32")
-    if task not in ("multiclass", "binary"):
-        raise InputError(f"--task is {task!r}, wanted multiclass or binary")
     rows = _seeded(load_object(data), seed)
     found = TeacherCache.build(
         _seeded(load_object(teacher), seed).eval(),
         _as_splits(rows).train if isinstance(rows, (dict, Splits)) else rows,
         out,
         top_k=top_k,
-        dtype=cast("Any", dtype),
-        task=cast("Any", task),
+        dtype=dtype,
+        task=task,
         batch_size=batch_size,
         num_workers=num_workers,
         device=device,
         progress=False if quiet else None,
     )
-    emit([found.info()] if not json else found.info(), json)
+    cli.emit([found.info()] if not json else found.info(), json)
 
 
 @cache.command("info")
-def cache_info(path: Annotated[Path, typer.Argument(help="A cache.")], json: Json = False) -> None:
+def cache_info(path: Annotated[Path, typer.Argument(help="A cache.")], json: cli.Json = False) -> None:
     """What a cache holds and what it was made from.
 
     Example: kd-trilateral cache info teacher.kdc
@@ -351,11 +324,11 @@ def cache_info(path: Annotated[Path, typer.Argument(help="A cache.")], json: Jso
     from kd_trilateral.cache import TeacherCache
 
     info = TeacherCache.open(path).info()
-    emit(info if json else [{"field": name, "value": value} for name, value in info.items()], json)
+    cli.emit(info if json else [{"field": name, "value": value} for name, value in info.items()], json)
 
 
 @cache.command("verify")
-def cache_verify(path: Annotated[Path, typer.Argument(help="A cache.")], json: Json = False) -> None:
+def cache_verify(path: Annotated[Path, typer.Argument(help="A cache.")], json: cli.Json = False) -> None:
     """Compare every stored byte with its digest.
 
     Example: kd-trilateral cache verify teacher.kdc
@@ -364,7 +337,7 @@ def cache_verify(path: Annotated[Path, typer.Argument(help="A cache.")], json: J
 
     found = TeacherCache.open(path)
     found.verify()
-    emit(
+    cli.emit(
         {"path": str(path), "rows": len(found), "sound": True}
         if json
         else f"{path}: {len(found)} rows, sound",
@@ -374,4 +347,4 @@ def cache_verify(path: Annotated[Path, typer.Argument(help="A cache.")], json: J
 
 def main() -> None:
     """Run the command line."""
-    run(app)
+    cli.run(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import warnings
@@ -18,14 +19,15 @@ import torch
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
 from fusion_core.device import threads
-from fusion_core.errors import require_extra
+from fusion_core.errors import InputError, require_extra
+from fusion_core.plotting import clean_axes, new_figure, save_figure
 from fusion_core.report import Claim, Figure
 from fusion_core.stats import Paired, paired_t, summary
 from kd_trilateral.comparing import METRICS, compare, judge
 from kd_trilateral.comparing import method as method_settings
 from kd_trilateral.config import Config
 from kd_trilateral.evaluation import auc
-from kd_trilateral.report import clean_axes, new_figure, plot_groups, plot_lengths, save_figure
+from kd_trilateral.report import plot_groups, plot_lengths
 from kd_trilateral.tasks import BOTH_WRONG, LABEL_WRONG, TEACHER_WRONG, Task, make_task
 from kd_trilateral.training import FitResult, fit
 
@@ -239,7 +241,7 @@ def _fragile_claim(tables: dict[str, Comparison]) -> Claim:
 
 def _picture(bench: _Bench, out: Path) -> Figure:
     task, best = bench.drawn[bench.seeds[0]], bench.first["TGeo robust"]
-    figure = new_figure(11.0, 7.4)
+    figure = new_figure(11.0, 7.4, "kd-trilateral", "demo")
     axes = figure.subplots(2, 2)
     plot_groups(best.trace.rows(), task.kind.numpy(), axes[0, 0], axes[0, 1], best.audit)
     clean_axes(axes[1, 0], "test NLL over training", "student step", "NLL (nats)")
@@ -279,7 +281,7 @@ def demo(
     full: bool = False,
     seed: int = 0,
     task: str = "digits",
-    noise: tuple[float, float] | None = None,
+    noise: str | tuple[float, float] | None = None,
     val_noise: float = 0.0,
     seeds: int | None = None,
 ) -> Demo:
@@ -290,16 +292,29 @@ def demo(
         full: five seeds, wrong held-out labels, and the cancer and click tasks as well.
         seed: first seed.
         task: ``digits``, ``cancer`` or ``ctr``.
-        noise: shares of wrong teachers and wrong labels; None = 0.3, 0.3 (ctr: 0, 0).
+        noise: shares of wrong teachers and wrong labels, in [0, 1), also as text; None = 0.3,0.3 (ctr: 0,0).
         val_noise: share of wrong held-out labels.
         seeds: how many; None = 3, with ``full`` 5.
+
+    Raises:
+        InputError: ``noise`` is not two shares.
     """
     require_extra("sklearn.datasets", "demo", "kd-trilateral")
     require_extra("matplotlib.figure", "demo", "kd-trilateral")
     run = list(range(seed, seed + (seeds or (5 if full else 3))))
-    spoilt = noise if noise is not None else ((0.0, 0.0) if task == "ctr" else (0.3, 0.3))
+    spoilt = ((0.0, 0.0) if task == "ctr" else (0.3, 0.3)) if noise is None else _shares(noise)
     with threads():
         return _demo(out, full, task, spoilt, val_noise, run)
+
+
+def _shares(noise: str | tuple[float, float]) -> tuple[float, float]:
+    try:
+        teacher, label = (float(part) for part in (noise.split(",") if isinstance(noise, str) else noise))
+    except ValueError:
+        teacher = label = math.nan
+    if not (0.0 <= teacher < 1.0 and 0.0 <= label < 1.0):
+        raise InputError(f"noise is {noise!r}, wanted two shares in [0, 1) such as 0.3,0.3")
+    return teacher, label
 
 
 def _title(task: str, noise: tuple[float, float], val_noise: float) -> str:

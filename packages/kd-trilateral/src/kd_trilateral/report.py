@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from fusion_core.checkpoint import PathLike, atomic_write
-from fusion_core.errors import check_range, require_extra
+from fusion_core.errors import check_range
+from fusion_core.plotting import clean_axes, new_figure, save_figure
 from fusion_core.report import Figure, Page, Report, print_rows
 from fusion_core.results import plain
 from kd_trilateral.config import Config
@@ -71,34 +72,6 @@ def save_suspects(rows: Sequence[dict[str, Any]], path: PathLike) -> None:
         writer.writerows(rows)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure that no global state knows of.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    figure = require_extra("matplotlib.figure", "plot", "kd-trilateral")
-    return figure.Figure(figsize=(width, height), layout="constrained", dpi=150)
-
-
-def clean_axes(ax: Any, title: str, x: str, y: str) -> Any:
-    """Axes in the style of all our pictures."""
-    ax.set_title(title, fontsize=10, loc="left", fontweight="bold")
-    ax.set_xlabel(x, fontsize=9)
-    ax.set_ylabel(y, fontsize=9)
-    ax.tick_params(labelsize=8)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    return ax
-
-
-def save_figure(figure: Any, path: PathLike) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
-
-
 def group_means(rows: TraceRows, groups: dict[str, Any], bins: int = 40) -> tuple[Any, dict[str, Any]]:
     """Mean ratio of groups of samples over training.
 
@@ -135,26 +108,9 @@ def plot(trace: AlphaTrace | TraceRows, path: PathLike | None = None, ax: Any = 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    rows = trace.rows() if isinstance(trace, AlphaTrace) else trace
-    figure = None if ax is not None else new_figure(6.0, 3.4)
-    ax = figure.subplots() if figure is not None else ax
-    clean_axes(ax, "weight of the teacher over training", "student step", "alpha")
-    if len(rows):
-        bins = min(60, len(np.unique(rows.step)))
-        edges = np.linspace(rows.step.min(), rows.step.max() + 1, bins + 1)
-        place = np.clip(np.searchsorted(edges, rows.step, "right") - 1, 0, bins - 1)
-        order = np.argsort(place, kind="stable")
-        cuts = np.searchsorted(place[order], np.arange(1, bins))
-        parts = [part for part in np.split(rows.alpha[order], cuts) if len(part)]
-        middle = ((edges[1:] + edges[:-1]) / 2)[np.unique(place)]
-        q = np.stack([np.quantile(part, [0.05, 0.25, 0.5, 0.75, 0.95]) for part in parts], 1)
-        ax.fill_between(middle, q[0], q[4], color="#1d4ed8", alpha=0.15, linewidth=0, label="90 % of rows")
-        ax.fill_between(middle, q[1], q[3], color="#1d4ed8", alpha=0.3, linewidth=0, label="50 %")
-        ax.plot(middle, q[2], color="#1d4ed8", linewidth=1.6, label="median")
-        ax.legend(fontsize=8, frameon=False)
-    ax.set_ylim(-0.02, 1.02)
+    ax = trace.plot(ax)
     if path is not None:
-        save_figure(figure if figure is not None else ax.figure, path)
+        save_figure(ax.figure, path)
     return ax
 
 
@@ -247,7 +203,7 @@ class RunReport(Report):
         with tempfile.TemporaryDirectory() as folder:
             first, second = Path(folder) / "alpha.png", Path(folder) / "lengths.png"
             plot(self.trace, first)
-            figure = new_figure(6.0, 3.4)
+            figure = new_figure(6.0, 3.4, "kd-trilateral")
             plot_lengths(self.audit, figure.subplots())
             save_figure(figure, second)
             pictures = [

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_core.checkpoint import PathLike, atomic_write
-from fusion_core.errors import DataError, InputError, check_range, require_extra
+from fusion_core.errors import DataError, InputError, check_range
+from fusion_core.plotting import axes_or_new, clean_axes
 from fusion_core.results import Result
 from kd_trilateral.module import Output
 
@@ -68,8 +69,9 @@ class TraceRows(Result):
 
     def to_dataframe(self) -> Any:
         """The rows as a ``pandas.DataFrame``; MissingExtraError where pandas is not installed."""
-        pandas = require_extra("pandas", "eval", "kd-trilateral")
-        return pandas.DataFrame({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        from fusion_core.report import dataframe
+
+        return dataframe({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
     def select(self, keep: Array) -> TraceRows:
         """The rows where a boolean or index array says so."""
@@ -95,6 +97,37 @@ class TraceRows(Result):
         stop = start + count
         late = (total[stop] - total[stop - half]) / half
         return dict(zip(samples.tolist(), (late - early).tolist(), strict=True))
+
+    def plot(self, ax: Any = None) -> Any:
+        """The ratio over training: its median and the bands that hold 50 % and 90 % of the rows.
+
+        Args:
+            ax: matplotlib axes to draw on; None makes a figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        ax = axes_or_new(ax, "kd-trilateral", 6.0, 3.4)
+        clean_axes(ax, "weight of the teacher over training", "student step", "alpha")
+        if len(self):
+            bins = min(60, len(np.unique(self.step)))
+            edges = np.linspace(self.step.min(), self.step.max() + 1, bins + 1)
+            place = np.clip(np.searchsorted(edges, self.step, "right") - 1, 0, bins - 1)
+            order = np.argsort(place, kind="stable")
+            cuts = np.searchsorted(place[order], np.arange(1, bins))
+            parts = [part for part in np.split(self.alpha[order], cuts) if len(part)]
+            middle = ((edges[1:] + edges[:-1]) / 2)[np.unique(place)]
+            q = np.stack([np.quantile(part, [0.05, 0.25, 0.5, 0.75, 0.95]) for part in parts], 1)
+            band = {"color": "#1d4ed8", "linewidth": 0}
+            ax.fill_between(middle, q[0], q[4], alpha=0.15, label="90 % of rows", **band)
+            ax.fill_between(middle, q[1], q[3], alpha=0.3, label="50 %", **band)
+            ax.plot(middle, q[2], color="#1d4ed8", linewidth=1.6, label="median")
+            ax.legend(fontsize=8, frameon=False)
+        ax.set_ylim(-0.02, 1.02)
+        return ax
 
 
 def lengths(out: Output) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,6 +236,10 @@ class AlphaTrace:
     def to_dataframe(self) -> Any:
         """The rows as a ``pandas.DataFrame``."""
         return self.rows().to_dataframe()
+
+    def plot(self, ax: Any = None) -> Any:
+        """The ratio over training; see :meth:`TraceRows.plot`."""
+        return self.rows().plot(ax)
 
     def save(self, path: PathLike) -> None:
         """Write ``.npz`` or ``.jsonl``, whole or not at all."""

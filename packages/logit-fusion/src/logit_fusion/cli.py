@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fusion_core import cli
+from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
 from fusion_core.errors import InputError
 from logit_fusion import __version__
@@ -67,7 +68,7 @@ def generate(
     solver: common.Solver = None,
     alpha: common.Alpha = None,
     preset: common.Preset = None,
-    set_: common.Set = None,
+    set_: cli.Settings = None,
     device: common.Devices = None,
     dtype: cli.DType = "auto",
     seed: cli.Seed = 0,
@@ -134,7 +135,7 @@ def chat(
     solver: common.Solver = None,
     alpha: common.Alpha = None,
     preset: common.Preset = None,
-    set_: common.Set = None,
+    set_: cli.Settings = None,
     device: common.Devices = None,
     dtype: cli.DType = "auto",
     seed: cli.Seed = 0,
@@ -163,7 +164,7 @@ def score(
     solver: common.Solver = None,
     alpha: common.Alpha = None,
     preset: common.Preset = None,
-    set_: common.Set = None,
+    set_: cli.Settings = None,
     batch_size: cli.BatchSize = 8,
     max_length: MaxLength = None,
     limit: cli.Limit = None,
@@ -210,7 +211,7 @@ def calibrate(
     batch_size: cli.BatchSize = 8,
     max_length: MaxLength = None,
     limit: cli.Limit = None,
-    set_: common.Set = None,
+    set_: cli.Settings = None,
     device: common.Devices = None,
     dtype: cli.DType = "auto",
     json: cli.Json = False,
@@ -239,7 +240,7 @@ def sweep(
     batch_size: cli.BatchSize = 8,
     max_length: MaxLength = None,
     limit: cli.Limit = None,
-    set_: common.Set = None,
+    set_: cli.Settings = None,
     device: common.Devices = None,
     dtype: cli.DType = "auto",
     json: cli.Json = False,
@@ -293,9 +294,8 @@ def merge(
     lam: Annotated[
         str, typer.Option("--lambda", help="Scale of the task vectors: 0.3, or one for each.")
     ] = "0.3",
-    shard_gb: Annotated[
-        float, typer.Option("--shard-gb", min=0.001, help="Most gigabytes of a shard.")
-    ] = 5.0,
+    shard_gb: cli.ShardGb = 5.0,
+    json: cli.Json = False,
     quiet: cli.Quiet = False,
 ) -> None:
     """Merge experts into one by task arithmetic, so that a fusion needs three members only.
@@ -312,7 +312,7 @@ def merge(
         base, experts, scales[0] if len(scales) == 1 else scales, out=out, shard_bytes=int(shard_gb * 1e9),
         progress=False if quiet else None,
     )  # fmt: skip
-    typer.echo(str(out), err=True)
+    cli.emit({"out": str(out)}, json)
 
 
 @app.command()
@@ -342,19 +342,17 @@ add_demo(
 )
 
 
-@app.command()
-def bench(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the JSON document.")] = None,
-    json: cli.Json = False,
-) -> None:
-    """Time the solvers and whole generation against plain ones.
-
-    Example: logit-fusion bench --out bench.json
-    """
-    from logit_fusion.bench import run
-
-    found = run()
-    cli.emit(found, json, out)
+add_bench(
+    app,
+    "logit-fusion",
+    "Time the solvers and whole generation against plain ones.",
+    hidden=(Annotated[int, typer.Option("--hidden", min=64, help="Width of the members.")], 1024),
+    layers=(Annotated[int, typer.Option("--layers", min=1, help="Of each member.")], 8),
+    members=(
+        Annotated[bool, typer.Option("--members/--no-members", help="Whole generation too, about 3 GB.")],
+        True,
+    ),
+)
 
 
 def main() -> None:

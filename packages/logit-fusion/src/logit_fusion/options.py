@@ -12,7 +12,7 @@ from fusion_core.errors import DataError, InputError
 from logit_fusion.config import FusionConfig
 
 __all__ = [
-    "Alpha", "Base", "Devices", "Experts", "Large", "Preset", "Set", "Solver", "Strategy", "Weights",
+    "Alpha", "Base", "Devices", "Experts", "Large", "Preset", "Solver", "Strategy", "Weights",
     "load", "members", "read_texts_file", "settings_of",
 ]  # fmt: skip
 
@@ -41,7 +41,6 @@ Devices = Annotated[
     list[str] | None,
     typer.Option("--device", help="A device for all, or name=cuda:0 for one member; name=auto spreads it."),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as max_kl=2.0.")]
 
 
 def _numbers(text: str, name: str) -> list[float]:

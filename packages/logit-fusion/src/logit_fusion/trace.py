@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from fusion_core.atomic import atomic_write
-from fusion_core.errors import DataError, InputError, require_extra
+from fusion_core.errors import DataError, InputError
+from fusion_core.plotting import axes_or_new
 from fusion_core.report import Page, dataframe
 from fusion_core.results import Result, plain
 
@@ -192,8 +193,7 @@ class FusionTrace(Result):
 
     def plot(self, ax: Any = None) -> Any:
         """Each expert's alpha over the tokens of all sequences; needs the extra ``plot``."""
-        plt: Any = require_extra("matplotlib.pyplot", "plot", "logit-fusion")
-        ax = ax or plt.subplots(figsize=(8, 3))[1]
+        ax = axes_or_new(ax, "logit-fusion", 8.0, 3.0)
         for number, name in enumerate(self.experts):
             ax.plot(self.alpha[:, number], color=_COLORS[number % len(_COLORS)], label=name, lw=1)
         ax.set_xlabel("token")

@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fusion_core.atomic import atomic_write
 from fusion_core.checkpoint import save_tensors
+from fusion_core.device import threads as on_threads
 from logit_fusion.corpus import DOMAINS, collect, held_out_windows, train_tokenizer
 from logit_fusion.tiny import fit, llama, row_source
 
@@ -36,9 +35,7 @@ def train(seed: int = 0, *, threads: int = 1) -> tuple[dict[str, Any], Any, dict
         seed: of first weights and draws.
         threads: of PyTorch while training; the former number comes back.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         corpus = collect()
         tokenizer = train_tokenizer(corpus.general)
         draw = row_source(corpus, tokenizer)
@@ -60,8 +57,6 @@ def train(seed: int = 0, *, threads: int = 1) -> tuple[dict[str, Any], Any, dict
                 expert, lambda draws, name=name: draw(name, draws), **RECIPE["expert"], seed=seed
             )
         return models, tokenizer, held_out_windows(corpus, WINDOWS, CHARACTERS)
-    finally:
-        torch.set_num_threads(before)
 
 
 def main(out: Path) -> None:

@@ -10,6 +10,7 @@ from fusion_core.lazy import lazy_exports
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ot_fusion import spec
     from ot_fusion.apply import align_conv, align_embedding, align_linear, align_vector
     from ot_fusion.config import FusionConfig
     from ot_fusion.cost import ground_cost
@@ -47,6 +48,7 @@ __all__ = [
     "interpolate",
     "merge_maps",
     "solve",
+    "spec",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -74,5 +76,6 @@ __getattr__, __dir__ = lazy_exports(
         "ground_cost": "cost",
         "merge_maps": "policies",
         "solve": "solvers",
+        "spec": "spec",
     },
 )

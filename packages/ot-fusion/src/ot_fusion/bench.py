@@ -23,7 +23,7 @@ from ot_fusion.reference import exact_distances
 from ot_fusion.sinkhorn import sinkhorn
 from ot_fusion.solvers import assignment
 
-__all__ = ["run_bench"]
+__all__ = ["run"]
 
 
 def _vit(seed: int, width: int, inner: int, heads: int, side: int) -> nn.Module:
@@ -92,8 +92,8 @@ def _plain_sinkhorn(cost: Tensor, reg: float) -> Callable[[], object]:
     return lambda: ot.sinkhorn([], [], host, reg, numItermax=1000, stopThr=1e-9)
 
 
-def _stages(bench: Bench, quick: bool, device: torch.device) -> None:
-    samples, repeats = (256, 3) if quick else (2048, 5)
+def _stages(bench: Bench, quick: bool, device: torch.device, repeats: int) -> None:
+    samples = 256 if quick else 2048
     for n in (96,) if quick else (768, 1536):
         x, y = _features(n, samples, device)
         host = x.cpu(), y.cpu()
@@ -116,7 +116,7 @@ def _stages(bench: Bench, quick: bool, device: torch.device) -> None:
                 f"exact plan, n = {n}",
                 lambda cost=cost: assignment(cost),
                 lambda cost=cost: _emd(cost),
-                repeats=max(repeats // 2, 1),
+                repeats=repeats,
                 dtype="float64",
                 against="POT emd",
                 note="the assignment fast path for equal uniform masses",
@@ -220,41 +220,35 @@ def _memory(bench: Bench, quick: bool) -> None:
             )
 
 
-def run_bench(device: str = "cpu", *, quick: bool = False, memory: bool = True, threads: int = 1) -> Bench:
+def run(*, repeats: int = 5, device: str = "cpu", quick: bool = False, memory: bool = True) -> Bench:
     """Measure.
 
     Args:
+        repeats: pairs per row.
         device: where costs and Sinkhorn run; exact plans are CPU work.
-        quick: smaller problems, fewer repeats; targets are those of the full size.
+        quick: smaller problems, without the targets of the full size.
         memory: measure peaks too, each in a process of its own.
-        threads: of torch.
     """
     place = resolve_device(device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     bench = Bench("ot-fusion")
-    try:
-        work = _w1(quick)
-        repeats = 2 if quick else 5
-        rows: list[tuple[str, str, str | None]] = [
-            ("exact", "one input at a time, stored, scipy cdist, POT", None if quick else ">= 5"),
-            ("torch", "the same with torch's default cdist", None if quick else ">= 1.4"),
-        ]
-        for reference, words, target in rows:
-            bench.add(
-                paired(
-                    f"W1, whole flow against {reference} cdist",
-                    work.run,
-                    lambda reference=reference: work.run(reference),
-                    repeats=repeats,
-                    target=target,
-                    dtype="float32",
-                    against=words,
-                )
+    work = _w1(quick)
+    rows: list[tuple[str, str, str | None]] = [
+        ("exact", "one input at a time, stored, scipy cdist, POT", None if quick else ">= 5"),
+        ("torch", "the same with torch's default cdist", None if quick else ">= 1.4"),
+    ]
+    for reference, words, target in rows:
+        bench.add(
+            paired(
+                f"W1, whole flow against {reference} cdist",
+                work.run,
+                lambda reference=reference: work.run(reference),
+                repeats=repeats,
+                target=target,
+                dtype="float32",
+                against=words,
             )
-        _stages(bench, quick, place)
-    finally:
-        torch.set_num_threads(before)
+        )
+    _stages(bench, quick, place, repeats)
     if memory:
         _memory(bench, quick)
     return bench

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fusion_core import cli
+from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
 from ot_fusion import __version__
 from ot_fusion.errors import InputError
@@ -16,11 +17,9 @@ from ot_fusion.options import (
     Data,
     Features,
     Legal,
-    Length,
     Models,
     Recipe,
     Reg,
-    Settings,
     Solver,
     SpecFile,
     Strategy,
@@ -58,7 +57,7 @@ def fuse(
     legal: Legal = None,
     alpha: Alpha = None,
     recipe: Recipe = None,
-    settings: Settings = None,
+    settings: cli.Settings = None,
     spec: SpecFile = None,
     stream: Annotated[
         bool,
@@ -66,13 +65,11 @@ def fuse(
             "--stream", help="Read and write tensor by tensor, for folders larger than memory (features wts)."
         ),
     ] = False,
-    shard_gb: Annotated[
-        float, typer.Option("--shard-gb", min=0.001, help="Most gigabytes of a shard, with --stream.")
-    ] = 5.0,
+    shard_gb: cli.ShardGb = 5.0,
     report: Annotated[
         Path | None, typer.Option("--report", help="Directory for a page with pictures of the maps.")
     ] = None,
-    max_length: Length = 128,
+    max_length: cli.MaxLength = 128,
     seed: cli.Seed = 0,
     device: cli.Device = "auto",
     dtype: cli.DType = "auto",
@@ -108,7 +105,7 @@ def fuse(
     progress = False if quiet else None
     if stream:
         _stream(parents, out, chosen, config, read_spec(spec), int(shard_gb * 1e9), overwrite, progress)
-        typer.echo(str(out), err=True)
+        cli.emit({"out": str(out)}, json)
         return
     from fusion_core.device import resolve_device, resolve_dtype
     from ot_fusion.fusing import fuse as fuse_models
@@ -171,9 +168,9 @@ def align(
     solver: Solver = None,
     legal: Legal = None,
     recipe: Recipe = None,
-    settings: Settings = None,
+    settings: cli.Settings = None,
     spec: SpecFile = None,
-    max_length: Length = 128,
+    max_length: cli.MaxLength = 128,
     seed: cli.Seed = 0,
     device: cli.Device = "auto",
     overwrite: cli.Overwrite = False,
@@ -225,7 +222,7 @@ def diagnose(
     second: Annotated[str, typer.Argument(help="Another.")],
     data: Data = None,
     spec: SpecFile = None,
-    max_length: Length = 128,
+    max_length: cli.MaxLength = 128,
     out: cli.Out = None,
     json: cli.Json = False,
     quiet: cli.Quiet = False,
@@ -252,16 +249,16 @@ def verify_spec(
     model: Annotated[str, typer.Argument(help="A model.")],
     data: Data = None,
     spec: SpecFile = None,
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Derive the specification by tracing (needs --data).")
+    infer: Annotated[
+        bool, typer.Option("--infer", help="Derive the specification by tracing (needs --data).")
     ] = False,
-    save: Annotated[
-        Path | None, typer.Option("--save", help="Write the specification to this JSON file.")
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the specification to this JSON file.")
     ] = None,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Largest relative change of an output.")
     ] = 1e-6,
-    max_length: Length = 128,
+    max_length: cli.MaxLength = 128,
     json: cli.Json = False,
 ) -> None:
     """Prove a model's specification by random legal relabellings; exit 3 where outputs change.
@@ -278,14 +275,14 @@ def verify_spec(
     inputs = read_inputs(data, model, max_length)
     if inputs is None:
         kind = getattr(getattr(loaded, "config", None), "vocab_size", None)
-        if kind is None or trace:
+        if kind is None or infer:
             raise InputError("give --data: inputs that the model takes")
         import torch
 
         draws = torch.Generator().manual_seed(0)
         inputs = {"input_ids": torch.randint(0, int(kind), (2, 8), generator=draws)}
     few = next(iter(batches(inputs, 4, 4)))
-    found = read_spec(spec) or (infer_spec(loaded, few) if trace else spec_for(loaded))
+    found = read_spec(spec) or (infer_spec(loaded, few) if infer else spec_for(loaded))
     try:
         changes = verify(loaded, found, few, tolerance=tolerance)
     except SpecError as error:
@@ -293,8 +290,8 @@ def verify_spec(
             raise
         typer.echo(f"not proved: {error}", err=True)
         raise typer.Exit(3) from None
-    if save is not None:
-        save_spec(found, save)
+    if out is not None:
+        save_spec(found, out)
     rows = [
         {
             "space": name,
@@ -312,6 +309,7 @@ def refuse(
     out: Annotated[Path, typer.Option("--out", "-o", help="The new folder.")],
     alpha: Alpha = None,
     overwrite: cli.Overwrite = False,
+    json: cli.Json = False,
     quiet: cli.Quiet = False,
 ) -> None:
     """Fuse again from stored maps with another weight, in seconds.
@@ -321,7 +319,7 @@ def refuse(
     from ot_fusion.storage import refuse as again
 
     again(folder, out, alpha=alpha, overwrite=overwrite, progress=False if quiet else None)
-    typer.echo(str(out), err=True)
+    cli.emit({"out": str(out)}, json)
 
 
 @app.command()
@@ -336,7 +334,7 @@ def interpolate(
     aligned: Annotated[
         bool, typer.Option("--aligned/--plain", help="Align the first to the second before.")
     ] = True,
-    max_length: Length = 128,
+    max_length: cli.MaxLength = 128,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .png of the curve, or a .json.")] = None,
     json: cli.Json = False,
 ) -> None:
@@ -385,21 +383,13 @@ add_demo(
 )
 
 
-@app.command()
-def bench(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the JSON document.")] = None,
-    device: cli.Device = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller problems, fewer repeats.")] = False,
-    json: cli.Json = False,
-) -> None:
-    """Time fusing against the plain path, with memory, costs and solvers.
-
-    Example: ot-fusion bench --out bench.json
-    """
-    from ot_fusion.bench import run_bench
-
-    found = run_bench(device, quick=quick)
-    cli.emit(found, json, out)
+add_bench(
+    app,
+    "ot-fusion",
+    "Time fusing against the plain path, with memory, costs and solvers.",
+    quick=(Annotated[bool, typer.Option("--quick", help="Smaller problems; targets are left out.")], False),
+    memory=(cli.Memory, True),
+)
 
 
 def main() -> None:

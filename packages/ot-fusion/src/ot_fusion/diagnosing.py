@@ -64,7 +64,7 @@ def diagnose(
     data: Any = None,
     spec: Any = None,
     config: FusionConfig | None = None,
-    progress: bool | None = False,
+    progress: bool | None = None,
 ) -> Diagnosis:
     """Say whether plain averaging is the right tool: fine-tunes of one model are aligned already.
 

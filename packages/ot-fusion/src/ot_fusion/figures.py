@@ -11,18 +11,12 @@ from typing import Any
 import numpy as np
 
 from fusion_core.atomic import PathLike
-from fusion_core.errors import require_extra
+from fusion_core.plotting import clean_axes, new_figure, save_figure
 from fusion_core.report import Figure, Report
 from ot_fusion.metrics import Curve
 from ot_fusion.plan import Plan
 
 __all__ = ["barrier_figure", "cost_figure", "map_figure", "save_map_report"]
-
-
-def _plt() -> Any:
-    matplotlib = require_extra("matplotlib", "plot", "ot-fusion")
-    matplotlib.use("Agg", force=False)
-    return require_extra("matplotlib.pyplot", "plot", "ot-fusion")
 
 
 def _sorted(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -40,9 +34,9 @@ def map_figure(maps: Mapping[str, Plan], path: Path, *, most: int = 3) -> Figure
         path: of the PNG.
         most: how many maps.
     """
-    plt = _plt()
     chosen = list(maps.items())[:most]
-    figure, axes = plt.subplots(2, len(chosen), figsize=(3.2 * len(chosen), 6.2), squeeze=False)
+    figure = new_figure(3.2 * len(chosen), 6.2, "ot-fusion")
+    axes = figure.subplots(2, len(chosen), squeeze=False)
     for column, (name, plan) in enumerate(chosen):
         matrix = plan.out_map().detach().cpu().double().numpy()
         for row, (values, label) in enumerate(((matrix, "as they come"), (_sorted(matrix), "source sorted"))):
@@ -50,9 +44,7 @@ def map_figure(maps: Mapping[str, Plan], path: Path, *, most: int = 3) -> Figure
             axes[row][column].set_title(f"{name}\n{label}" if row == 0 else label, fontsize=9)
             axes[row][column].set_xlabel("anchor neuron")
             axes[row][column].set_ylabel("source neuron")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
     return Figure(
         path,
         f"Heat maps of the maps {', '.join(name for name, _ in chosen)}, before and after sorting",
@@ -69,16 +61,13 @@ def barrier_figure(curves: Mapping[str, Curve], path: Path, label: str) -> Figur
         path: of the PNG.
         label: of the vertical axis.
     """
-    plt = _plt()
-    figure, ax = plt.subplots(figsize=(6, 3.8))
+    figure = new_figure(6, 3.8, "ot-fusion")
+    ax = figure.subplots()
     for name, curve in curves.items():
         curve.plot(ax, label=name)
-    ax.set_ylabel(label)
-    ax.legend()
-    ax.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    clean_axes(ax, x="share of the anchor", y=label)
+    ax.legend(fontsize=8, frameon=False)
+    save_figure(figure, path)
     return Figure(
         path,
         f"{label} along the straight line between two models: {', '.join(curves)}",
@@ -94,15 +83,13 @@ def cost_figure(rows: list[dict[str, Any]], path: Path) -> Figure:
         rows: of a fusion's report.
         path: of the PNG.
     """
-    plt = _plt()
     known = [row for row in rows if row.get("cost") is not None]
-    figure, ax = plt.subplots(figsize=(6, max(2.0, 0.28 * len(known) + 1)))
+    figure = new_figure(6, max(2.0, 0.28 * len(known) + 1), "ot-fusion")
+    ax = figure.subplots()
     ax.barh([row["map"] for row in known], [row["cost"] for row in known], color="#3b6ea5")
     ax.invert_yaxis()
-    ax.set_xlabel("transport cost (of the normalised ground cost)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    clean_axes(ax, x="transport cost (of the normalized ground cost)")
+    save_figure(figure, path)
     return Figure(
         path, "Transport cost of every map", "Low: the two models' layers hold much the same features."
     )

@@ -253,7 +253,7 @@ def fuse(
     spec: Any = None,
     layer_map: Mapping[int, int] | None = None,
     reference: str | None = None,
-    progress: bool | None = False,
+    progress: bool | None = None,
 ) -> Fused:
     """Fuse models that were trained apart into one with the anchor's shape.
 
@@ -339,7 +339,7 @@ def align(
     spec: Any = None,
     config: FusionConfig | None = None,
     layer_map: Mapping[int, int] | None = None,
-    progress: bool | None = False,
+    progress: bool | None = None,
     **settings: Any,
 ) -> Aligned:
     """Re-express a model in the coordinates of another, without mixing them.

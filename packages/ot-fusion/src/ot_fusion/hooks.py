@@ -228,7 +228,7 @@ def collect(
     config: FusionConfig,
     *,
     keep: bool = False,
-    progress: bool | None = False,
+    progress: bool | None = None,
 ) -> Statistics:
     """Run both models on the same inputs and reduce their activations to what the plans need.
 

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fusion_core.errors import require_extra
 from fusion_core.modules import untouched
+from fusion_core.plotting import axes_or_new
 from fusion_core.results import Result
 from ot_fusion.errors import InputError, ShapeError
 from ot_fusion.spec.verify import outputs_of
@@ -120,8 +120,7 @@ class Curve(Result):
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        if ax is None:
-            ax = require_extra("matplotlib.pyplot", "plot", "ot-fusion").subplots()[1]
+        ax = axes_or_new(ax, "ot-fusion")
         ax.plot(self.t, self.values, **({"marker": "o"} | style))
         ax.set_xlabel("share of the anchor")
         return ax

@@ -14,11 +14,9 @@ __all__ = [
     "Data",
     "Features",
     "Legal",
-    "Length",
     "Models",
     "Recipe",
     "Reg",
-    "Settings",
     "Solver",
     "SpecFile",
     "Strategy",
@@ -31,7 +29,7 @@ __all__ = [
 
 Models = Annotated[list[str], typer.Argument(help="Model folders, or module:function giving a module.")]
 Data = Annotated[
-    str | None, typer.Option("--data", help=".npy, .npz, .safetensors, .txt, or module:function.")
+    str | None, typer.Option("--data", "-d", help=".npy, .npz, .safetensors, .txt, or module:function.")
 ]
 Features = Annotated[
     Literal["acts", "wts"] | None, typer.Option("--features", help="acts (needs --data) or wts.")
@@ -51,11 +49,7 @@ Legal = Annotated[
 Alpha = Annotated[
     float | None, typer.Option("--alpha", help="Weight of the ANCHOR, in [0, 1]; 1/N by default.")
 ]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Any other setting, such as --set tokens=window:6.")
-]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="Settings from a .toml or .json file.")]
-Length = Annotated[int, typer.Option("--max-length", min=1, help="Most tokens of a text of --data.")]
 SpecFile = Annotated[
     Path | None, typer.Option("--spec", help="A specification file instead of the architecture's own.")
 ]

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fusion_core.results import Result
 from ot_fusion.errors import InputError, ShapeError
 
 __all__ = ["Normalization", "Plan"]
@@ -26,7 +27,7 @@ def _safe(sums: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Result):
     """How much of each source neuron goes to each anchor neuron.
 
     Attributes:

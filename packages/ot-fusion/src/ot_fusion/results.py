@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fusion_core.atomic import PathLike
 from fusion_core.report import Report
 from ot_fusion.config import FusionConfig
 from ot_fusion.plan import Plan
@@ -66,7 +67,7 @@ class Fused:
         """Cost, identity share and entropy of every map."""
         return Report(title="Fusion", rows=plan_rows(self.maps, self.costs))
 
-    def save_report(self, out: Any) -> None:
+    def save_report(self, out: PathLike) -> None:
         """Write the report as a page with pictures: maps before and after sorting, and the costs.
 
         Args:
@@ -80,7 +81,7 @@ class Fused:
         save_map_report(self.report, self.maps, out)
 
     def save_pretrained(
-        self, out: Any, *, parents: Mapping[str, Any] | None = None, overwrite: bool = False
+        self, out: PathLike, *, parents: Mapping[str, Any] | None = None, overwrite: bool = False
     ) -> None:
         """Write a model folder with ``maps.safetensors`` and ``ot_fusion.json``.
 

@@ -62,7 +62,7 @@ def exact_table(source: Vocabulary, pivot: Vocabulary) -> Ints:
 
 
 def nearest_table(
-    source: Vocabulary, pivot: Vocabulary, cooccurrence: Cooccurrence | None = None, *, workers: int = 1
+    source: Vocabulary, pivot: Vocabulary, cooccurrence: Cooccurrence | None = None, *, num_workers: int = 1
 ) -> Ints:
     """MinED: the exact token, else the one of least Levenshtein distance, the first of equals.
 
@@ -70,7 +70,7 @@ def nearest_table(
         source: whose ids are mapped.
         pivot: where to.
         cooccurrence: takes, of equally near tokens, the one with the most similar neighbours.
-        workers: threads.
+        num_workers: threads.
     """
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
@@ -85,7 +85,7 @@ def nearest_table(
             pivot.tokens,
             scorer=Levenshtein.distance,
             dtype=np.int32,
-            workers=workers,
+            workers=num_workers,
         )
         table[block] = distance.argmin(1)
         if cooccurrence is not None:

@@ -230,14 +230,14 @@ class Merge:
         return places
 
     def dry_run(
-        self, *, dtype: torch.dtype | None = None, shard_bytes: int = 5_000_000_000, workers: int = 1
+        self, *, dtype: torch.dtype | None = None, shard_bytes: int = 5_000_000_000, num_workers: int = 1
     ) -> dict[str, Any]:
         """What a save would cost: bytes read and written, shards, and the memory of the largest tensor.
 
         Args:
             dtype: of the result.
             shard_bytes: most bytes of a shard.
-            workers: tensors that are merged side by side.
+            num_workers: tensors that are merged side by side.
         """
         places = self._layout(dtype, shard_bytes)
         sources = [*self.targets, *([] if self.base is None else [self.base])]
@@ -254,7 +254,7 @@ class Merge:
             "bytes_read_once": reads,
             "bytes_written": sum(place.nbytes for place in places),
             "shards": places[-1].shard + 1 if places else 0,
-            "working_bytes": workers * (piece + held * largest),
+            "working_bytes": num_workers * (piece + held * largest),
         }
 
     def save(
@@ -263,7 +263,7 @@ class Merge:
         *,
         dtype: torch.dtype | None = None,
         shard_bytes: int = 5_000_000_000,
-        workers: int = 1,
+        num_workers: int = 1,
         overwrite: bool = False,
         progress: bool | None = None,
     ) -> None:
@@ -276,7 +276,7 @@ class Merge:
             out: the folder to make.
             dtype: of the result; the pivot's by default. Sums and differences are taken in float32 or better.
             shard_bytes: most bytes of a shard.
-            workers: tensors that are merged side by side; the result is the same to the bit.
+            num_workers: tensors that are merged side by side; the result is the same to the bit.
             overwrite: replace what is in ``out``.
             progress: show a bar.
 
@@ -293,7 +293,7 @@ class Merge:
         keys = self._floating()
         _keep_freed_memory()
         # Workers are threads of their own; torch's would get in their way.
-        with threads(), ThreadPoolExecutor(max(1, workers)) as pool:
+        with threads(), ThreadPoolExecutor(max(1, num_workers)) as pool:
             todo = [entry for entry in places if entry.key not in done.keys]
             if todo:
                 self._prepare(keys)

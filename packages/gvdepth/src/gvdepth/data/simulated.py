@@ -43,7 +43,7 @@ class Simulated:
         camera: a camera, or the name of one of :data:`RIGS`.
         count: how many.
         seed: of the streets.
-        size: multiplies all objects; by default that of the rig, else 1.
+        object_size: multiplies all objects; by default that of the rig, else 1.
         supersample: rays per pixel and side; by default 2 for images below 100 rows, else 1.
         noise: of the pixels.
         keep: hold what was rendered in memory.
@@ -58,7 +58,7 @@ class Simulated:
         count: int,
         *,
         seed: int = 0,
-        size: float | None = None,
+        object_size: float | None = None,
         supersample: int | None = None,
         noise: float = 0.02,
         keep: bool = False,
@@ -68,7 +68,8 @@ class Simulated:
         if count < 1:
             raise InputError(f"count is {count}, wanted at least 1")
         rig = RIGS[camera] if isinstance(camera, str) else (camera, 1.0)
-        self.camera, self.size = rig[0], rig[1] if size is None else size
+        self.camera = rig[0]
+        self.object_size = rig[1] if object_size is None else object_size
         self.count, self.seed, self.noise = count, seed, noise
         self.supersample = supersample or (2 if self.camera.height < 100 else 1)
         self._kept: dict[int, Sample] | None = {} if keep else None
@@ -84,7 +85,7 @@ class Simulated:
         """
         if not 0 <= index < self.count:
             raise IndexError(f"index is {index}, there are {self.count} frames")
-        scene = make_scene(self.seed, index, size=self.size)
+        scene = make_scene(self.seed, index, object_size=self.object_size)
         return render(scene, self.camera, supersample=self.supersample, noise=self.noise)
 
     def __getitem__(self, index: int) -> Sample:
