@@ -139,7 +139,6 @@ def train(
     require_extra("accelerate", "train", "fusechat")
     from transformers import AutoModelForCausalLM, TrainingArguments
 
-    from fusechat.collate import FusionCollator
     from fusechat.objective import FusionLoss
     from fusechat.trainer import FusionTrainer
 
@@ -147,7 +146,6 @@ def train(
     if occupied(out):
         raise InputError(f"--out {out} is not empty; name another folder")
     tokenizer, dialogues = _tokenizer(pivot), _dialogues(data)
-    collator = FusionCollator(tokenizer, store, max_length=max_length)
     with reading(pivot, "cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(pivot)
     with atomic_directory(out) as place:
@@ -164,11 +162,16 @@ def train(
             disable_tqdm=quiet,
         )
         trainer = FusionTrainer(
-            model, settings, train_dataset=dialogues, data_collator=collator, fusion_loss=objective
+            model,
+            settings,
+            dialogues,
+            store,
+            processing_class=tokenizer,
+            fusion_loss=objective,
+            collator_options={"max_length": max_length},
         )
         trainer.train()
         trainer.save_model(str(place))
-        tokenizer.save_pretrained(place)
     typer.echo(str(out), err=True)
 
 
