@@ -69,7 +69,7 @@ def test_every_member_has_a_workflow_that_its_changes_start(member: Member) -> N
 
 
 def test_no_workflow_is_left_of_a_package_that_is_gone() -> None:
-    general = {"_package.yml", "lint.yml", "release.yml"}
+    general = {"_package.yml", "faults.yml", "lint.yml", "release.yml"}
     assert {path.name for path in FILES} == general | {caller(member).name for member in members()}
 
 
@@ -92,6 +92,14 @@ def test_the_lint_job_calls_steps_that_ci_run_has() -> None:
     declared = re.search(r"^steps=\((.*)\)$", (ROOT / ".ci" / "run").read_text("utf-8"), re.MULTILINE)
     assert declared is not None
     assert set(declared.group(1).split()) - set(called) == {"tests", "isolation"}
+
+
+def test_the_faults_are_tried_in_every_package() -> None:
+    jobs = read(WORKFLOWS / "faults.yml")["jobs"]
+    tried = set(jobs["package"]["strategy"]["matrix"]["package"])
+    assert tried == {member.name for member in packages()} | {"fusion demo"}
+    commands = "\n".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
+    assert all(f"tests/faults {verb} " in commands for verb in ("kill", "garbage", "load"))
 
 
 def test_a_release_checks_builds_tries_and_publishes_without_a_secret() -> None:

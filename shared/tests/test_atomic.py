@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_core.atomic import atomic_directory, atomic_write
+from fusion_core.atomic import UNDER_WAY, atomic_directory, atomic_write, occupied, resumable_directory
 from fusion_core.errors import InputError
 
 STEPS = [(tempfile, "mkstemp"), (os, "fdopen"), (os, "fsync"), (Path, "chmod"), (Path, "replace")]
@@ -144,3 +144,51 @@ def test_error_in_the_directory_block(tmp_path):
         (folder / "a").write_text("1")
         raise RuntimeError("mine")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_occupied(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    assert [occupied(tmp_path / name) for name in ("none", "empty", "file", "")] == [False, False, True, True]
+
+
+def test_resumable_directory_goes_on_and_appears_at_once(tmp_path):
+    out, work = tmp_path / "out", tmp_path / "out.partial"
+    with pytest.raises(Boom), resumable_directory(out, "one") as folder:
+        (folder / "a").write_text("1")
+        raise Boom
+    assert not out.exists()
+    assert folder == work
+    with resumable_directory(out, "one") as folder:
+        assert (folder / "a").read_text() == "1"
+        (folder / "b").write_text("2")
+    assert sorted(f.name for f in out.iterdir()) == ["a", "b"]
+    assert list(tmp_path.iterdir()) == [out]
+    with (
+        pytest.raises(InputError, match=r"out is there already and not empty"),
+        resumable_directory(out, "one"),
+    ):
+        pass
+    with resumable_directory(out, "one", overwrite=True) as folder:
+        (folder / "c").write_text("3")
+    assert [f.name for f in out.iterdir()] == ["c"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("left", ["another run", "no mark"])
+def test_resumable_directory_takes_nothing_of_another_run(tmp_path, left):
+    with pytest.raises(Boom), resumable_directory(tmp_path / "out", "one") as folder:
+        (folder / "a").write_text("1")
+        raise Boom
+    if left == "no mark":  # killed between its making and its mark, or before the last step
+        (folder / UNDER_WAY).unlink()
+    with resumable_directory(tmp_path / "out", "two" if left == "another run" else "one") as folder:
+        assert [f.name for f in folder.iterdir()] == [UNDER_WAY]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_resumable_directory_needs_a_place(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(InputError, match="file"), resumable_directory(path, "one"):
+            pass

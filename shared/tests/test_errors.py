@@ -18,6 +18,7 @@ from fusion_core.errors import (
     check_finite,
     check_range,
     check_shape,
+    reading,
     require_extra,
 )
 
@@ -114,3 +115,28 @@ def test_lazy_exports(tmp_path, monkeypatch):
     assert lazy_package.inner is sys.modules["lazy_package.inner"]
     with pytest.raises(AttributeError, match="'lazy_package' has no attribute 'other'"):
         _ = lazy_package.other
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "words"),
+    [
+        (KeyError("weights"), CheckpointError, "a.json is damaged: KeyError 'weights'"),
+        (RecursionError("deep"), CheckpointError, "a.json is damaged: RecursionError deep"),
+        (MemoryError(), CheckpointError, "a.json is damaged: MemoryError"),
+        (ValueError("no\n JSON"), CheckpointError, "a.json is damaged: no JSON"),
+        (FileNotFoundError(2, "No such file"), CheckpointError, "a.json is damaged: No such file"),
+        (ConfigError("lr is -1"), ConfigError, "a.json: lr is -1"),
+        (ConfigError("a.json: lr is -1"), ConfigError, "a.json: lr is -1"),
+        (MissingExtraError("yaml is not installed"), MissingExtraError, "yaml is not installed"),
+    ],
+)
+def test_reading_gives_one_error_that_names_the_file(raised, kind, words):
+    with pytest.raises(kind) as told, reading("a.json", "is damaged", CheckpointError):
+        raise raised
+    assert str(told.value) == words
+    assert type(told.value) is kind
+
+
+def test_reading_lets_ctrl_c_through():
+    with pytest.raises(KeyboardInterrupt), reading("a.json"):
+        raise KeyboardInterrupt

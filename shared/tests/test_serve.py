@@ -3,6 +3,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 
@@ -88,20 +89,24 @@ def test_unannounced_body_is_limited_too(server):
     assert get(server + "/json", b"{" + b"y" * 2000, {"Content-Type": "application/json"})[0] == 413
 
 
-def test_busy_server_says_so(server):
-    with subprocess.Popen(
-        [sys.executable, "-c", f"import urllib.request as u; u.urlopen({server + '/slow'!r}).read()"]
-    ) as other:
-        waiting = [
-            socket.create_connection(server.removeprefix("http://").split(":"), timeout=5) for _ in range(4)
-        ]
-        try:
-            code, _ = get(server + "/slow")
-        finally:
-            for wire in waiting:
-                wire.close()
-        other.wait(10)
-    assert code == 503
+def test_busy_server_says_when_to_come_again(server):
+    host, port = server.removeprefix("http://").split(":")
+    idle = [socket.create_connection((host, int(port)), timeout=10) for _ in range(8)]
+    try:
+        for wire in idle[:2]:
+            wire.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.1)
+        with pytest.raises(urllib.error.HTTPError) as told:
+            urllib.request.urlopen(server + "/json", data=b"{}", timeout=10)
+        assert told.value.code == 503
+        assert told.value.headers["Retry-After"] == "1"
+        assert "2 requests are being answered" in told.value.read().decode()
+        assert get(server + "/healthz")[0] == 200
+        assert [wire.recv(100)[:12] for wire in idle[:2]] == [b"HTTP/1.1 200"] * 2
+        assert get(server + "/slow") == (200, '"done"'), "connections that ask nothing do not count"
+    finally:
+        for wire in idle:
+            wire.close()
 
 
 def test_place_is_taken():

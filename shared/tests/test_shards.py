@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fusion_core.atomic import UNDER_WAY, resumable_directory
 from fusion_core.checkpoint import load_tensors, save_tensors
 from fusion_core.errors import CheckpointError, InputError
 from fusion_core.shards import ShardReader, ShardWriter
@@ -51,10 +52,57 @@ def test_partial_until_closed_and_written_as_it_goes(tmp_path):
         writer.add(key, value)
         assert len(list(tmp_path.iterdir())) == i // 2
     assert all(f.name.endswith(".safetensors.partial") for f in tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match=r"holds no \*.safetensors and no index"):
+    with pytest.raises(CheckpointError, match="is unfinished; run again what wrote it"):
         ShardReader(tmp_path)
     writer.close()
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("done", range(3))
+def test_no_half_checkpoint_is_read(tmp_path, monkeypatch, done):
+    """A kill while close() gives the shards their names: some have theirs, the index is missing."""
+    with ShardWriter(tmp_path / "whole", 100) as writer:
+        for key, value in tensors().items():
+            writer.add(key, value)
+    writer = ShardWriter(tmp_path / "cut", 100)
+    for key, value in tensors().items():
+        writer.add(key, value)
+    replace, names = Path.replace, []
+
+    def stops(self, target):
+        if Path(target).name.startswith("model-") and "-of-" in Path(target).name:
+            if len(names) == done:
+                raise KeyboardInterrupt
+            names.append(target)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", stops)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    monkeypatch.undo()
+    assert (
+        len(list((tmp_path / "cut").glob("*.partial")))
+        == len(list((tmp_path / "whole").glob("*-of-*"))) - done
+    )
+    with pytest.raises(CheckpointError, match="is unfinished"):
+        ShardReader(tmp_path / "cut")
+    ShardWriter(tmp_path / "cut", 100).close()
+    assert {f.name: f.read_bytes() for f in (tmp_path / "cut").iterdir()} == {
+        f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_a_folder_under_way_is_finished_whatever_it_holds(tmp_path):
+    """A kill between the index and the step that shows the folder: the writer goes on, readers refuse."""
+    with resumable_directory(tmp_path / "out", "a") as work, ShardWriter(work, 100) as writer:
+        writer.add("a", torch.ones(2))
+    (tmp_path / "out").rename(tmp_path / "out.partial")
+    (tmp_path / "out.partial" / UNDER_WAY).write_text("a")
+    with pytest.raises(CheckpointError, match="is unfinished"):
+        ShardReader(tmp_path / "out.partial")
+    with resumable_directory(tmp_path / "out", "a") as work, ShardWriter(work, 100) as writer:
+        assert "a" in writer
+    assert torch.equal(ShardReader(tmp_path / "out").get("a"), torch.ones(2))
 
 
 def test_error_in_the_block_does_not_finish(tmp_path):

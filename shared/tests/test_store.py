@@ -286,7 +286,12 @@ def test_damaged_stores(tmp_path):
         ('"start": 2', '"start": 1', "hold the same rows"),
         ("fusion.store/1", "fusion.store/9", "schema 'fusion.store/9', wanted 'fusion.store/1'"),
         ('"shards"', '"shard"', "is damaged: KeyError 'shards'"),
-        ("{", "", "is damaged: JSONDecodeError"),
+        ("{", "", "is damaged: Extra data"),
+        ('"rows": 4', '"rows": "4"', "manifest.json: rows is '4', wanted int"),
+        ('"start": 2', '"start": 1e999', r"shard-00001.safetensors holds the rows \[inf, 4\]"),
+        ('"shard-00001', '"../shard-00001', "outside the folder"),
+        ('"float16"', '"object"', "array .* is 'object'"),
+        ('"shards": [', '"shards": ' + "[" * 9000, "is damaged: RecursionError"),
     ]:
         assert old in text
         manifest.write_text(text.replace(old, new, 1))

@@ -57,6 +57,19 @@ def test_collect_align_inspect_train(place, tmp_path):
     assert done.code == 0, done.stderr
     assert (tmp_path / "page" / "report.html").exists()
     assert json.loads(run_cli(main, "inspect", tmp_path / "store", "--json").stdout)["rows"] == 10
+    words = ["--store", tmp_path / "store", *common, "--epochs", "1", "--batch-size", "5"]
+    done = run_cli(main, "train", "--pivot", place / "pivot", *words, "--out", tmp_path / "target")
+    assert done.code == 0, done.stderr
+    names = {path.name for path in (tmp_path / "target").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    before = load_model("pivot").state_dict()
+    from transformers import LlamaForCausalLM
+
+    after = LlamaForCausalLM.from_pretrained(tmp_path / "target").state_dict()
+    assert any(not torch.equal(before[key], value) for key, value in after.items())
+    again = run_cli(main, "train", "--pivot", place / "pivot", *words, "--out", tmp_path / "target")
+    assert (again.code, "not empty" in again.stderr) == (2, True)
 
 
 def test_merge(place, tmp_path):

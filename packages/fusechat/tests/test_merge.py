@@ -313,6 +313,43 @@ def test_a_killed_merge_leaves_nothing_and_goes_on(big, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_file_that_was_half_copied_is_copied_again(big, tmp_path, monkeypatch):
+    place, _ = big
+    (place / "base" / "config.json").write_text('{"model_type": "llama"}')
+    plan = merge.sce([place / "t0", place / "t1"], base=place / "base", tau=0.3)
+
+    def stops(source, target):
+        Path(target).write_text('{"model')
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fusechat.merge.files.shutil.copyfile", stops)
+        with pytest.raises(KeyboardInterrupt):
+            plan.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    plan.save(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == '{"model_type": "llama"}'
+
+
+def test_a_merge_that_replaces_another_leaves_one_of_them_whole(big, tmp_path, monkeypatch):
+    place, _ = big
+    models = [place / "t0", place / "t1"]
+    merge.linear(models).save(tmp_path / "out")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+
+    def stops(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # what was there is gone only when the new one has its place
+        patch.setattr(Path, "rename", stops)
+        with pytest.raises(KeyboardInterrupt):
+            merge.sce(models, base=place / "base").save(tmp_path / "out", overwrite=True)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
+    merge.sce(models, base=place / "base").save(tmp_path / "out", overwrite=True)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} != before
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out"]
+
+
 def test_a_dry_run_counts_without_reading(big):
     place, _ = big
     found = merge.sce([place / "t0", place / "t1"], base=place / "base").dry_run(shard_bytes=100_000)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from fusion_core.checkpoint import save_tensors
 from fusion_core.errors import CheckpointError, InputError
-from fusion_core.shards import ShardReader
+from fusion_core.shards import ShardReader, ShardWriter
 from logit_fusion.task_vectors import merge_task_vectors
 
 
@@ -77,3 +78,68 @@ def test_bad_input(base, experts, tmp_path):
     with pytest.raises(CheckpointError):
         merge_task_vectors(tmp_path / "none", [tmp_path / "none"], out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A base and an expert of four tensors, in files."""
+    states = {
+        name: {f"w{i}": torch.full((4,), float(i + shift)) for i in range(4)}
+        for name, shift in (("base", 0), ("expert", 1))
+    }
+    for name, state in states.items():
+        save_tensors(tmp_path / f"{name}.safetensors", state)
+    return tmp_path
+
+
+def cut_off(place, monkeypatch, after, lam):
+    """A merge that ends after some tensors, as by a kill."""
+    add, count = ShardWriter.add, []
+
+    def stops(self, key, tensor):
+        if len(count) == after:
+            raise KeyboardInterrupt
+        count.append(key)
+        add(self, key, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "add", stops)
+        with pytest.raises(KeyboardInterrupt):
+            merge_task_vectors(
+                place / "base.safetensors",
+                [place / "expert.safetensors"],
+                lam,
+                out=place / "out",
+                shard_bytes=16,
+            )
+
+
+def test_a_merge_that_was_cut_off_takes_nothing_of_another_scale(small, monkeypatch):
+    cut_off(small, monkeypatch, 3, 0.25)
+    assert not (small / "out").exists()
+    assert len(list((small / "out.partial").glob("model-*"))) == 2
+    merge_task_vectors(small / "base.safetensors", [small / "expert.safetensors"], 0.75, out=small / "out")
+    found = ShardReader(small / "out")
+    assert [float(found.get(f"w{i}")[0]) for i in range(4)] == [0.75, 1.75, 2.75, 3.75]
+    assert not (small / "out.partial").exists()
+
+
+def test_a_merge_that_was_cut_off_goes_on(small, monkeypatch):
+    cut_off(small, monkeypatch, 3, 0.5)
+    read, asked = ShardReader.get, []
+    monkeypatch.setattr(
+        ShardReader, "get", lambda self, key, *more: asked.append(key) or read(self, key, *more)
+    )
+    merge_task_vectors(
+        small / "base.safetensors", [small / "expert.safetensors"], 0.5, out=small / "out", shard_bytes=16
+    )
+    assert set(asked) == {"w2", "w3"}
+    found = ShardReader(small / "out")
+    assert [float(read(found, f"w{i}")[0]) for i in range(4)] == [0.5, 1.5, 2.5, 3.5]
+
+
+def test_a_merge_does_not_mix_with_what_is_there(small):
+    (small / "out").mkdir()
+    (small / "out" / "model.safetensors").write_bytes((small / "base.safetensors").read_bytes())
+    with pytest.raises(InputError, match="out, which is not empty"):
+        merge_task_vectors(small / "base.safetensors", [small / "expert.safetensors"], out=small / "out")

@@ -10,7 +10,7 @@ import torch
 
 from fusion_core.errors import CheckpointError
 from fusion_core.testing import kill_when
-from ot_fusion import FusionConfig, fuse
+from ot_fusion import FusionConfig, fuse, storage
 from ot_fusion.errors import InputError
 from ot_fusion.fusing import settled
 from ot_fusion.storage import LazyState, folder_spec, fuse_folders, load_maps, refuse
@@ -111,6 +111,50 @@ def test_a_killed_run_leaves_no_folder_and_goes_on(folders, tmp_path):
     )
     for key, value in loaded(out).state_dict().items():
         torch.testing.assert_close(value, whole.state[key], atol=1e-6, rtol=0)
+
+
+def cut_off(monkeypatch, name, after, call):
+    """Run a call that ends when ``storage.NAME`` is called once more than ``after`` times, as by a kill."""
+    plain, count = getattr(storage, name), []
+
+    def stops(*args, **options):
+        if len(count) == after:
+            raise KeyboardInterrupt
+        count.append(name)
+        return plain(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, name, stops)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+
+
+def test_fusing_again_takes_nothing_of_a_run_with_another_weight(folders, tmp_path, monkeypatch):
+    pair = {name: loaded(path) for name, path in folders.items()}
+    fused = fuse(pair, config=FusionConfig(features="wts"))
+    fused.save_pretrained(tmp_path / "fused", parents=folders)
+    refuse(tmp_path / "fused", tmp_path / "wanted", alpha=0.8)
+    cut_off(monkeypatch, "save_maps", 0, lambda: refuse(tmp_path / "fused", tmp_path / "out", alpha=0.2))
+    assert list((tmp_path / "out.partial").glob("model-*.safetensors"))
+    refuse(tmp_path / "fused", tmp_path / "out", alpha=0.8)
+    files = {f.name: f.read_bytes() for f in (tmp_path / "wanted").iterdir()}
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == files
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_cut_off_at_its_last_step_can_be_run_again(folders, tmp_path, monkeypatch, overwrite):
+    config = FusionConfig(features="wts", strategy="consistent")
+    words = {"anchor": "b", "weights": WEIGHTS, "config": config, "shard_bytes": 8_000}
+    fuse_folders(folders, tmp_path / "wanted", **words)
+    if overwrite:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "old").write_text("old")
+    call = lambda: fuse_folders(folders, tmp_path / "out", overwrite=overwrite, **words)
+    cut_off(monkeypatch, "save_maps", 1, call)  # behind the index of the shards
+    assert [f.name for f in tmp_path.glob("out/*")] == ["old"] * overwrite
+    call()
+    files = {f.name: f.read_bytes() for f in (tmp_path / "wanted").iterdir()}
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == files
 
 
 def test_parents_that_changed_are_refused(folders, tmp_path, models):

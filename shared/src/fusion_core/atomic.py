@@ -13,6 +13,8 @@ from typing import IO, Any, Literal
 from fusion_core.errors import InputError
 
 PathLike = str | os.PathLike[str]
+UNDER_WAY = "run.partial"
+"""The file that marks a directory of :func:`resumable_directory` as unfinished, whatever else it holds."""
 
 
 def _sibling_parent(path: Path) -> Path:
@@ -84,28 +86,88 @@ def atomic_directory(path: PathLike, *, overwrite: bool = False) -> Generator[Pa
         InputError: ``path`` exists and is not empty without ``overwrite``, or cannot be written.
     """
     target = Path(path)
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not overwrite:
+    if occupied(target) and not overwrite:
         raise InputError(f"{path} is there already and not empty; name another or pass overwrite=True")
     parent = _sibling_parent(target)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; name a writable place") from error
-    old: Path | None = None
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=parent)) / target.name
-            target.rename(old)
-        temporary.rename(target)
+        replace_directory(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def occupied(path: PathLike) -> bool:
+    """Whether a directory cannot be made at a path without replacing something: a file, or entries in it."""
+    place = Path(path)
+    return place.exists() and (not place.is_dir() or any(place.iterdir()))
+
+
+@contextmanager
+def resumable_directory(
+    path: PathLike, fingerprint: str, *, overwrite: bool = False
+) -> Generator[Path, None, None]:
+    """Fill a directory over one or several runs; it appears whole or not at all.
+
+    The block gets ``PATH.partial``, with what an interrupted run of the same fingerprint left in it; what
+    another left is removed. On success it is renamed to ``path``, on any error or kill it stays for the next.
+
+    Args:
+        path: the final directory.
+        fingerprint: of all that the contents depend on.
+        overwrite: replace what is at ``path``.
+
+    Raises:
+        InputError: ``path`` exists and is not empty without ``overwrite``, or cannot be written.
+    """
+    target = Path(path)
+    if occupied(target) and not overwrite:
+        raise InputError(f"{path} is there already and not empty; name another or pass overwrite=True")
+    work = _sibling_parent(target) / f"{target.name}.partial"
+    mark = work / UNDER_WAY
+    if work.exists() and not (mark.is_file() and mark.read_bytes() == fingerprint.encode()):
+        shutil.rmtree(work)
+    if not work.exists():
+        try:
+            work.mkdir()
+        except OSError as error:
+            raise InputError(
+                f"cannot write {path}: {error.strerror or error}; name a writable place"
+            ) from error
+        with atomic_write(mark, "w") as file:
+            file.write(fingerprint)
+    yield work
+    mark.unlink()
+    replace_directory(work, target)
+
+
+def replace_directory(source: PathLike, path: PathLike) -> None:
+    """Give a finished directory its place; what is there is moved aside first and removed afterwards.
+
+    A kill leaves the old one, the new one or, between two renames, none; never a part of one.
+
+    Args:
+        source: the finished directory, beside ``path``.
+        path: where it belongs.
+    """
+    target = Path(path)
+    old: Path | None = None
+    try:
+        if target.exists():
+            aside = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)
+            old = Path(aside) / target.name
+            target.rename(old)
+        Path(source).rename(target)
+    except BaseException:
         if old is not None and old.exists() and not target.exists():
             old.rename(target)
         raise
     finally:
         if old is not None:
             shutil.rmtree(old.parent, ignore_errors=True)
-    _sync_directory(parent)
+    _sync_directory(target.parent)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from fusion_core.atomic import PathLike, atomic_write
-from fusion_core.errors import ConfigError, FusionError
+from fusion_core.errors import ConfigError, FusionError, reading
 
 
 @functools.cache
@@ -106,7 +106,7 @@ class Config:
             return _adapter(cls).validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
             raise _complaint(cls, error.errors()[0]) from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError, OverflowError) as error:
             raise ConfigError(f"settings take plain values: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,15 +125,18 @@ class Config:
             ConfigError: missing, not in the format, or as in :meth:`from_dict`; the file is named.
         """
         file = Path(path)
+        form = _format(file)
         try:
-            text = file.read_text("utf-8")
-            return cls.from_dict(tomllib.loads(text) if _format(file) == ".toml" else json.loads(text))
+            data = file.read_bytes()
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+        with reading(path, f"is not {form[1:].upper()}", ConfigError):
+            text = data.decode("utf-8")
+            found = tomllib.loads(text) if form == ".toml" else json.loads(text)
+        try:
+            return cls.from_dict(found)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
-        except ValueError as error:
-            raise ConfigError(f"{path} is not {_format(file)[1:].upper()}: {error}") from error
 
     def save(self, path: PathLike) -> None:
         """Write a ``.toml`` or ``.json`` file, whole or not at all; TOML leaves out what is None.

@@ -7,6 +7,9 @@ complaint about what a caller gave; a package may subclass it under its field's 
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -52,6 +55,48 @@ class MissingExtraError(FusionError, ImportError):
 
 class FusionWarning(UserWarning):
     """Something was mended or ignored on the caller's behalf."""
+
+
+@contextmanager
+def reading(
+    path: str | os.PathLike[str], fault: str = "cannot be read", error: type[FusionError] = InputError
+) -> Generator[None, None, None]:
+    """Tell of whatever goes wrong while a caller's file is read as one error that names the file.
+
+    Parsers raise what they like on garbage: a ``KeyError`` here, a ``RecursionError`` there. An error of the
+    family keeps its class; where it names the file already it passes as it is.
+
+    Args:
+        path: the file.
+        fault: what is said of it; the reason follows.
+        error: the class of the error.
+
+    Raises:
+        FusionError: of the class ``error``, or of the family's error inside.
+
+    Example:
+        >>> import json
+        >>> with reading("a.json", "is damaged", CheckpointError):
+        ...     json.loads("{")["weights"]
+        Traceback (most recent call last):
+        fusion_core.errors.CheckpointError: a.json is damaged: Expecting property name enclosed in ...
+    """
+    name = os.fspath(path)
+    try:
+        yield
+    except MissingExtraError:
+        raise
+    except FusionError as found:
+        if name in str(found):
+            raise
+        raise type(found)(f"{name}: {found}") from found
+    except OSError as found:
+        raise error(f"{name} {fault}: {found.strerror or found}") from found
+    except Exception as found:
+        words = " ".join(str(found).split())[:300]
+        if not isinstance(found, ValueError) or not words:
+            words = f"{type(found).__name__} {words}".strip()
+        raise error(f"{name} {fault}: {words}") from found
 
 
 def require_extra(module: str, extra: str, package: str) -> ModuleType:

@@ -21,6 +21,8 @@ ServedApp = TypeVar("ServedApp", bound=Any)
 MAX_BODY = 8 << 20
 HEALTH = ("/health", "/healthz")
 METRICS = "/metrics"
+_RETRY_SECONDS = 1
+_CONNECTIONS = 16  # for each request at once: idle and slow ones are held, a flood is not
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -109,11 +111,45 @@ class Guard:
         return "\n".join(lines) + "\n"
 
 
-async def _answer(send: Send, status: int, text: str, kind: str, *, close: bool = False) -> None:
+class Limit:
+    """ASGI middleware: 503 with ``Retry-After`` where too many requests are being answered.
+
+    Health and metrics are answered always.
+
+    Args:
+        app: what answers the requests.
+        concurrency: most requests at once.
+    """
+
+    def __init__(self, app: App, concurrency: int) -> None:
+        self.app, self.concurrency, self.in_flight = app, concurrency, 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one connection."""
+        if scope["type"] != "http" or scope["path"] in (*HEALTH, METRICS):
+            return await self.app(scope, receive, send)
+        if self.in_flight >= self.concurrency:
+            words = f"{self.concurrency} requests are being answered; come again in {_RETRY_SECONDS} s"
+            return await _answer(
+                send, 503, json.dumps({"detail": words}), "application/json", close=True, busy=True
+            )
+        self.in_flight += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.in_flight -= 1
+        return None
+
+
+async def _answer(
+    send: Send, status: int, text: str, kind: str, *, close: bool = False, busy: bool = False
+) -> None:
     body = text.encode()
     headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
     if close:
         headers.append((b"connection", b"close"))
+    if busy:
+        headers.append((b"retry-after", str(_RETRY_SECONDS).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -146,7 +182,7 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 8000, concurrency: int 
         app: any ASGI application.
         host: address to listen on; the default is reached from this machine only.
         port: 0 takes a free one.
-        concurrency: connections and requests at once, beyond which 503 is answered.
+        concurrency: requests at once, beyond which 503 with ``Retry-After`` is answered.
 
     Raises:
         InputError: the address cannot be used.
@@ -156,7 +192,8 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 8000, concurrency: int 
     check_range("concurrency", concurrency, 1, float("inf"))
     uvicorn: Any = require_extra("uvicorn", "serve", "fusion-core")
     config = uvicorn.Config(
-        app, host=host, port=port, limit_concurrency=concurrency + 1, timeout_keep_alive=5,
+        Limit(app, concurrency), host=host, port=port, timeout_keep_alive=5,
+        limit_concurrency=_CONNECTIONS * concurrency,
         timeout_graceful_shutdown=10, server_header=False, log_level="warning",
     )  # fmt: skip
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

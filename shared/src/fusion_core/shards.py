@@ -13,8 +13,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusion_core.atomic import PathLike, atomic_write
-from fusion_core.errors import CheckpointError, InputError
+from fusion_core.atomic import UNDER_WAY, PathLike, atomic_write
+from fusion_core.errors import CheckpointError, InputError, reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,14 +117,16 @@ def read_header(path: PathLike) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if length > size - 8:
                 raise CheckpointError(f"{path} is not a safetensors file")
             header: dict[str, Any] = json.loads(handle.read(length))
-        metadata = dict(header.pop("__metadata__", {}))
+        metadata: dict[str, str] = dict(header.pop("__metadata__", {}))
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise TypeError("metadata")
         found: dict[str, TensorInfo] = {}
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             info = TensorInfo(
                 _NAMES[entry["dtype"]], tuple(entry["shape"]), file, 8 + length + begin, end - begin
             )
-            if not all(type(size) is int for size in info.shape):
+            if not all(type(size) is int for size in (*info.shape, begin, end)):
                 raise TypeError(info.shape)
             itemsize = _SIZES.get(info.dtype) or np.dtype(info.dtype).itemsize
             if begin < 0 or min(info.shape, default=0) < 0 or prod(info.shape) * itemsize != info.nbytes:
@@ -134,7 +136,7 @@ def read_header(path: PathLike) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             found[name] = info
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header is damaged") from error
     wanted = max((info.offset + info.nbytes for info in found.values()), default=8 + length)
     if size != wanted:
@@ -144,12 +146,10 @@ def read_header(path: PathLike) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _index_files(index: Path) -> dict[str, Path]:
-    try:
+    with reading(index, "is not an index of shards", CheckpointError):
         table: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
         files = {key: index.parent / name for key, name in table.items()}
         outside = next((name for name in table.values() if Path(name).name != name or "\\" in name), None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of shards: {error}") from error
     if outside is not None:
         raise CheckpointError(f"{index} names {outside!r}, which is outside its folder")
     return files
@@ -177,6 +177,8 @@ class ShardReader:
             files = indices[:1] if len(indices) == 1 else sorted(self.path.glob("*.safetensors"))
             if len(indices) > 1:
                 raise CheckpointError(f"{path} holds several indices, name one: {[i.name for i in indices]}")
+            if any(self.path.glob("*.safetensors.partial")) or (self.path / UNDER_WAY).exists():
+                raise CheckpointError(f"{path} is unfinished; run again what wrote it, and it goes on")
             if not files:
                 raise CheckpointError(f"{path} holds no *.safetensors and no index of them")
         else:
@@ -282,6 +284,8 @@ class ShardWriter:
             raise InputError(f"shard_bytes is {shard_bytes}, wanted at least 1")
         if self._like is not None and not self._like.is_dir():
             raise InputError(f"like is {str(like)!r}, wanted the folder of a model")
+        if (self.folder / UNDER_WAY).exists():  # cut off between the index and the step that shows it
+            (self.folder / _INDEX).unlink(missing_ok=True)
         if (self.folder / _INDEX).exists():
             raise InputError(f"{folder} holds a finished checkpoint ({_INDEX}); name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from fusion_core.atomic import PathLike, atomic_write
 from fusion_core.checkpoint import digest_file
-from fusion_core.errors import CheckpointError, InputError, StoreError
+from fusion_core.errors import CheckpointError, InputError, StoreError, reading
 from fusion_core.shards import CODES, read_header, write_tensors
 
 SCHEMA = "fusion.store/1"
@@ -39,6 +39,25 @@ def _difference(stored: Any, wanted: Any, path: str = "") -> str | None:
         return None
     same = type(stored) is type(wanted) and stored == wanted
     return None if same else f"{path!r}: the store has {stored!r}, wanted {wanted!r}"
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Complain of what the rest of the store takes for granted."""
+    if manifest["schema"] != SCHEMA:
+        raise StoreError(f"it has schema {manifest['schema']!r}, wanted {SCHEMA!r}")
+    kinds = {"kind": str, "fingerprint": dict, "complete": bool, "rows": int, "arrays": dict, "shards": list}
+    for name, kind in kinds.items():
+        if not isinstance(manifest[name], kind):
+            raise StoreError(f"{name} is {str(manifest[name])[:40]!r}, wanted {kind.__name__}")
+    for shard in manifest["shards"]:
+        rows = [shard["start"], shard["stop"]]
+        if Path(shard["file"]).name != shard["file"] or not isinstance(shard["digest"], str):
+            raise StoreError(f"shard {str(shard['file'])[:40]!r} is outside the folder or has no digest")
+        if [type(row) for row in rows] != [int, int] or not 0 <= rows[0] < rows[1] < 2**62:
+            raise StoreError(f"shard {shard['file']} holds the rows {rows}, wanted 0 <= start < stop")
+    for name, (dtype, tail) in manifest["arrays"].items():
+        if dtype not in CODES or not all(type(size) is int and size >= 0 for size in tail):
+            raise StoreError(f"array {name} is {dtype!r} of {tail}, wanted a dtype and the shape of a row")
 
 
 class ShardStore:
@@ -135,18 +154,18 @@ class ShardStore:
         """
         path = Path(folder) / "manifest.json"
         try:
-            manifest = json.loads(path.read_text("utf-8"))
-            if manifest["schema"] != SCHEMA:
-                raise StoreError(f"{path} has schema {manifest['schema']!r}, wanted {SCHEMA!r}")
-            if fingerprint is not None:
-                found = _difference(manifest["fingerprint"], _plain("fingerprint", fingerprint))
-                if found is not None:
-                    raise StoreError(f"{folder} was made from something else; {found}")
-            return cls(Path(folder), manifest)
+            data = path.read_bytes()
         except OSError as error:
             raise StoreError(f"{folder} is no store: {path.name} cannot be read") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path} is damaged: {type(error).__name__} {error}") from error
+        with reading(path, "is damaged", StoreError):
+            manifest = json.loads(data.decode("utf-8"))
+            _check_manifest(manifest)
+            store = cls(Path(folder), manifest)
+        if fingerprint is not None:
+            found = _difference(manifest["fingerprint"], _plain("fingerprint", fingerprint))
+            if found is not None:
+                raise StoreError(f"{folder} was made from something else; {found}")
+        return store
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # a worker process maps the files anew
@@ -331,7 +350,7 @@ class Manifest:
             try:
                 entry = json.loads(line)
                 self.entries[entry.pop("key")] = entry
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise StoreError(f"{path}, line {number}: no JSON object with a key") from error
         if cut:
             with self.path.open("r+b") as file:

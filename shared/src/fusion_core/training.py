@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from fusion_core.atomic import PathLike, atomic_write
 from fusion_core.checkpoint import digest, save_tensors
-from fusion_core.errors import CheckpointError, ConfigError, FusionError, InputError, require_extra
+from fusion_core.errors import CheckpointError, ConfigError, FusionError, InputError, reading, require_extra
 from fusion_core.seeding import generator, restore_rng, rng_state
 
 StepFunction = Callable[[nn.Module, Any], Mapping[str, Tensor]]
@@ -355,24 +355,23 @@ class Loop:
 
     def _load(self) -> None:
         path = self.folder / STATE
-        try:
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        with reading(path, error=CheckpointError):
+            state = dict(torch.load(path, map_location=self.accelerator.device, weights_only=True))
         if state.get("print") != self.print:
             raise InputError(
                 f"{path} is of another run: the model's shapes, accumulate, ema, seed or precision differ"
             )
-        self.raw.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.at = _Progress(**state["at"])
-        self.pending = list(state["pending"])
-        _restore_plain_rng(state["rng"])
+        with reading(path, "is damaged", CheckpointError):
+            self.raw.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None and state["scheduler"] is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.at = _Progress(**state["at"])
+            self.pending = list(state["pending"])
+            _restore_plain_rng(state["rng"])
         metrics = self.folder / METRICS
         if self.accelerator.is_main_process and metrics.exists():
             kept = metrics.read_text("utf-8").splitlines()[: self.at.lines]

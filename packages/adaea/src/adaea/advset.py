@@ -24,7 +24,7 @@ from fusion_core.checkpoint import (
     load_tensors,
     save_tensors,
 )
-from fusion_core.errors import CheckpointError, DataError, InputError, ShapeError, check_shape
+from fusion_core.errors import CheckpointError, DataError, InputError, ShapeError, check_shape, reading
 from fusion_core.results import dump_json, plain
 
 SCHEMA = "adaea.set/1"
@@ -199,22 +199,25 @@ class AdversarialSet:
         source = Path(path)
         if source.is_dir():
             return _load_png(source)
-        reader = ShardReader(source)
-        try:
-            record = json.loads(reader.metadata["adaea"])
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{path} is no adversarial set of adaea") from error
-        tensors = load_tensors(source)
-        if digest(tensors) != record.get("digest"):
-            raise CheckpointError(f"{path} does not have the digest it was saved with")
-        return cls(
-            tensors["adv"],
-            tensors["label"],
-            tensors.get("clean"),
-            tensors.get("target"),
-            tensors["index"],
-            record["info"],
-        )
+        with reading(source, "is no adversarial set of adaea", CheckpointError):
+            record = json.loads(ShardReader(source).metadata["adaea"])
+            tensors = load_tensors(source)
+            if digest(tensors) != record["digest"]:
+                raise CheckpointError(f"{path} does not have the digest it was saved with")
+            return cls(
+                tensors["adv"],
+                tensors["label"],
+                tensors.get("clean"),
+                tensors.get("target"),
+                tensors["index"],
+                _mapping(record["info"]),
+            )
+
+
+def _mapping(info: Any) -> dict[str, Any]:
+    if not isinstance(info, dict):
+        raise CheckpointError(f"its record is a {type(info).__name__}, wanted settings by name")
+    return info
 
 
 def _load_png(folder: Path) -> AdversarialSet:
@@ -224,12 +227,11 @@ def _load_png(folder: Path) -> AdversarialSet:
     index = [int(Path(name).stem) if Path(name).stem.isdecimal() else i for i, name in enumerate(names)]
     info: dict[str, Any] = {"rounded": True}
     if (folder / "set.json").is_file():
-        try:
+        with reading(folder / "set.json", "is damaged", CheckpointError):
             record = json.loads((folder / "set.json").read_text("utf-8"))
-            info |= record["info"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / 'set.json'} is damaged: {error}") from error
+            info |= _mapping(record["info"])
+            checked = record["digest"]
         bytes_ = (images * 255).round().to(torch.uint8)
-        if digest({"adv": bytes_, "label": labels}) != record.get("digest"):
+        if digest({"adv": bytes_, "label": labels}) != checked:
             raise CheckpointError(f"{folder} does not have the digest it was saved with")
     return AdversarialSet(images, labels, None, targets, torch.tensor(index), info)

@@ -20,7 +20,7 @@ from adaea.images import load_data
 from adaea.metrics import paired_counts, perturbation, score
 from adaea.runs import AttackRun, run_attack, wanted_labels
 from adaea.targets import Target
-from fusion_core.errors import ConfigError, InputError
+from fusion_core.errors import ConfigError, InputError, reading
 from fusion_core.stats import mcnemar
 
 
@@ -197,15 +197,12 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: no audit there.
     """
     path = Path(directory) / "asr.json"
-    try:
+    with reading(path, "is of no finished audit"):
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise InputError(f"{path} has schema {document['schema']!r}, wanted {SCHEMA!r}")
-        return document["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{directory} holds no finished audit: asr.json cannot be read") from error
+        settings: dict[str, Any] = dict(document["settings"])
+    return settings
 
 
 def default_attacks() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusion_core.checkpoint import load_tensors
-from fusion_core.errors import DataError, InputError, ShapeError, check_finite, check_shape
+from fusion_core.errors import DataError, InputError, ShapeError, check_finite, check_shape, reading
 
 PathLike = str | os.PathLike[str]
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -129,14 +130,12 @@ def _from_path(source: str, limit: int | None, size: int | None) -> tuple[Tensor
         images, labels, _, _ = read_labelled(path, limit, size)
         return images, labels
     if path.suffix == ".npz" and path.is_file():
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {name: torch.from_numpy(arrays[name]) for name in ("images", "labels")}
-        except KeyError as error:
-            raise DataError(f"{path} lacks {error}; wanted the arrays images and labels") from error
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
-        return found["images"], found["labels"]
+        names = ("images", "labels")
+        with reading(path, error=DataError), np.load(path, allow_pickle=False) as arrays:
+            if missing := [name for name in names if name not in arrays]:
+                raise DataError(f"{path} lacks {missing[0]!r}; wanted the arrays images and labels")
+            images, labels = (torch.from_numpy(arrays[name]) for name in names)
+        return images, labels
     if path.suffix == ".safetensors":
         tensors = load_tensors(path)
         names = ("images", "labels") if "images" in tensors else ("clean", "label")
@@ -199,13 +198,12 @@ def _in_turn(files: list[tuple[str, int]], classes: int) -> list[tuple[str, int]
 
 
 def _csv(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    with reading(path, error=DataError), path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
     if rows and not {"filename", "label"} <= rows[0].keys():
-        raise DataError(f"{path} has the columns {list(rows[0])}, wanted filename and label")
+        raise DataError(f"{path} has the columns {str(list(rows[0]))[:200]}, wanted filename and label")
+    if nameless := [number for number, row in enumerate(rows, 2) if not row["filename"]]:
+        raise DataError(f"{path}, line {nameless[0]}: no filename")
     return rows
 
 
@@ -217,14 +215,13 @@ def _whole(row: dict[str, str], key: str, folder: Path) -> int:
 
 
 def _read(path: Path, size: int | None) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
+    with reading(path, "cannot be read as an image", DataError), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as opened:
             picture = opened if opened.mode in ("L", "RGB") else opened.convert("RGB")
             if size is not None and picture.size != (size, size):
                 picture = picture.resize((size, size), Image.Resampling.BICUBIC)
             array = np.asarray(picture)
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
     return array[..., None] if array.ndim == 2 else array

@@ -10,9 +10,10 @@ import typer
 
 from fusechat import __version__
 from fusion_core import cli
+from fusion_core.atomic import atomic_directory, occupied
 from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
-from fusion_core.errors import DataError, InputError
+from fusion_core.errors import CheckpointError, DataError, InputError, reading
 
 app = cli.new_app("fusechat", "Fuse chat models of any tokenizer into one, then merge.", __version__)
 
@@ -24,7 +25,7 @@ Stores = Annotated[list[Path], typer.Option("--store", help="A source's store; o
 
 def _dialogues(path: Path) -> list[Any]:
     """Dialogues of a JSON Lines or JSON file, or one text a line."""
-    try:
+    with reading(path, "cannot be read as dialogues", DataError):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             found = [json_module.loads(line) for line in text.splitlines() if line.strip()]
@@ -32,8 +33,6 @@ def _dialogues(path: Path) -> list[Any]:
             found = json_module.loads(text)
         else:
             found = [line for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as dialogues: {error}") from error
     if not isinstance(found, list) or not found:
         raise DataError(f"{path} holds no list of dialogues")
     return found
@@ -42,10 +41,8 @@ def _dialogues(path: Path) -> list[Any]:
 def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with reading(name, "has no tokenizer"):
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} has no tokenizer: {' '.join(str(error).split())[:200]}") from error
 
 
 @app.command()
@@ -142,34 +139,39 @@ def train(
     require_extra("accelerate", "train", "fusechat")
     from transformers import AutoModelForCausalLM, TrainingArguments
 
-    from fusechat.collate import FusionCollator
     from fusechat.objective import FusionLoss
     from fusechat.trainer import FusionTrainer
 
     objective = FusionLoss(weight=share, divergence=divergence)  # pyright: ignore[reportArgumentType]
-    if out.exists() and any(out.iterdir()):
+    if occupied(out):
         raise InputError(f"--out {out} is not empty; name another folder")
     tokenizer, dialogues = _tokenizer(pivot), _dialogues(data)
-    collator = FusionCollator(tokenizer, store, max_length=max_length)
-    model = AutoModelForCausalLM.from_pretrained(pivot)
-    settings = TrainingArguments(
-        output_dir=str(out),
-        num_train_epochs=epochs,
-        learning_rate=lr,
-        per_device_train_batch_size=batch_size,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.03,
-        seed=seed,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=quiet,
-    )
-    trainer = FusionTrainer(
-        model, settings, train_dataset=dialogues, data_collator=collator, fusion_loss=objective
-    )
-    trainer.train()
-    trainer.save_model(str(out))
-    tokenizer.save_pretrained(out)
+    with reading(pivot, "cannot be loaded"):
+        model = AutoModelForCausalLM.from_pretrained(pivot)
+    with atomic_directory(out) as place:
+        settings = TrainingArguments(
+            output_dir=str(place),
+            num_train_epochs=epochs,
+            learning_rate=lr,
+            per_device_train_batch_size=batch_size,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.03,
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=quiet,
+        )
+        trainer = FusionTrainer(
+            model,
+            settings,
+            dialogues,
+            store,
+            processing_class=tokenizer,
+            fusion_loss=objective,
+            collator_options={"max_length": max_length},
+        )
+        trainer.train()
+        trainer.save_model(str(place))
     cli.emit({"out": str(out)}, json)
 
 
@@ -270,7 +272,11 @@ def inspect(
 
     card = path / "merge.json"
     if card.is_file():
-        cli.emit(json_module.loads(card.read_text(encoding="utf-8")), json)
+        with reading(card, "is damaged", CheckpointError):
+            found = json_module.loads(card.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise CheckpointError(f"it holds a {type(found).__name__}, wanted facts by name")
+        cli.emit(found, json)
         return
     store = TopKStore(path)
     cli.emit({"rows": len(store), "vocabulary": store.vocab_size, **store.fingerprint}, json)

@@ -15,7 +15,7 @@ from fusechat.texts import Dialogue, Text, render
 from fusion_core.atomic import PathLike
 from fusion_core.checkpoint import digest
 from fusion_core.device import resolve_device, resolve_dtype
-from fusion_core.errors import DataError, InputError, NonFiniteError
+from fusion_core.errors import DataError, InputError, NonFiniteError, reading
 from fusion_core.modules import logits_of, untouched
 from fusion_core.progress import track
 
@@ -140,11 +140,10 @@ def _loaded(model: Any, tokenizer: Any, device: Any, dtype: Any) -> tuple[Any, A
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = resolve_device(device)
-    try:
+    kind = resolve_dtype(dtype, place)
+    with reading(f"model {str(model)!r}", "cannot be loaded"):
         tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model)
-        net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=resolve_dtype(dtype, place))
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {str(model)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
     net.to(device=place)
     return net, tokenizer, str(model)
 

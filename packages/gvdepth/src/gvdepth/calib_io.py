@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_core.atomic import atomic_write
-from fusion_core.errors import InputError, ShapeError, require_extra
+from fusion_core.errors import InputError, ShapeError, reading, require_extra
 from fusion_core.results import dump_json
 from gvdepth.camera import Camera, PitchSign
 from gvdepth.errors import CalibrationError, CameraError
@@ -295,6 +295,11 @@ def read_camera(path: PathLike, *, camera_name: str | None = None, **options: An
         CalibrationError: not readable; the message names file, line and text.
         CameraError: numbers that no camera has.
     """
+    with reading(path, "is no camera file", CalibrationError):
+        return _read_camera(path, camera_name, options)
+
+
+def _read_camera(path: PathLike, camera_name: str | None, options: dict[str, Any]) -> Camera:
     from gvdepth import calib_formats as formats
 
     found = formats.guess(path)

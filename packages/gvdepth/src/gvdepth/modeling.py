@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion_core.checkpoint import load_strict, load_tensors, save_tensors
-from fusion_core.errors import CheckpointError, ConfigError, InputError, ShapeError, check_shape
+from fusion_core.errors import CheckpointError, ConfigError, InputError, ShapeError, check_shape, reading
 from fusion_core.hub import CONFIG, WEIGHTS, model_file, save_model
 from fusion_core.shards import read_header
 from gvdepth.config import CONTRACT, Fusion, GVDepthConfig
@@ -308,10 +308,8 @@ def _stored_config(config: Path, weights: Path) -> GVDepthConfig:
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     _, metadata = read_header(weights)
-    try:
-        contract = json.loads(metadata["gvdepth"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{weights} holds no settings of a gvdepth model") from error
+    with reading(weights, "holds no settings of a gvdepth model", CheckpointError):
+        contract = dict(json.loads(metadata["gvdepth"]))
     plain = found.to_dict()
     for name in CONTRACT:
         if contract.get(name) != plain[name]:

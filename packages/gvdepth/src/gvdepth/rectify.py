@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion_core.errors import ShapeError, check_range, require_extra
+from fusion_core.errors import ShapeError, check_range, reading, require_extra
 from gvdepth.calib_formats import stored_distortion
 from gvdepth.camera import Camera
 from gvdepth.errors import CalibrationError, CameraError
@@ -122,6 +122,7 @@ def read_rectifier(path: str | os.PathLike[str], **options: Any) -> Rectifier:
     Raises:
         CalibrationError: not readable, or the file holds no distortion or no size.
     """
-    matrix, distortion, size, lens = stored_distortion(Path(path))
-    options.setdefault("lens", lens)
-    return rectifier(matrix, distortion, *size, **options)
+    with reading(path, "is no camera file", CalibrationError):
+        matrix, distortion, size, lens = stored_distortion(Path(path))
+        options.setdefault("lens", lens)
+        return rectifier(matrix, distortion, *size, **options)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fusion_core.checkpoint import PathLike, atomic_write, load_strict, save_tensors
-from fusion_core.errors import CheckpointError, ConfigError, DataError, InputError, StoreError
+from fusion_core.errors import CheckpointError, ConfigError, DataError, InputError, StoreError, reading
 from fusion_core.results import plain
 from kd_trilateral.bilevel import Bilevel
 from kd_trilateral.config import Config
@@ -142,30 +142,30 @@ class RunDirectory:
         state = self._state()
         if state is None:
             return None
-        load_strict(student, state["student"])
-        load_strict(loss, state["loss"])
-        optimizer.load_state_dict(state["optimizer"])
-        engine.load_state_dict(state["engine"])
-        torch.set_rng_state(state["rng"][0])
-        for saved in state["rng"][1:]:
-            torch.cuda.set_rng_state(saved, engine.forward.device)
-        trace = AlphaTrace(capacity)
-        trace.add(TraceRows(**{name: column.numpy() for name, column in state["trace"].items()}))
-        return Progress(int(state["step"]), int(state["phase"]), trace, json.loads(state["metrics"]))
+        with reading(self.path / STATE, "is damaged", CheckpointError):
+            load_strict(student, state["student"])
+            load_strict(loss, state["loss"])
+            optimizer.load_state_dict(state["optimizer"])
+            engine.load_state_dict(state["engine"])
+            torch.set_rng_state(state["rng"][0])
+            for saved in state["rng"][1:]:
+                torch.cuda.set_rng_state(saved, engine.forward.device)
+            trace = AlphaTrace(capacity)
+            trace.add(TraceRows(**{name: column.numpy() for name, column in state["trace"].items()}))
+            return Progress(int(state["step"]), int(state["phase"]), trace, json.loads(state["metrics"]))
 
     def phase(self) -> int:
         """The phase that the stored state is in; 0 where there is none."""
         state = self._state()
-        return 0 if state is None else int(state["phase"])
+        with reading(self.path / STATE, "is damaged", CheckpointError):
+            return 0 if state is None else int(state["phase"])
 
     def _state(self) -> dict[str, Any] | None:
         if not (self.path / STATE).exists():
             return None
-        try:
+        with reading(self.path / STATE, error=CheckpointError):
             state: dict[str, Any] = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
-            was = json.loads(state["fingerprint"])
-        except Exception as error:
-            raise CheckpointError(f"{self.path / STATE} cannot be read: {error}") from error
+            was = dict(json.loads(state["fingerprint"]))
         for name, value in json.loads(json.dumps(self.fingerprint)).items():
             if was.get(name) != value:
                 raise StoreError(
@@ -188,5 +188,8 @@ def load_run(path: PathLike) -> tuple[Config, AlphaTrace, TraceRows | None, list
             f"{path} is no run directory; wanted one with {CONFIG} and {TRACE}, as train makes it"
         )
     audit = AlphaTrace.load(place / AUDIT).rows() if (place / AUDIT).is_file() else None
-    lines = (place / METRICS).read_text(encoding="utf-8").splitlines()
-    return Config.load(place / CONFIG), AlphaTrace.load(place / TRACE), audit, [json.loads(x) for x in lines]
+    with reading(place / METRICS, "is damaged", DataError):
+        lines = [json.loads(line) for line in (place / METRICS).read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise DataError(f"{place / METRICS} is damaged: wanted one object a line")
+    return Config.load(place / CONFIG), AlphaTrace.load(place / TRACE), audit, lines

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_core.checkpoint import PathLike, atomic_write
-from fusion_core.errors import DataError, InputError, check_range
+from fusion_core.errors import DataError, InputError, check_range, reading
 from fusion_core.plotting import axes_or_new, clean_axes
 from fusion_core.results import Result
 from kd_trilateral.module import Output
@@ -164,6 +164,16 @@ def as_rows(columns: dict[str, Tensor]) -> TraceRows:
     return TraceRows(*(columns[name].cpu().numpy() for name in _NAMES))
 
 
+def _column(values: Array, name: str) -> Array:
+    """A column as it was saved: one axis of whole numbers, or of decimals that are finite."""
+    whole = name in ("step", "sample", "label", "student_class", "teacher_class")
+    if values.ndim != 1 or values.dtype.kind not in ("iu" if whole else "fiu"):
+        raise DataError(f"{name} is {values.dtype} of shape {values.shape}, wanted one axis of numbers")
+    if not np.isfinite(values).all():
+        raise DataError(f"{name} holds NaN or infinity")
+    return values
+
+
 class AlphaTrace:
     """Keeps the last rows that a training run saw.
 
@@ -263,11 +273,10 @@ class AlphaTrace:
         Raises:
             DataError: no such file, or not a trace.
         """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                rows = TraceRows(*(arrays[name] for name in _NAMES))
-        except (OSError, KeyError, ValueError) as error:
-            raise DataError(f"{path} is no trace: {error}") from error
+        with reading(path, "is no trace", DataError), np.load(path, allow_pickle=False) as arrays:
+            rows = TraceRows(*(_column(arrays[name], name) for name in _NAMES))
+            if len({len(getattr(rows, name)) for name in _NAMES}) > 1:
+                raise DataError(f"{path} is no trace: its columns have different lengths")
         trace = cls(capacity)
         trace.add(rows)
         return trace

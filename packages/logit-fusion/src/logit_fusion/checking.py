@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fusion_core.errors import CheckpointError, InputError
+from fusion_core.errors import CheckpointError, InputError, reading
 from fusion_core.report import Report
 from logit_fusion.config import CONFIG_NAME
 from logit_fusion.member import load_tokenizer
@@ -44,11 +44,8 @@ def check_members(large: str, base: str | None, experts: dict[str, Any], *, alig
         raise InputError("--expert is missing: name=path, once for each")
     configs: dict[str, Any] = {}
     for name, source in named.items():
-        try:
+        with reading(f"member {name!r}: {source}", error=CheckpointError):
             configs[name] = AutoConfig.from_pretrained(source).get_text_config(decoder=True)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"member {name!r}: {source} cannot be read: {reason}") from error
     tokenizers = {name: load_tokenizer(source, name) for name, source in named.items()}
     widths = {name: int(config.vocab_size) for name, config in configs.items()}
     found = check_vocabulary(tokenizers, widths, align=align)  # pyright: ignore[reportArgumentType]

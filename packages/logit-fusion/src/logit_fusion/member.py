@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusion_core.device import resolve_device, resolve_dtype
-from fusion_core.errors import CheckpointError, InputError, require_extra
+from fusion_core.errors import CheckpointError, InputError, reading, require_extra
 from logit_fusion.config import MemberConfig, ViewConfig
 from logit_fusion.errors import ContextLengthError, UnpairedExpertWarning
 
@@ -194,11 +194,8 @@ def _load(source: Any, name: str, dtype: torch.dtype, device: Any, options: Mapp
     spread = isinstance(device, dict) or device in ("auto", "balanced", "sequential")
     place = {"device_map": device} if spread else {}
     single: Any = device
-    try:
+    with reading(f"member {name!r}: {source}", "cannot be loaded", CheckpointError):
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **place, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"member {name!r}: {source} cannot be loaded: {reason}") from error
     return model.eval() if spread else model.to(resolve_device(single)).eval()
 
 

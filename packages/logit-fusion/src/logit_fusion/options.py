@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusion_core.errors import DataError, InputError
+from fusion_core.errors import DataError, InputError, reading
 from logit_fusion.config import FusionConfig
 
 __all__ = [
@@ -179,7 +179,7 @@ def read_texts_file(path: Path, limit: int | None = None) -> list[Any]:
         DataError: it cannot be read, or holds none.
     """
     found: list[Any] = []
-    try:
+    with reading(path, "cannot be read as texts", DataError):
         lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
         for number, line in enumerate(lines, 1):
             if path.suffix != ".jsonl":
@@ -194,10 +194,6 @@ def read_texts_file(path: Path, limit: int | None = None) -> list[Any]:
                 found.append((str(entry["prompt"]), str(entry["answer"])))
             else:
                 raise DataError(f"{path} line {number} has neither text nor prompt and answer")
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} cannot be read as texts: {error}") from error
     if not found:
         raise DataError(f"{path} holds no texts")
     return found[:limit]

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusion_core.atomic import occupied, resumable_directory
+from fusion_core.checkpoint import digest
 from fusion_core.errors import CheckpointError, InputError
 from fusion_core.progress import track
 from fusion_core.shards import ShardReader, ShardWriter
@@ -43,9 +45,9 @@ def merge_task_vectors(
         experts: fine-tunes of it, of the same kind.
         lam: scale of every task vector, one number or one per expert. 0.3 is a common choice; the paper does
             not state its own.
-        out: folder of the merged model, for folders and files: tensors are streamed one by one, an
-            interrupted
-            call goes on, and the base's configuration and tokenizer are copied.
+        out: folder of the merged model, for folders and files: tensors are streamed one by one into
+            ``OUT.partial``, an interrupted call goes on, and the base's configuration and tokenizer are
+            copied.
         shard_bytes: most bytes of a written shard.
         progress: a bar; None: on a terminal.
 
@@ -53,7 +55,8 @@ def merge_task_vectors(
         A module for modules, a state dict for state dicts, the folder's path for folders.
 
     Raises:
-        InputError: no experts, kinds mixed, another number of scales, one that is not finite, or no ``out``.
+        InputError: no experts, kinds mixed, another number of scales, one that is not finite, or no free
+            ``out``.
         CheckpointError: tensors differ in name or shape.
 
     Example:
@@ -147,6 +150,8 @@ def _stream(
     shard_bytes: int,
     progress: bool | None,
 ) -> Path:
+    if occupied(out):
+        raise InputError(f"out is {out}, which is not empty; name another folder")
     reader, others = ShardReader(base), [ShardReader(expert) for expert in experts]
     names = sorted(reader.keys())
     _check_names(names, [other.keys() for other in others])
@@ -160,11 +165,22 @@ def _stream(
                 scales,
             )
     like = Path(base) if Path(base).is_dir() else None
+    made_from = digest([_stamp(source) for source in (base, *experts)], list(scales))
     get: Callable[[str], Tensor] = lambda name: _one(
         name, reader.get(name), [other.get(name) for other in others], scales
     )
-    with ShardWriter(out, shard_bytes, like=like) as writer:
+    with (
+        resumable_directory(out, made_from) as work,
+        ShardWriter(work, shard_bytes, like=like) as writer,
+    ):
         for name in track(names, "merging", enabled=progress):
             if name not in writer:
                 writer.add(name, get(name))
     return out
+
+
+def _stamp(source: str | os.PathLike[str]) -> list[Any]:
+    """Names, sizes and times of a checkpoint's files."""
+    place = Path(source)
+    files = sorted(place.glob("*.safetensors*")) if place.is_dir() else [place]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fusion_core.atomic import atomic_write
-from fusion_core.errors import DataError, InputError
+from fusion_core.errors import DataError, InputError, reading
 from fusion_core.plotting import axes_or_new
 from fusion_core.report import Page, dataframe
 from fusion_core.results import Result, plain
@@ -231,7 +231,7 @@ class FusionTrace(Result):
             DataError: no trace, or it cannot be read.
         """
         source = Path(path)
-        try:
+        with reading(path, "cannot be read as a trace", DataError):
             if source.suffix == ".npz":
                 with np.load(source, allow_pickle=False) as found:
                     arrays = {name: found[name] for name in _names()}
@@ -242,10 +242,6 @@ class FusionTrace(Result):
                     f"{path} is no trace of logit-fusion, wanted schema {_SCHEMA!r} in every line"
                 )
             return _joined(lines)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path} cannot be read as a trace: {error}") from error
 
 
 def _names() -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fusion_core import cli
+from fusion_core.atomic import occupied
 from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
 from ot_fusion import __version__
@@ -99,7 +100,7 @@ def fuse(
         alpha=alpha,
         seed=seed,
     )
-    if out.exists() and any(out.iterdir()) and not overwrite:
+    if occupied(out) and not overwrite:
         raise InputError(f"--out {out} is not empty; pass --overwrite or another name")
     parents = dict(zip(names, models, strict=True))
     progress = False if quiet else None
@@ -187,7 +188,7 @@ def align(
     from ot_fusion.fusing import align as align_model
     from ot_fusion.loading import load_model
 
-    if out.exists() and any(out.iterdir()) and not overwrite:
+    if occupied(out) and not overwrite:
         raise InputError(f"--out {out} is not empty; pass --overwrite or another name")
     place = resolve_device(device)
     source, anchor = load_model(model, device=place), load_model(to, device=place)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion_core.checkpoint import load_tensors
-from fusion_core.errors import require_extra
+from fusion_core.errors import reading, require_extra
 from fusion_core.modules import load_object
 from ot_fusion.errors import DataError, InputError
 
@@ -46,14 +46,10 @@ def load_model(
 
 
 def _folder(place: Path) -> nn.Module:
-    try:
+    with reading(place, "has no readable config.json; give the folder of a Hugging Face model"):
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{place} has no readable config.json; give the folder of a Hugging Face model"
-        ) from error
+        names = [str(name) for name in config.get("architectures") or []]
     transformers = require_extra("transformers", "hf", "ot-fusion")
-    names = config.get("architectures") or []
     kind = getattr(transformers, names[0], None) if names else None
     if kind is None:
         raise InputError(
@@ -63,9 +59,8 @@ def _folder(place: Path) -> nn.Module:
     bars = log.is_progress_bar_enabled()
     try:
         log.disable_progress_bar()  # a command's stderr has one line on bad input
-        return kind.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{place} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+        with reading(place, "cannot be loaded"):
+            return kind.from_pretrained(place, local_files_only=True)
     finally:
         if bars:
             log.enable_progress_bar()
@@ -88,7 +83,7 @@ def load_data(word: str, *, tokenizer: str | None = None, length: int = 128) -> 
     if not place.exists() and ":" in word:
         found = load_object(word)
         return found() if callable(found) else found
-    try:
+    with reading(word, error=DataError):
         if place.suffix == ".npy":
             return torch.from_numpy(np.load(place, allow_pickle=False))
         if place.suffix == ".npz":
@@ -98,8 +93,6 @@ def load_data(word: str, *, tokenizer: str | None = None, length: int = 128) -> 
             return _one_or_all(dict(load_tensors(place)))
         if place.suffix == ".txt":
             return _texts(place, tokenizer, length)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{word} cannot be read: {error}") from error
     raise DataError(f"{word} is no .npy, .npz, .safetensors or .txt file and no module:function")
 
 

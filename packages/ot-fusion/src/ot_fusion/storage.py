@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusion_core.atomic import PathLike, atomic_directory, atomic_write
-from fusion_core.checkpoint import digest_file, load_tensors, save_tensors
+from fusion_core.atomic import PathLike, atomic_directory, atomic_write, occupied, resumable_directory
+from fusion_core.checkpoint import digest, digest_file, load_tensors, save_tensors
 from fusion_core.demo import package_version
-from fusion_core.errors import CheckpointError
+from fusion_core.errors import CheckpointError, reading
 from fusion_core.progress import track
 from fusion_core.results import dump_json
 from fusion_core.shards import ShardReader, ShardWriter
@@ -85,11 +85,9 @@ def load_maps(path: PathLike) -> dict[str, Plan]:
     """
     reader = ShardReader(path)
     tensors = load_tensors(path)
-    try:
+    with reading(path, "holds no plans of ot-fusion", CheckpointError):
         rules = json.loads(reader.metadata["ot_fusion"])
         return {name: Plan(tensors[name], rules[name]) for name in rules}
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no plans of ot-fusion") from error
 
 
 def _document(
@@ -119,7 +117,7 @@ def _parent(path: Any) -> dict[str, Any]:
 def save_fused(fused: Fused, out: PathLike, *, parents: Mapping[str, Any], overwrite: bool = False) -> None:
     """See :meth:`ot_fusion.Fused.save_pretrained`."""
     place = Path(out)
-    if place.exists() and any(place.iterdir()) and not overwrite:
+    if occupied(place) and not overwrite:
         raise InputError(f"out is {out}, which is not empty; pass overwrite or another name")
     document = _document(fused.config, fused.weights, fused.anchor, parents, fused.costs)
     with atomic_directory(place, overwrite=True) as folder:
@@ -168,25 +166,31 @@ def folder_spec(path: PathLike, keys: list[str]) -> AlignmentSpec:
         InputError: no configuration there.
         SpecError: an architecture without written specification.
     """
-    file = Path(path) / "config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} has no readable config.json; give the folder of a Hugging Face model"
-        ) from error
-    found.setdefault("tie_word_embeddings", "lm_head.weight" not in keys)
-    return spec_for(SimpleNamespace(**found), keys)
+    with reading(path, "has no readable config.json; give the folder of a Hugging Face model"):
+        found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        found.setdefault("tie_word_embeddings", "lm_head.weight" not in keys)
+        return spec_for(SimpleNamespace(**found), keys)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    try:
+    with reading(folder, f"is no fused folder: it has no readable {SETTINGS}"):
         found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is no fused folder: it has no readable {SETTINGS}") from error
-    if found.get("schema") != SCHEMA:
-        raise InputError(f"{folder / SETTINGS} has schema {found.get('schema')!r}, wanted {SCHEMA!r}")
+        if found["schema"] != SCHEMA:
+            raise InputError(f"{folder / SETTINGS} has schema {found['schema']!r}, wanted {SCHEMA!r}")
+        _check_settings(found)
     return found
+
+
+def _check_settings(found: dict[str, Any]) -> None:
+    """Complain of what :func:`refuse` takes for granted."""
+    for name in ("weights", "parents", "config"):
+        if not isinstance(found[name], dict):
+            raise InputError(f"{name} is {str(found[name])[:40]!r}, wanted a value by name")
+    if found["anchor"] not in found["weights"]:
+        raise InputError(f"anchor is {str(found['anchor'])[:40]!r}, wanted one of {list(found['weights'])}")
+    for name, parent in found["parents"].items():
+        if not isinstance(parent["path"], str) or not isinstance(parent["digests"], dict):
+            raise InputError(f"parent {name} has no path and digests")
 
 
 def _plans_of(maps: Mapping[str, Plan], source: str, several: bool) -> dict[str, Plan]:
@@ -242,7 +246,7 @@ def fuse_folders(
         InputError: ``out`` is not empty, or features ``acts`` without maps.
     """
     place = Path(out)
-    if place.exists() and any(place.iterdir()) and not overwrite:
+    if occupied(place) and not overwrite:
         raise InputError(f"out is {out}, which is not empty; pass overwrite or another name")
     if config.features == "acts" and maps is None:
         raise InputError(
@@ -252,37 +256,35 @@ def fuse_folders(
     specs = {name: spec or folder_spec(parents[name], list(state)) for name, state in states.items()}
     for name, state in states.items():
         check_states(specs[name], state, name)
-    work = place.with_name(place.name + ".partial")
     document = _document(config, weights, anchor, parents, {})
-    plans = dict(maps) if maps is not None else _cached_maps(work, document, states, specs, anchor, config)
+    given = None if maps is None else {name: (plan.matrix, plan.normalization) for name, plan in maps.items()}
+    made_from = digest(document, given, None if spec is None else repr(spec))
     several = len(parents) > 2
-    aligned: dict[str, Mapping[str, Tensor]] = {}
-    for name, state in states.items():
-        if name == anchor:
-            continue
-        mine = _plans_of(plans, name, several)
-        if config.strategy == "consistent":
-            aligned[name] = _Mapped(state, specs[name], _by_space(mine, specs[name]))
-        else:
-            aligned[name] = flow_pair(
-                state, states[anchor], specs[name], specs[anchor], None, replace(config, features="wts"), mine
-            ).aligned
     base = Path(parents[anchor])
-    with ShardWriter(work, shard_bytes, like=base if base.is_dir() else None) as writer:
-        from ot_fusion.fusing import mix_states
+    with resumable_directory(place, made_from, overwrite=overwrite) as work:
+        plans = dict(maps) if maps is not None else _cached_maps(work, states, specs, anchor, config)
+        aligned: dict[str, Mapping[str, Tensor]] = {}
+        for name, state in states.items():
+            if name == anchor:
+                continue
+            mine = _plans_of(plans, name, several)
+            if config.strategy == "consistent":
+                aligned[name] = _Mapped(state, specs[name], _by_space(mine, specs[name]))
+            else:
+                found = replace(config, features="wts")
+                ground = states[anchor], specs[name], specs[anchor]
+                aligned[name] = flow_pair(state, *ground, None, found, mine).aligned
+        with ShardWriter(work, shard_bytes, like=base if base.is_dir() else None) as writer:
+            from ot_fusion.fusing import mix_states
 
-        for key in track(list(states[anchor]), "writing", enabled=progress):
-            if key not in writer:
-                one = {key: states[anchor][key]}
-                parts = {name: _One(state, key, specs[anchor]) for name, state in aligned.items()}
-                writer.add(key, mix_states(one, parts, weights, anchor, specs[anchor], config)[key])
-    save_maps(plans, work / MAPS)
-    with atomic_write(work / SETTINGS, "w") as file:
-        file.write(dump_json(document))
-    (work / "run.json").unlink(missing_ok=True)
-    if place.exists():
-        shutil.rmtree(place)
-    work.replace(place)
+            for key in track(list(states[anchor]), "writing", enabled=progress):
+                if key not in writer:
+                    one = {key: states[anchor][key]}
+                    parts = {name: _One(state, key, specs[anchor]) for name, state in aligned.items()}
+                    writer.add(key, mix_states(one, parts, weights, anchor, specs[anchor], config)[key])
+        save_maps(plans, work / MAPS)
+        with atomic_write(work / SETTINGS, "w") as file:
+            file.write(dump_json(document))
     return plans
 
 
@@ -321,18 +323,14 @@ class _One(dict[str, Tensor]):
 
 def _cached_maps(
     work: Path,
-    document: Mapping[str, Any],
     states: Mapping[str, Mapping[str, Tensor]],
     specs: Mapping[str, AlignmentSpec],
     anchor: str,
     config: FusionConfig,
 ) -> dict[str, Plan]:
-    """The maps of an interrupted run of the same settings, or new ones, kept for the next."""
-    note = dump_json(document)
-    if (work / "run.json").is_file() and (work / MAPS).is_file() and (work / "run.json").read_text() == note:
+    """The maps of an interrupted run, or new ones, kept for the next."""
+    if (work / MAPS).is_file():
         return load_maps(work / MAPS)
-    if work.exists():
-        shutil.rmtree(work)
     plans: dict[str, Plan] = {}
     for name, state in states.items():
         if name == anchor:
@@ -343,10 +341,7 @@ def _cached_maps(
             found = flow_pair(state, states[anchor], specs[name], specs[anchor], None, config).maps
         prefix = f"{name}/" if len(states) > 2 else ""
         plans |= {prefix + key: plan for key, plan in found.items()}
-    work.mkdir(parents=True, exist_ok=True)
     save_maps(plans, work / MAPS)
-    with atomic_write(work / "run.json", "w") as file:
-        file.write(note)
     return plans
 
 

@@ -81,8 +81,8 @@ def _lines(path: PathLike) -> Iterator[tuple[str, str]]:
 def _points(where: str, values: list[Any]) -> Array:
     try:
         numbers = np.array([float(value) for value in values], np.float64)
-    except (TypeError, ValueError) as error:
-        raise AnnotationError(f"{where}: {values!r} are no coordinates") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise AnnotationError(f"{where}: {str(values)[:200]} are no coordinates") from error
     if len(numbers) < 6 or len(numbers) % 2 or not np.isfinite(numbers).all():
         raise AnnotationError(f"{where}: {len(numbers)} coordinates, wanted x and y of at least 3 points")
     return numbers.reshape(-1, 2)
@@ -180,7 +180,7 @@ def paddleocr(path: PathLike) -> list[tuple[str, Words]]:
         picture, tab, text = line.partition("\t")
         try:
             entries = json.loads(text) if tab else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AnnotationError(f"{where}: no JSON after the tab ({error})") from error
         if not isinstance(entries, list):
             raise AnnotationError(f"{where}: wanted a path, a tab and a JSON list of words")

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from fusion_core.atomic import atomic_write
 from fusion_core.results import dump_json
 
 _COMPANIONS = (
@@ -68,14 +67,8 @@ class Place:
 class Journal:
     """Which tensors of a run are written."""
 
-    def __init__(self, work: Path, fingerprint: str) -> None:
-        self.file, mark = work / "journal.txt", work / "run.txt"
-        if work.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
-        if not mark.is_file():
-            with atomic_write(mark, "w") as file:
-                file.write(fingerprint)
+    def __init__(self, work: Path) -> None:
+        self.file = work / "journal.txt"
         lines = self.file.read_text().splitlines(keepends=True) if self.file.is_file() else []
         self.keys = {line[:-1] for line in lines if line.endswith("\n")}
         self.lock = threading.Lock()
@@ -117,10 +110,8 @@ def _shard_name(shard: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
 
 
-def finish(
-    work: Path, place: Path, places: list[Place], origin: Path | None, card: Mapping[str, Any]
-) -> None:
-    """Flush the shards, write index, card and companions, and rename the folder to its place."""
+def finish(work: Path, places: list[Place], origin: Path | None, card: Mapping[str, Any]) -> None:
+    """Flush the shards, and write index, card and companions."""
     count = places[-1].shard + 1 if places else 0
     for file in work.glob("*.safetensors"):
         with file.open("rb") as handle:
@@ -133,11 +124,7 @@ def finish(
     if origin is not None and origin.is_dir():
         for pattern in _COMPANIONS:
             for file in origin.glob(pattern):
-                if file.is_file() and not (work / file.name).exists():
+                if file.is_file():  # again where an interrupted run has: its copy may be half one
                     shutil.copyfile(file, work / file.name)
     (work / "merge.json").write_text(dump_json(card))
-    for name in ("journal.txt", "run.txt"):
-        (work / name).unlink(missing_ok=True)
-    if place.exists():
-        shutil.rmtree(place)
-    work.replace(place)
+    (work / "journal.txt").unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from fusechat.merge.rules import Dare, Linear, Rule, Sce, TaskArithmetic, Ties
 from fusechat.merge.spherical import Slerp
 from fusechat.merge.streaming import Merge
 from fusion_core.atomic import PathLike
-from fusion_core.errors import ConfigError, require_extra
+from fusion_core.errors import ConfigError, reading, require_extra
 
 __all__ = ["from_recipe"]
 
@@ -61,10 +61,8 @@ def from_recipe(recipe: PathLike | Mapping[str, Any], **options: Any) -> Merge:
 
 def _read(path: PathLike) -> dict[str, Any]:
     yaml = require_extra("yaml", "recipe", "fusechat")
-    try:
+    with reading(path, "is no YAML recipe", ConfigError):
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is no YAML recipe: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no recipe")
     return {str(key): value for key, value in found.items()}

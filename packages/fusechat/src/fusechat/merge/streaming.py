@@ -19,7 +19,7 @@ from torch import Tensor
 from fusechat.merge.files import Journal, Place, finish, open_shards
 from fusechat.merge.rules import BLOCK, Chunk, Chunks, Rule
 from fusechat.merge.sources import Source, check_sources, open_source
-from fusion_core.atomic import PathLike
+from fusion_core.atomic import PathLike, occupied, resumable_directory
 from fusion_core.checkpoint import digest
 from fusion_core.device import threads
 from fusion_core.errors import InputError
@@ -284,28 +284,28 @@ class Merge:
             InputError: ``out`` is not empty.
         """
         place = Path(out)
-        if place.exists() and any(place.iterdir()) and not overwrite:
+        if occupied(place) and not overwrite:
             raise InputError(f"out is {out}, which is not empty; pass overwrite or another name")
-        work = place.with_name(place.name + ".partial")
         places = self._layout(dtype, shard_bytes)
-        done = Journal(work, self._fingerprint(places))
-        files = open_shards(work, places)
         keys = self._floating()
         _keep_freed_memory()
-        # Workers are threads of their own; torch's would get in their way.
-        with threads(), ThreadPoolExecutor(max(1, num_workers)) as pool:
-            todo = [entry for entry in places if entry.key not in done.keys]
-            if todo:
-                self._prepare(keys)
-            jobs = {pool.submit(self._write, entry, files[entry.shard]): entry.key for entry in todo}
-            try:
-                for job in track(as_completed(jobs), "merging", total=len(jobs), enabled=progress):
-                    job.result()
-                    done.add(jobs[job])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        finish(work, place, places, self.first.path, self._card(dtype))
+        with resumable_directory(place, self._fingerprint(places), overwrite=overwrite) as work:
+            done = Journal(work)
+            files = open_shards(work, places)
+            # Workers are threads of their own; torch's would get in their way.
+            with threads(), ThreadPoolExecutor(max(1, num_workers)) as pool:
+                todo = [entry for entry in places if entry.key not in done.keys]
+                if todo:
+                    self._prepare(keys)
+                jobs = {pool.submit(self._write, entry, files[entry.shard]): entry.key for entry in todo}
+                try:
+                    for job in track(as_completed(jobs), "merging", total=len(jobs), enabled=progress):
+                        job.result()
+                        done.add(jobs[job])
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+            finish(work, places, self.first.path, self._card(dtype))
 
     def _write(self, entry: Place, file: tuple[Path, int]) -> None:
         path, header = file

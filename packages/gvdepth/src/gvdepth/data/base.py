@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_core.atomic import PathLike, atomic_write
-from fusion_core.errors import DataError, InputError, ShapeError
+from fusion_core.errors import DataError, InputError, ShapeError, reading
 from fusion_core.images import save_png
 from gvdepth.camera import Camera
 
@@ -98,18 +99,17 @@ def read_depth(path: PathLike) -> NDArray[np.float32]:
     if not file.is_file():
         raise DataError(f"depth {str(path)!r} is not there")
     if file.suffix == ".npy":
-        try:
+        with reading(f"depth {path}", error=DataError):
             found = np.load(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"depth {path} cannot be read: {error}") from error
-        if found.ndim != 2 or found.dtype.kind not in "fiu":
+        if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind not in "fiu":
             raise DataError(f"depth {path} is {found.dtype} of shape {found.shape}, wanted metres (H, W)")
         return np.nan_to_num(found.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0.0)
     if file.suffix != ".png":
         raise DataError(f"depth {path} has suffix {file.suffix!r}, wanted .png (16 bits) or .npy")
     from PIL import Image
 
-    try:
+    with reading(f"depth {path}", error=DataError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
         with Image.open(file) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise DataError(
@@ -118,10 +118,6 @@ def read_depth(path: PathLike) -> NDArray[np.float32]:
             if not image.mode.startswith("I"):
                 raise DataError(f"depth {path} is a PNG of mode {image.mode}, wanted 16-bit gray")
             values = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise DataError(f"depth {path} cannot be read: {error}") from error
     return values.astype(np.float32) / np.float32(DEPTH_SCALE)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_core.atomic import PathLike, atomic_write
+from fusion_core.errors import reading
 from ot_fusion.errors import SpecError
 from ot_fusion.groups import Blocks, Frozen, Full, Group, Heads
 from ot_fusion.spec.types import AlignmentSpec, Axis, Concat, Op, Space, TensorSpec
@@ -71,7 +72,7 @@ def load_spec(path: PathLike) -> AlignmentSpec:
     Raises:
         SpecError: no such file, no JSON, or another structure.
     """
-    try:
+    with reading(path, "holds no specification", SpecError):
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         if found["schema"] != SCHEMA:
             raise SpecError(f"{path} has schema {found['schema']!r}, wanted {SCHEMA!r}")
@@ -88,7 +89,3 @@ def load_spec(path: PathLike) -> AlignmentSpec:
         return AlignmentSpec(
             spaces, tensors, ops, tied, tuple(found["copied"]), found["name"], dict(found["notes"])
         )
-    except SpecError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SpecError(f"{path} holds no specification: {type(error).__name__}: {error}") from error

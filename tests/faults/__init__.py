@@ -1,0 +1,1 @@
+"""What kills, garbage and bad clients do to the command lines; see README.md."""

@@ -1,0 +1,93 @@
+"""The tools find what is forbidden, and a small sample of the real commands breaks nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+if not hasattr(os, "fork"):
+    pytest.skip("the tools fork", allow_module_level=True)
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from faults import bad, cases, forking, garbage, kill, load  # noqa: E402 - the line above makes them importable
+from faults.garbage import Reader  # noqa: E402
+from faults.kill import Command  # noqa: E402
+
+
+def killed(name, place, **options):
+    argv = ("write", "out.txt")
+    case = Command(name=f"bad {name}", main=f"faults.bad:{name}", argv=argv, **options)
+    (place / "inputs").mkdir()
+    return kill.kill(case, place / "work", place / "inputs", kills=12)
+
+
+def test_half_a_file_is_found(tmp_path):
+    found = killed("half", tmp_path)
+    assert found.kills == 12
+    assert found.partial > 0
+    assert any("the beginning of" in why for why in found.broken), found.broken
+
+
+def test_a_whole_file_is_sound(tmp_path):
+    found = killed("whole", tmp_path)
+    assert found.broken == []
+    assert (found.kills, found.again, found.same) == (12, 12, 12)
+    assert found.partial > 0
+
+
+def test_a_command_that_cannot_be_run_again_is_found(tmp_path):
+    found = killed("stuck", tmp_path)
+    assert any(why.startswith("cannot be run again: 2") for why in found.broken)
+
+
+def test_another_result_after_a_kill_is_found(tmp_path):
+    found = killed("mixed", tmp_path)
+    assert any("another result after a kill: out.txt differs" in why for why in found.broken), found.broken
+
+
+def hunted(name, place, **options):
+    def make(folder):
+        (folder / "a.json").write_text('{"a": {"b": 1}}')
+
+    (place / "inputs").mkdir()
+    make(place / "inputs")
+    argv = ("read", "{in}/a.json")
+    how = {"argv": argv, "file": "a.json", "kind": "json", "make": make, **options}
+    reader = Reader(name=f"bad {name}", main=f"faults.bad:{name}", **how)
+    return garbage.hunt(reader, place / "work", place / "inputs", examples=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("careless", "traceback: "), ("vague", "nameless: error: something"), ("careful", None)],
+)
+def test_what_garbage_does_is_judged(name, words, tmp_path):
+    found = hunted(name, tmp_path)
+    assert found.examples == 10
+    assert all(why.startswith(words or "") for why in found.violations.values())
+    assert bool(found.violations) == (words is not None), found.violations
+
+
+def test_a_reader_that_never_ends_is_found(tmp_path):
+    assert any("timeout" in why for why in hunted("hungry", tmp_path, timeout=1).violations.values())
+
+
+def test_killed_means_killed(tmp_path):
+    assert forking.forked(lambda: 3, tmp_path).code == 3
+    stopped = forking.forked(lambda: bad._work(60), tmp_path, moment=forking.Moment(seconds=0.02))
+    assert stopped.killed
+    assert stopped.seconds < 5
+
+
+def test_every_command_of_every_package_has_its_place():
+    for verb in ("kill", "garbage", "load"):
+        names = [case.name for case in cases.of(verb)]
+        assert len(names) == len(set(names))
+    kinds = {case.kind for case in cases.of("garbage")}
+    assert kinds <= set(garbage.KINDS)
+    assert sum(load.CLIENTS.values()) == 64
