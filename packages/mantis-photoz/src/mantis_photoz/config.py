@@ -85,6 +85,8 @@ class FusionConfig(Config):
         target_fwhm: that ``align="psf"`` brings every band to, arcsec; None takes the broadest.
         scaling: of the flux: ``"official"`` (floored at 0), ``"official-signed"``, ``"noise"`` (asinh of flux
             over twice the pixel noise, signed).
+        deredden: multiply fluxes by 10^(0.4 R_b E(B-V)), of CSFD, before the scaling (section 2.11); the
+            authors' network gets E(B-V) as an input alone.
         missing: ``"zeros"`` (official), or ``"mask"``: mask bits beside the dust for early fusion, learned
             features of an absent survey for the others.
         stem_scale: of a three-channel stem that is widened: ``"mean"`` (official) or ``"preserve"``.
@@ -107,6 +109,7 @@ class FusionConfig(Config):
     size: int = 120
     target_fwhm: float | None = None
     scaling: Scaling = "official"
+    deredden: bool = False
     missing: Missing = "zeros"
     stem_scale: StemScale = "mean"
     ebv_scale: float = 1.0
