@@ -267,6 +267,18 @@ class TrainConfig(Config):
         for survey, chance in self.survey_dropout.items():
             check_range(f"survey_dropout.{survey}", chance, 0.0, 0.99)
 
+    @classmethod
+    def official(cls, fusion: Literal["early", "late"] = "early", **changes: Any) -> TrainConfig:
+        """The authors' recipe (section 2.6): their launch scripts, on 16 devices with 16 objects each.
+
+        Args:
+            fusion: which of the paper's networks.
+            **changes: fields to set anew.
+        """
+        made: dict[str, Any] = {"model": FusionConfig.official(fusion), "augment": "official", "seed": 1}
+        made |= {"lr": 1e-4, "epochs": 60} if fusion == "late" else {}
+        return cls(**({"mixed_precision": "fp16"} | made | changes))
+
 
 def dropout_chances(config: TrainConfig) -> Mapping[str, float]:
     """The chance of each survey of the model to be dropped."""
