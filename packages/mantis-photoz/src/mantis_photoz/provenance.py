@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,6 @@ def provenance(
         checksums: file -> sha256.
         columns: ``present`` (n, surveys) and ``flags`` (n,) of the run.
     """
-    from mantis_photoz import __version__
-
     used = [name for k, name in enumerate(photoz.surveys) if columns["present"][:, k].any()]
     kinds = [part.kind for part in maps_of(photoz.recalibration)]
     dust = ["csfd", "planck"] if not (columns["flags"] & int(Flag.NO_DUST)).all() else []
@@ -72,7 +71,7 @@ def provenance(
     return {
         "schema": "mantis.provenance/1",
         "package": "mantis-photoz",
-        "version": __version__,
+        "version": version("mantis-photoz"),
         "environment": environment(),
         "model": {"name": photoz.name, "digest": photoz.weights_digest},
         "config": photoz.config.to_dict(),

@@ -132,7 +132,7 @@ def make_stages(informer: type, estimator: type, parameter: Any, kinds: Any) -> 
             self._do_chunk_output(ensemble, start, end, first, data=columns)
 
         def _calculate_summary_stats(self, qp_dstn: Any) -> Any:
-            """RAIL's, but for ``z_q84``, which it takes at 0.85, and for chunks of one, where it gives scalars."""
+            """RAIL's, but for ``z_q84`` (at 0.85 there), and for chunks of one, where it gives scalars."""
             found = super()._calculate_summary_stats(qp_dstn)
             found.ancil["z_q84"] = np.asarray(found.ppf(0.84)).reshape(-1, 1)
             found.ancil.update({name: np.atleast_1d(values) for name, values in found.ancil.items()})

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,6 @@ from fusion_core.atomic import atomic_write
 from fusion_core.errors import InputError, require_extra
 from fusion_core.results import Result
 from fusion_core.store import Manifest
-from mantis_photoz import __version__
 from mantis_photoz.catalog import Catalog, file_name, read_catalog
 from mantis_photoz.errors import CutoutError
 from mantis_photoz.fetch.cache import Cache
@@ -37,7 +37,7 @@ from mantis_photoz.fetch.services import (
 )
 from mantis_photoz.surveys import PS1_SOUTH, SURVEYS, Survey
 
-AGENT = f"mantis-photoz/{__version__} (cutouts for photometric redshifts)"
+AGENT = f"mantis-photoz/{version('mantis-photoz')} (cutouts for photometric redshifts)"
 T = TypeVar("T")
 
 
