@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
 from scipy.interpolate import PchipInterpolator
 
 from fusion_core.errors import CheckpointError, ConfigError, ShapeError
+from fusion_core.testing import detfill
 from mantis_photoz import calibrate, metrics, prior
 from mantis_photoz.calibrate import Beta, Chain, Conformal, NearestPIT, PITMap, Temperature
 from mantis_photoz.calpit import CalPIT, MonotoneNetwork, clenshaw_curtis, official_transform, smooth_masses
@@ -202,6 +206,18 @@ def test_the_fast_integrator_is_monotone_and_the_same():
     assert network.choose_cells(x) == 32
 
 
+def test_the_fast_integrator_converges_to_the_integral():
+    """It agrees with itself at four times as many cells, and with the quadrature to its own error."""
+    network = MonotoneNetwork(6, (16, 16)).double()
+    detfill.fill_state_dict(network)
+    x = torch.from_numpy(detfill.array("fast", (4, 6), 0.5))
+    alpha = torch.linspace(0, 1, 33, dtype=torch.float64).expand(4, -1)
+    with torch.no_grad():
+        fast = network(alpha, x, 256)
+        torch.testing.assert_close(fast, network(alpha, x, 1024), atol=1e-6, rtol=0)
+        torch.testing.assert_close(fast, network.exact(alpha, x), atol=5e-6, rtol=0)
+
+
 def test_the_integrator_has_gradients():
     network = MonotoneNetwork(2, (5, 5)).double()
     alpha = torch.tensor([[0.13, 0.71]], dtype=torch.float64, requires_grad=True)
@@ -220,9 +236,14 @@ def test_training_mends_a_model_that_is_too_wide(tmp_path):
     before, after = (metrics.density_metrics(p, z[600:]) for p in (pdf[600:], found))
     assert after["pit_ks"] < 0.6 * before["pit_ks"]
     assert after["cde_loss"] < before["cde_loss"]
-    fitted.save(tmp_path / "c.safetensors")
+    fitted.save(tmp_path / "c.safetensors", objects=600)
+    with safe_open(tmp_path / "c.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["facts"]) == {"objects": 600}
     again = calibrate.load(tmp_path / "c.safetensors")
     np.testing.assert_allclose(again(pdf[600:], features[600:]).pmf, found.pmf, atol=1e-12)
+    assert again.to_dict() == fitted.to_dict()
+    other = CalPIT(fitted.network, fitted.mean + 1, fitted.std)
+    assert other.to_dict()["weights"] != fitted.to_dict()["weights"]  # a resumed run sees other weights
     state = torch.random.get_rng_state()
     CalPIT.fit(pdf[:20], z[:20], features[:20], hidden=(4,), epochs=1, progress=False)
     assert torch.equal(state, torch.random.get_rng_state())  # the global stream is untouched
@@ -288,6 +309,14 @@ BAD = [
     ),
     (lambda: calibrate.fit(PDF, Z, ("platt",)), ConfigError, "kind is 'platt'"),
     (lambda: calibrate.load("nowhere.json"), CheckpointError, "nowhere.json cannot be read"),
+    (
+        lambda: CalPIT(CALPIT.network, torch.zeros(2), torch.ones(2), norm="mean"),
+        ConfigError,
+        "norm is 'mean'",
+    ),
+    (lambda: CalPIT(CALPIT.network, torch.zeros(2), torch.ones(2), source="x"), ConfigError, "source is 'x'"),
+    (lambda: CalPIT(CALPIT.network, torch.zeros(2), torch.ones(2), floor=-1.0), ConfigError, "floor is -1"),
+    (lambda: CalPIT(CALPIT.network, torch.zeros(3), torch.ones(2)), DataError, r"wanted \(2,\)"),
     (lambda: CALPIT(PDF), DataError, r"needs features, wanted \(12, 2\)"),
     (lambda: CALPIT(PDF, np.zeros((12, 3))), DataError, r"wanted finite \(batch, 2\)"),
     (lambda: CALPIT(PDF, np.zeros((3, 2))), DataError, "3 rows, wanted one for each of 12"),

@@ -19,7 +19,10 @@ from mantis_photoz.calibrate import Temperature
 from mantis_photoz.cli import main
 from mantis_photoz.qpio import read_qp
 
-VERBS = ("estimate", "fetch", "inspect", "pack", "demo", "bench")
+VERBS = (
+    *("estimate", "fetch", "train", "evaluate", "calibrate", "explain", "simulate", "convert", "inspect"),
+    *("pack", "demo", "bench"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,15 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert methods == {*module.NAMES.values(), module.RECALIBRATED}
     assert {claim["shown"] for claim in found["claims"]} >= {True, None}
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"cutouts.png", "zz.png", "pit.png", "shapley.png", "result.json", "report.html"}
+    assert names == {
+        "cutouts.png",
+        "zz.png",
+        "pit.png",
+        "shapley.png",
+        "stacks.png",
+        "result.json",
+        "report.html",
+    }
     assert json.loads((tmp_path / "out" / "result.json").read_text())["settings"]["test galaxies"] == 80
 
 

@@ -19,6 +19,7 @@ from mantis_photoz.calibrate import PITMap, Temperature
 from mantis_photoz.config import FusionConfig, SurveyInput
 from mantis_photoz.corrections import load_prior
 from mantis_photoz.cutouts import Cutouts, FitsDirectory
+from mantis_photoz.errors import DataError
 from mantis_photoz.flags import Flag
 from mantis_photoz.fusion import FusionModel
 from mantis_photoz.ood import OutOfDistribution
@@ -239,6 +240,25 @@ def test_the_official_grid_is_400_over_399(sky):
     photoz = PhotoZ(model, device="cpu", grid="official-infer")
     theirs = estimate(model, sky, photoz=photoz, official=True)
     np.testing.assert_allclose(theirs.table["z_mean"], ours.table["z_mean"] * 20 / 19, rtol=1e-6)
+
+
+def test_a_model_is_evaluated_and_explained(model, sky):
+    """``evaluate`` and ``band_use`` of the object that estimates are the reports of the functions."""
+    from mantis_photoz.report import evaluate
+
+    catalog = sky[0].copy()
+    catalog["z_spec"] = np.linspace(0.1, 1.2, 7)
+    data = Cutouts.from_directory(sky[1], catalog, SMALL)
+    photoz = PhotoZ(model, name="small", device="cpu", recalibration=Temperature(0.5))
+    found = photoz.evaluate(data, batch_size=3, resamples=5)
+    mended = estimate(model, sky, photoz=photoz)
+    assert list(found.density) == ["small"]
+    wanted = evaluate({"small": mended.pdf}, catalog["z_spec"], resamples=5)
+    assert found.metrics["crps"] == pytest.approx(wanted.metrics["crps"], abs=1e-7)
+    use = photoz.band_use(data, progress=False)
+    assert use.phi.shape == (3, 7)
+    with pytest.raises(DataError, match="0 finite redshifts of 7"):
+        photoz.evaluate(Cutouts.from_directory(sky[1], sky[0], SMALL))
 
 
 def test_recalibration_and_prior(model, sky):

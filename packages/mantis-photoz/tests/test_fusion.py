@@ -255,3 +255,15 @@ def test_official_settings() -> None:
     assert (report.bins, report.z_max, report.hidden) == (200, 1.0, 1024)
     for made in (early, late, report):
         assert FusionConfig.from_dict(made.to_dict()) == made
+
+
+def test_official_training() -> None:
+    """Section 2.6: what the authors' launch scripts say."""
+    early, late = TrainConfig.official(), TrainConfig.official("late", epochs=2)
+    same = {"optimizer": "nadam", "weight_decay": 1e-7, "batch_size": 256, "max_steps": 1001, "seed": 1}
+    same |= {"sampler": "balanced", "schedule": "plateau", "patience": 5, "min_lr": 1e-6, "loss": "ce"}
+    same |= {"augment": "official", "mixed_precision": "fp16"}
+    for made in (early, late):
+        assert {name: getattr(made, name) for name in same} == same
+    assert (early.lr, early.epochs, early.model.fusion) == (3e-4, 150, "early")
+    assert (late.lr, late.epochs, late.model.fusion) == (1e-4, 2, "late")

@@ -7,7 +7,7 @@ import pytest
 import test_golden_models
 import test_golden_resample
 import torch
-from golden_cases import Case, both_dtypes
+from golden_cases import SETTINGS, Case, both_dtypes, unread
 
 from fusion_core.testing import detfill
 from mantis_photoz import density, points, views
@@ -156,6 +156,10 @@ def scene(case, survey):
     return planes
 
 
+FLUXES = ("flux", "forced", "blank_flux", "blank_forced", "noise_flux", "noise_forced")
+FROM_FLUXES = ("luptitude", "features_raw")
+
+
 def test_photometry(golden):
     case = Case(golden, "photometry")
     pytest.importorskip("sep", reason="sep is not installed: pip install 'mantis-photoz[phot]'")
@@ -169,6 +173,7 @@ def test_photometry(golden):
     noise_flux, noise_forced = measure_plane(case.input("noise")[case.settings["noise_band"]])
     case.close(np.float64(noise_flux), "noise_flux")
     case.close(np.bool_(noise_forced), "noise_forced")
+    case.all_seen(elsewhere=FROM_FLUXES)
 
 
 @both_dtypes
@@ -178,6 +183,7 @@ def test_photometric_features(golden, dtype):
     case.close(luptitudes(case.stored("flux")), "luptitude")
     ebv = torch.tensor(case.settings["ebv"], dtype=dtype)
     case.close(color_features(case.stored("luptitude"), ebv), "features_raw")
+    case.all_seen(elsewhere=FLUXES)
 
 
 def test_inpaint(golden):
@@ -228,19 +234,6 @@ def test_recalibration(golden, integrator):
     for name, value in found.items():
         case.close(value, name, variant="fast" if integrator == "fast" else "")
     case.all_seen()
-
-
-def test_recalibration_in_float64(golden):
-    """In float64 the fast integrator is the integral: it agrees with itself at four times as many cells."""
-    case = Case(golden, "recalibration")
-    x = case.tensor("features")
-    network = MonotoneNetwork(x.shape[1], case.settings["hidden"]).double()
-    detfill.fill_state_dict(network)
-    alpha = torch.linspace(0, 1, 33, dtype=torch.float64).expand(len(x), -1)
-    with torch.no_grad():
-        fast = network(alpha, x, case.settings["cells"])
-        torch.testing.assert_close(fast, network(alpha, x, 4 * case.settings["cells"]), atol=1e-6, rtol=0)
-        torch.testing.assert_close(fast, network.exact(alpha, x), atol=5e-6, rtol=0)
 
 
 @both_dtypes
@@ -337,16 +330,49 @@ def test_shapley(golden, dtype):
     case.all_seen()
 
 
-def _take(module):
-    """The tests and fixtures of another golden file, so that ``--golden DIR`` runs them from here."""
-    taken = {name: value for name, value in vars(module).items() if name.startswith("test_")}
-    fixtures = {
-        name: value
-        for name, value in vars(module).items()
-        if type(value).__name__ == "FixtureFunctionDefinition"
+READERS = {
+    "transforms": [test_transforms],
+    "views": [test_views],
+    "models": [test_golden_models],
+    "training": [test_training],
+    "photometry": [test_photometry, test_photometric_features],
+    "inpaint": [test_inpaint],
+    "recalibration": [test_recalibration],
+    "pdf_metrics": [test_pdf_metrics, test_pdf_metrics_of_arrays],
+    "magnitudes_dust": [test_magnitudes_and_dust],
+    "shapley": [test_shapley],
+    "resample": [test_golden_resample],
+}
+
+
+def test_every_file_is_read(golden):
+    """A file, or a setting of ``cases.json``, that no test reads is an error, not a silence."""
+    assert set(READERS) == set(SETTINGS)
+    assert unread(golden.directory, golden.settings) == []
+
+
+def test_what_nobody_reads_is_an_error(golden, tmp_path):
+    for path in golden.directory.iterdir():
+        (tmp_path / path.name).write_bytes(b"")
+    told = {"prefix": "x/", "files": {name: dict.fromkeys(SETTINGS[name]) for name in SETTINGS}}
+    there = {path.stem for path in tmp_path.glob("*.npz")}
+    lacking = [f"{name}.npz: in cases.json, but not there" for name in SETTINGS if name not in there]
+    assert unread(tmp_path, told) == lacking
+    (tmp_path / "more.npz").write_bytes(b"")
+    (tmp_path / "views.json").write_text("{}")
+    told["files"]["views"]["mirror"] = True
+    told["files"].pop("shapley", None)
+    (tmp_path / "shapley.npz").write_bytes(b"")
+    told["dtype"] = "float64"
+    assert set(unread(tmp_path, told)) - set(lacking) == {
+        "more.npz: no test reads it",
+        "views.json: no test reads it",
+        "shapley.npz: no settings in cases.json",
+        "views: setting 'mirror' is read by no test",
+        "cases.json: 'dtype' is read by no test",
     }
-    return taken | fixtures
 
 
-globals().update(_take(test_golden_models))
-globals().update(_take(test_golden_resample))
+# The tests of the two other files, so that ``--golden DIR`` runs them from here.
+for _module in (test_golden_models, test_golden_resample):
+    globals().update({name: test for name, test in vars(_module).items() if name.startswith("test_")})

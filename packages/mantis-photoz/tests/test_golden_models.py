@@ -2,207 +2,180 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import contextlib
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from golden_cases import Case, both_dtypes
+from torch import nn
 
+from fusion_core.checkpoint import load_strict
 from fusion_core.testing import detfill
 from mantis_photoz.config import EARLY, FusionConfig, TrainConfig
-from mantis_photoz.convert import OFFICIAL, from_official, to_official
+from mantis_photoz.convert import CONVNEXTS, OFFICIAL, infer_config, to_official
+from mantis_photoz.encoders import REPORT
 from mantis_photoz.fusion import FusionModel
+from mantis_photoz.grid import grid_nodes, nearest_node
 from mantis_photoz.training import make_optimizer, training_loss
 
-FILE = "models.npz"
 
-
-def timm() -> None:
+def timm():
     pytest.importorskip("timm", reason="timm is not installed: pip install 'mantis-photoz[timm]'")
 
 
-class Case:
-    def __init__(self, golden: Any) -> None:
-        self.recorded = golden.load(FILE)  # skips where another folder lacks it
-        self.golden, self.prefix = golden, golden.settings["prefix"]
-        self.case = golden.settings["files"]["models"]
-
-    def input(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor:
-        how = self.case["inputs"][name]
-        found = detfill.array(
-            self.prefix + how["name"], how["shape"], how.get("scale", 1.0), how.get("shift", 0.0)
-        )
-        found = np.abs(found) if how.get("abs") else found
-        if "clip" in how:
-            found = np.clip(found, *how["clip"])
-        return torch.from_numpy(np.asarray(found)).to(dtype)
-
-    def tolerance(self, name: str, dtype: torch.dtype) -> dict[str, float]:
-        if dtype == torch.float32:
-            return {"atol": 2e-4, "rtol": 2e-3}
-        from fnmatch import fnmatch
-
-        found = dict(self.case["tolerance"])
-        for pattern, values in self.case.get("tolerances", {}).items():
-            if fnmatch(name, pattern):
-                found |= values
-        return {"atol": found["atol"], "rtol": found["rtol"]}
-
-    def check(self, name: str, actual: Tensor) -> None:
-        self.golden.assert_close(actual, self.recorded[name], what=name, **self.tolerance(name, actual.dtype))
-
-    def surveys(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        x, at, found = self.input("early", dtype), 0, dict[str, Tensor]()
-        for name, one in FusionConfig.official("early").inputs.items():
-            found[name] = x[:, at : at + one.bands]
-            at += one.bands
-        return found
-
-
-@pytest.fixture(scope="module")
-def case(golden: Any) -> Case:
-    return Case(golden)
-
-
-def filled(config: FusionConfig, dtype: torch.dtype = torch.float64) -> FusionModel:
+def filled(config, dtype):
     """A network with the weights that its official names give, loaded through the key map."""
     empty = FusionModel(config)
-    official = to_official(empty.state_dict(), config)
     state = {
         name: torch.from_numpy(detfill.parameter(name, value.shape)).to(
             dtype if value.is_floating_point() else value.dtype
         )
-        for name, value in official.items()
+        for name, value in to_official(empty.state_dict(), config).items()
     }
-    return from_official(state, z_max=config.z_max)
+    mapped = OFFICIAL.apply(state)
+    if set(config.encoders.values()) <= {*CONVNEXTS.values(), REPORT}:  # what names and shapes tell
+        inferred = infer_config(mapped, z_max=config.z_max)
+        assert (inferred.encoders, inferred.bins, inferred.hidden) == (
+            config.encoders,
+            config.bins,
+            config.hidden,
+        )
+    load_strict(empty.to(dtype), mapped)
+    return empty.eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("fusion", ["early", "late"])
-def test_heads_alone(case: Case, fusion: str, dtype: torch.dtype) -> None:
-    classes, hidden = case.case["head_classes"], case.case["hidden"]
-    names = ("ps", "unwise", "galex") if fusion == "late" else ("features",)
-    if fusion == "early":
-        features = case.input("features", dtype)
-    else:
-        features = torch.cat([case.input(f"head_{name}", dtype) for name in names], dim=1)
-    width = features.shape[1]
-    config = FusionConfig.official(fusion, bins=classes, hidden=hidden)  # type: ignore[arg-type]
+def stack(case):
+    """The early input as the surveys that it is made of."""
+    x, at, found = case.tensor("early"), 0, {}
+    for name, one in FusionConfig.official("early").inputs.items():
+        found[name] = x[:, at : at + one.bands]
+        at += one.bands
+    return found
+
+
+def head(case, fusion):
+    """The two layers of a head on features; an encoder is not called."""
+    classes, hidden = case.settings["head_classes"], case.settings["hidden"]
+    config = FusionConfig.official(fusion, bins=classes, hidden=hidden)
     if fusion == "late":
+        features = torch.cat(
+            [case.tensor(f"head_{name}") for name in ("ps", "unwise", "galex")], dim=1
+        ).relu()
         small = {name: one.to_dict() | {"pixels": 16, "crop": None} for name, one in config.inputs.items()}
         config = config.replace(inputs=small, encoders=dict.fromkeys(config.encoders, "small-1"))
     else:
+        features = case.tensor("features")
         config = config.replace(encoders={EARLY: "small-1"})
+    width = features.shape[1]
     model = FusionModel(config)
     model.head[0] = nn.Linear(width + 2, hidden)
-    state = {
-        name: torch.from_numpy(detfill.parameter(name, shape)).to(dtype)
-        for name, shape in (
-            ("fc0.weight", (hidden, width + 2)),
-            ("fc0.bias", (hidden,)),
-            ("fc1.weight", (classes, hidden)),
-            ("fc1.bias", (classes,)),
-        )
-    }
+    shapes = {"fc0.weight": (hidden, width + 2), "fc0.bias": (hidden,), "fc1.weight": (classes, hidden),
+              "fc1.bias": (classes,)}  # fmt: skip
+    state = {name: torch.from_numpy(detfill.parameter(name, shape)) for name, shape in shapes.items()}
     mapped = {key.removeprefix("head."): value for key, value in OFFICIAL.apply(state).items()}
-    model.head.to(dtype).load_state_dict(mapped)
-    features = torch.relu(features) if fusion == "late" else features
-    vector = torch.cat([features, case.input("head_ebv", dtype)], dim=1)
-    with torch.no_grad():
-        case.check(f"{fusion}_logits", model.head(vector))
+    model.head.to(case.dtype).load_state_dict(mapped)
+    return model.head(torch.cat([features, case.tensor("head_ebv")], dim=1))
 
 
-def small_early(case: Case, dtype: torch.dtype = torch.float64) -> FusionModel:
-    settings = case.case
-    config = FusionConfig.official(
-        "early",
-        encoders={EARLY: settings["encoder"]},
-        bins=settings["classes"],
-        hidden=settings["hidden"],
-        z_max=settings["z_max"],
-    )
-    return filled(config, dtype)
+def early_settings(case):
+    told = case.settings
+    named = {"encoders": {EARLY: told["encoder"]}, "bins": told["classes"], "hidden": told["hidden"]}
+    return FusionConfig.official("early", z_max=told["z_max"], **named)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_small_early(case: Case, dtype: torch.dtype) -> None:
+def small_early(case):
     timm()
+    return filled(early_settings(case), case.dtype)(stack(case), case.tensor("ebv"))
+
+
+def small_late(case):
+    timm()
+    told = case.settings
+    config = FusionConfig.official(
+        "late",
+        encoders=dict.fromkeys(("galex", "ps1", "unwise"), told["encoder"]),
+        bins=told["classes"],
+        hidden=told["hidden"],
+    )
+    images = {"galex": case.tensor("galex"), "ps1": case.tensor("ps"), "unwise": case.tensor("unwise")}
+    return filled(config, case.dtype)(images, case.tensor("ebv"))
+
+
+def resnet_of_the_report(case):
+    config = FusionConfig.official("report", bins=case.settings["resnet_classes"])
+    return filled(config, case.dtype)(stack(case), case.tensor("ebv"))
+
+
+LOGITS = {
+    "early_logits": lambda case: head(case, "early"),
+    "late_logits": lambda case: head(case, "late"),
+    "small_early_logits": small_early,
+    "small_late_logits": small_late,
+    "resnet50_logits": resnet_of_the_report,
+}
+STEPS = ("target", "losses", "fc1_bias_after3", "stem_bias_after3")
+LARGE = ("large_early_params", "large_early_logits")
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits(golden, name, dtype):
+    case = Case(golden, "models", dtype)
     with torch.no_grad():
-        case.check(
-            "small_early_logits", small_early(case, dtype)(case.surveys(dtype), case.input("ebv", dtype))
-        )
+        case.close(LOGITS[name](case), name)
 
 
-@pytest.fixture
-def double() -> Iterator[None]:
+@contextlib.contextmanager
+def default_float64():
     """NAdam keeps its running product in the default dtype; the record was made with float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
-@pytest.mark.usefixtures("double")
-def test_three_steps_of_nadam(case: Case) -> None:
+def test_steps_of_nadam(golden):
+    case = Case(golden, "models")
     timm()
-    settings = case.case
-    model = small_early(case).train()
-    config = TrainConfig(
-        model=model.config,
-        optimizer=settings["optimizer"].lower(),
-        lr=settings["lr"],
-        weight_decay=settings["weight_decay"],
-    )
-    optimizer = make_optimizer(model, config)
-    images, ebv, z = case.surveys(torch.float64), case.input("ebv"), case.input("z")
-    losses = list[Tensor]()
-    for _ in range(settings["steps"]):
-        loss = training_loss(model(images, ebv), z, config)
-        losses.append(loss.detach())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    case.check("small_early_losses", torch.stack(losses))
-    case.check("small_early_fc1_bias_after3", model.head[2].bias.detach())
-    case.check("small_early_stem_bias_after3", model.get_parameter("encoder.early.stem.0.bias").detach())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_small_late(case: Case, dtype: torch.dtype) -> None:
-    timm()
-    settings = case.case
-    config = FusionConfig.official(
-        "late",
-        encoders=dict.fromkeys(("galex", "ps1", "unwise"), settings["encoder"]),
-        bins=settings["classes"],
-        hidden=settings["hidden"],
-    )
-    images = {name: case.input(key, dtype) for name, key in (("galex",) * 2, ("ps1", "ps"), ("unwise",) * 2)}
-    with torch.no_grad():
-        case.check("small_late_logits", filled(config, dtype)(images, case.input("ebv", dtype)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_resnet_of_the_report(case: Case, dtype: torch.dtype) -> None:
-    config = FusionConfig.official("report", bins=case.case["resnet_classes"])
-    with torch.no_grad():
-        case.check("resnet50_logits", filled(config, dtype)(case.surveys(dtype), case.input("ebv", dtype)))
+    told, z = case.settings, case.tensor("z")
+    case.close(nearest_node(z, grid_nodes(told["classes"], told["z_max"])), "small_early_target")
+    losses = []
+    with default_float64():
+        model = filled(early_settings(case), case.dtype).train()
+        config = TrainConfig(
+            model=model.config,
+            optimizer=told["optimizer"].lower(),
+            lr=told["lr"],
+            weight_decay=told["weight_decay"],
+        )
+        optimizer = make_optimizer(model, config)
+        images, ebv = stack(case), case.tensor("ebv")
+        for _ in range(told["steps"]):
+            loss = training_loss(model(images, ebv), z, config)
+            losses.append(loss.detach())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    case.close(torch.stack(losses), "small_early_losses")
+    case.close(model.head[2].bias.detach(), "small_early_fc1_bias_after3")
+    case.close(model.get_parameter("encoder.early.stem.0.bias").detach(), "small_early_stem_bias_after3")
+    case.all_seen(elsewhere=[*LOGITS, *LARGE])
 
 
 @pytest.mark.slow
-def test_full_early_network(case: Case) -> None:
+def test_full_early_network(golden):
+    case = Case(golden, "models")
     timm()
-    large = case.case["large"]
+    large = case.settings["large"]
     if large is None:
+        assert not set(LARGE) & set(case.record)
         pytest.skip("this folder records no large network")
     config = FusionConfig.official("early", encoders={EARLY: large["encoder"]}, bins=large["classes"])
-    model = filled(config)
-    case.golden.assert_close(
-        sum(p.numel() for p in model.parameters()), case.recorded["large_early_params"], what="parameters"
-    )
+    model = filled(config, case.dtype)
+    case.close(sum(p.numel() for p in model.parameters()), "large_early_params")
     one = slice(None, large["objects"])
-    images = {name: planes[one] for name, planes in case.surveys(torch.float64).items()}
+    images = {name: planes[one] for name, planes in stack(case).items()}
     with torch.no_grad():
-        case.check("large_early_logits", model(images, case.input("ebv")[one]))
+        case.close(model(images, case.tensor("ebv")[one]), "large_early_logits")

@@ -21,6 +21,9 @@ def parameter(kind, default, msg=""):
     return SimpleNamespace(kind=kind, default=default, msg=msg)
 
 
+KINDS = SimpleNamespace(ad_hoc="ad_hoc", posterior="posterior")
+
+
 class Stage:
     config_options: ClassVar = {"hdf5_groupname": parameter(str, ""), "chunk_size": parameter(int, 10000)}
 
@@ -58,14 +61,14 @@ def test_the_stages(tmp_path):
     cutouts = folder_of(tmp_path / "c", catalog)
     model = network()
     model.save_pretrained(tmp_path / "m")
-    informer, estimator = rail.make_stages(Informer, Estimator, parameter)
+    informer, estimator = rail.make_stages(Informer, Estimator, parameter, KINDS)
     assert (informer.name, estimator.name) == ("MantisInformer", "MantisEstimator")
     assert set(rail.OPTIONS) < set(estimator.config_options)
     inform = informer(model_folder=str(tmp_path / "m"))
     inform.run()
     stage = estimator(cutout_root=str(cutouts), device="cpu", hdf5_groupname="photometry", tta="2")
     stage.open_model(model=inform.data["model"])
-    assert stage.default_distribution_type == "ad_hoc"
+    assert stage.default_distribution_type() == "ad_hoc"
     columns = {name: np.asarray(catalog[name]) for name in ("ra", "dec", "ebv_csfd", "ebv_planck")}
     ids = np.asarray(catalog["id"]).astype("S")
     for start in (0, 2):
@@ -84,7 +87,7 @@ def test_the_stages(tmp_path):
 
 
 def test_bad_input():
-    informer, estimator = rail.make_stages(Informer, Estimator, parameter)
+    informer, estimator = rail.make_stages(Informer, Estimator, parameter, KINDS)
     with pytest.raises(InputError, match="model_folder is empty"):
         informer().run()
     with pytest.raises(InputError, match="is none of MantisInformer"):

@@ -154,12 +154,26 @@ def test_band_use_of_surveys(fusion, missing, baseline):
     if baseline in ("absent", "zero"):
         # invariant 13: what an object lacks already is a null player
         np.testing.assert_allclose(found.phi[0, 0], 0.0, atol=1e-9)
-    if baseline != "mean":  # of the first batch
-        again = band_use(model, data, baseline=baseline, batch_size=4)
-        np.testing.assert_array_equal(again.table, found.table)
+    again = band_use(model, data, baseline=baseline, batch_size=4)
+    np.testing.assert_array_equal(again.table, found.table)
+    if baseline != "marginal":  # another object of the batch
+        other = band_use(model, data, baseline=baseline, batch_size=5)
+        np.testing.assert_allclose(other.table, found.table, atol=1e-6)
     rows = {row["player"]: row for row in found.rows}
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
     np.testing.assert_allclose(found.interactions().sum(1), found.phi.mean(1), atol=1e-12)
+
+
+def test_the_mean_planes_may_be_those_of_the_training_set():
+    model, data = network(), samples()
+    own = band_use(model, data, baseline="mean", progress=False)
+    same = band_use(model, data, baseline="mean", reference=data, progress=False)
+    np.testing.assert_array_equal(own.table, same.table)
+    dark = CutoutArrays({n: 0 * x for n, x in data.images.items()}, data.ebv, data.z, data.present)
+    zero = band_use(model, data, baseline="mean", reference=dark, progress=False)
+    wanted = band_use(model, data, baseline="zero", progress=False)
+    np.testing.assert_allclose(zero.table, wanted.table, atol=1e-7)
+    assert abs(own.table - zero.table).max() > 1e-6
 
 
 def test_band_use_of_bands_and_files(tmp_path):
@@ -247,6 +261,10 @@ def test_verbs(place, tmp_path):
     found = call(place, "explain", "--out", str(tmp_path / "use"), "--json", "--limit", "5")
     assert found.code == 0, found.stderr
     assert {row["player"] for row in json.loads(found.stdout)["rows"]} == {"galex", "ps1", "unwise"}
+    for method in ("gradient", "ablation"):
+        found = call(place, "explain", "--method", method, "--json", "--limit", "4")
+        assert found.code == 0, found.stderr
+    assert json.loads(found.stdout)["rows"][-1]["images"] == "without unwise"
 
 
 def test_densities_of_an_earlier_run(place, tmp_path):
@@ -268,6 +286,7 @@ def test_densities_of_an_earlier_run(place, tmp_path):
         (["calibrate", "--out", "x.json", "--kind", "calpit"], "wanted a .safetensors file"),
         (["evaluate", "--truth", "redshift"], "redshift"),
         (["explain", "--players", "bands", "--baseline", "absent"], "'absent' for bands"),
+        (["explain", "--method", "gradient", "--baseline", "zero"], "--baseline is of --method shapley"),
     ],
 )
 def test_verbs_refuse(place, words, said):

@@ -16,7 +16,9 @@ from fusion_core.errors import check_range
 from mantis_photoz.errors import ShapeError
 
 __all__ = [
+    "BAND_EDGES",
     "FEATURES_AT_REST",
+    "aperture_pixels",
     "expected_gradients",
     "gradient_times_input",
     "integrated_gradients",
@@ -140,6 +142,26 @@ def expected_gradients(
     return total / samples
 
 
+def aperture_pixels(
+    planes: Float[Tensor, "batch channels h w"], radius: float
+) -> Float[Tensor, "batch channels h w"]:
+    """Set the pixels outside of a circle to zero: colours of the source stay, its neighbours go.
+
+    Args:
+        planes: (batch, channels, height, width).
+        radius: in pixels about the centre.
+    """
+    return torch.where(_inside(planes, radius), planes, torch.zeros_like(planes))
+
+
+def _inside(planes: Tensor, radius: float) -> Tensor:
+    check_range("radius", radius, 0.0, 1e6, open=True)
+    height, width = planes.shape[-2:]
+    y = torch.arange(height, device=planes.device)[:, None] - (height - 1) / 2
+    x = torch.arange(width, device=planes.device) - (width - 1) / 2
+    return y.square() + x.square() <= radius**2
+
+
 def scramble_pixels(
     planes: Float[Tensor, "batch channels h w"], radius: float, *, generator: torch.Generator | None = None
 ) -> Float[Tensor, "batch channels h w"]:
@@ -150,11 +172,7 @@ def scramble_pixels(
         radius: in pixels about the centre.
         generator: of the shuffle, on the CPU.
     """
-    check_range("radius", radius, 0.0, 1e6, open=True)
-    height, width = planes.shape[-2:]
-    y = torch.arange(height)[:, None] - (height - 1) / 2
-    x = torch.arange(width) - (width - 1) / 2
-    inside = (y.square() + x.square() <= radius**2).flatten().nonzero()[:, 0]
+    inside = _inside(planes, radius).cpu().flatten().nonzero()[:, 0]
     order = inside[torch.randperm(len(inside), generator=generator)]
     flat = planes.flatten(-2).clone()
     flat[..., inside.to(planes.device)] = planes.flatten(-2)[..., order.to(planes.device)]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusion_core.errors import MissingExtraError, check_range
 from fusion_core.modules import untouched
 from fusion_core.progress import track
-from fusion_core.report import Figure, Report
+from fusion_core.report import Figure
 from fusion_core.results import plain
 from fusion_core.seeding import generator as seeded
 from mantis_photoz import density, metrics, plots, points
+from mantis_photoz.arrays import wide
+from mantis_photoz.drawn import DrawnReport
 from mantis_photoz.errors import ConfigError, DataError
 from mantis_photoz.grid import grid_nodes, training_edges
-from mantis_photoz.inputs import prepare
-from mantis_photoz.samples import batch_of, redshifts
+from mantis_photoz.predicting import prepared
+from mantis_photoz.samples import batch_of, blocks, redshifts
 from mantis_photoz.shapley import (
     coalitions,
     interactions,
@@ -35,16 +35,16 @@ from mantis_photoz.shapley import (
 )
 from mantis_photoz.surveys import SURVEYS
 
-__all__ = ["BandUse", "band_use"]
+__all__ = ["BandUse", "band_use", "check_players", "neg_nmad", "players_of", "scorer", "truths"]
 
 Players = Literal["surveys", "bands"]
 Value = Literal["neg_crps", "log_density", "z_mean"]
 Baseline = Literal["absent", "zero", "mean", "marginal"]
-_VALUES = ("neg_crps", "log_density", "z_mean")
+VALUES = ("neg_crps", "log_density", "z_mean")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BandUse(Report):
+class BandUse(DrawnReport):
     """Shapley values of surveys or bands.
 
     Attributes:
@@ -90,15 +90,6 @@ class BandUse(Report):
             made.append(Figure(plots.save(ax, place / "shapley_redshift.png"), words, words))
         return made
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write report and pictures; without matplotlib the report alone."""
-        with tempfile.TemporaryDirectory() as place:
-            try:
-                figures = self.draw(place) if not self.figures else list(self.figures)
-            except MissingExtraError:
-                figures = []
-            Report.save(replace(self, figures=figures), directory)
-
 
 def band_use(
     model: Any,
@@ -107,6 +98,7 @@ def band_use(
     players: Players = "surveys",
     value: Value = "neg_crps",
     baseline: Baseline = "absent",
+    reference: Any = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool | None = None,
@@ -119,8 +111,9 @@ def band_use(
         players: ``"surveys"`` or ``"bands"``.
         value: ``"neg_crps"`` or ``"log_density"`` (both need true redshifts), or ``"z_mean"``.
         baseline: what stands for an absent player: ``"absent"`` (surveys only: the model is told, as when a
-            file is missing), ``"zero"``, ``"mean"`` (mean planes of the samples' first batch), ``"marginal"``
-            (another object's planes).
+            file is missing), ``"zero"``, ``"mean"`` (the mean planes of ``reference``), ``"marginal"`` (the
+            planes of another object of the batch).
+        reference: cutouts of ``"mean"``, such as the training set; the samples themselves by default.
         batch_size: objects per pass.
         seed: of ``"marginal"``.
         progress: a bar on stderr; None decides by the terminal.
@@ -132,37 +125,23 @@ def band_use(
         ConfigError: unknown players, value or baseline, or ``"absent"`` bands.
         DataError: no objects, or no true redshifts where the value needs them.
     """
-    if players not in ("surveys", "bands"):
-        raise ConfigError(f"players is {players!r}, wanted 'surveys' or 'bands'")
-    if value not in _VALUES:
-        raise ConfigError(f"value is {value!r}, wanted {', '.join(_VALUES)}")
+    check_players(players, value)
     if baseline not in ("absent", "zero", "mean", "marginal"):
         raise ConfigError(f"baseline is {baseline!r}, wanted 'absent', 'zero', 'mean' or 'marginal'")
     if players == "bands" and baseline == "absent":
         raise ConfigError("baseline is 'absent' for bands, wanted 'zero', 'mean' or 'marginal'")
-    check_range("batch_size", batch_size, 1, float("inf"))
     config = model.config
-    names, parts = _players(config, players)
-    if not len(samples):
-        raise DataError("there are no objects to explain")
-    try:
-        z = np.asarray(redshifts(samples), dtype=np.float64)
-    except DataError:
-        if value != "z_mean":
-            raise
-        z = np.full(len(samples), np.nan)
-    if value != "z_mean" and not np.isfinite(z).all():
-        raise DataError(f"{int((~np.isfinite(z)).sum())} objects have no true redshift; leave them out")
+    names, parts = players_of(config, players)
+    z = truths(samples, value)
     device = next(model.parameters()).device
-    who, found, mean = coalitions(len(names)).tolist(), list[Tensor](), dict[str, Tensor]()
-    score = _scorer(config, value)
-    starts = range(0, len(samples), batch_size)
+    who, found = coalitions(len(names)).tolist(), list[Tensor]()
+    others = samples if reference is None else reference
+    mean = _mean_planes(others, config, batch_size, device) if baseline == "mean" else {}
+    score = scorer(config, value)
     with torch.no_grad(), untouched(model):
-        for start in track(starts, "coalitions", enabled=progress):
-            rows = list(range(start, min(start + batch_size, len(samples))))
+        for rows in track(blocks(len(samples), batch_size), "coalitions", enabled=progress):
             batch = batch_of(samples, rows, config).to(device)
-            images = prepare(batch.images, config, wcs=batch.wcs or None, nan="zero", device=device)
-            mean = mean or {name: planes.mean(0) for name, planes in images.items()}
+            images = prepared(batch, config)
             truth = torch.from_numpy(z[rows])
             columns: list[Tensor] = []
             for row in who:
@@ -191,7 +170,45 @@ def band_use(
     )
 
 
-def _players(config: Any, players: Players) -> tuple[list[str], list[list[tuple[str, int]]]]:
+def check_players(players: str, value: str) -> None:
+    """Refuse players and values that there are not.
+
+    Raises:
+        ConfigError: unknown.
+    """
+    if players not in ("surveys", "bands"):
+        raise ConfigError(f"players is {players!r}, wanted 'surveys' or 'bands'")
+    if value not in VALUES:
+        raise ConfigError(f"value is {value!r}, wanted {', '.join(VALUES)}")
+
+
+def truths(samples: Any, value: str) -> NDArray[np.float64]:
+    """(n,) redshifts of the samples; NaN where a game about the mean redshift needs none.
+
+    Raises:
+        DataError: no objects, or no true redshifts where the value needs them.
+    """
+    if not len(samples):
+        raise DataError("there are no objects to explain")
+    try:
+        return np.asarray(redshifts(samples), dtype=np.float64)
+    except DataError:
+        if value != "z_mean":
+            raise
+        return np.full(len(samples), np.nan)
+
+
+def _mean_planes(samples: Any, config: Any, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+    """Survey -> (bands, height, width) mean view of all samples."""
+    total = dict[str, Tensor]()
+    for rows in blocks(len(samples), batch_size):
+        for name, planes in prepared(batch_of(samples, rows, config).to(device), config).items():
+            part = wide(planes).sum(0)
+            total[name] = part if name not in total else total[name] + part
+    return {name: part / len(samples) for name, part in total.items()}
+
+
+def players_of(config: Any, players: Players) -> tuple[list[str], list[list[tuple[str, int]]]]:
     """Names, and the (survey, channel) pairs of each."""
     channels = {name: [(name, i) for i in range(one.bands)] for name, one in config.inputs.items()}
     if players == "surveys":
@@ -221,12 +238,17 @@ def _without(
             told[:, list(config.surveys).index(survey)] = False
             continue
         seen[survey] = mask_channels(
-            images[survey], taken, baseline=baseline, mean=mean[survey], generator=seeded(seed, "marginal")
+            images[survey],
+            taken,
+            baseline=baseline,
+            mean=mean.get(survey),
+            generator=seeded(seed, "marginal"),
         )
     return seen, told
 
 
-def _scorer(config: Any, value: Value) -> Any:
+def scorer(config: Any, value: Value) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of logits and true redshifts: the value of each object, (batch,)."""
     edges = training_edges(config.bins, config.z_max)
     nodes = grid_nodes(config.bins, config.z_max).double()
 

@@ -248,6 +248,8 @@ class NearestPIT:
         center: (features,) subtracted from features.
         scale: (features,) they are divided by.
         neighbours: k.
+        source: where ``estimate`` takes the features from: ``"photometric"``, ``"hidden"``, or None, which
+            decides by their number.
     """
 
     features: Tensor
@@ -255,10 +257,19 @@ class NearestPIT:
     center: Tensor
     scale: Tensor
     neighbours: int = 200
+    source: str | None = None
     kind: ClassVar[str] = "nearest"
 
     @classmethod
-    def fit(cls, pdf: BinnedPDF, z_true: Array, features: Array, *, neighbours: int = 200) -> NearestPIT:
+    def fit(
+        cls,
+        pdf: BinnedPDF,
+        z_true: Array,
+        features: Array,
+        *,
+        neighbours: int = 200,
+        source: str | None = None,
+    ) -> NearestPIT:
         """Remember the split.
 
         Raises:
@@ -270,7 +281,7 @@ class NearestPIT:
         if x.ndim != 2 or len(x) != len(pits) or not bool(torch.isfinite(x).all()):
             raise DataError(f"features have shape {tuple(x.shape)}, wanted finite ({len(pits)}, features)")
         center, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-12)
-        return cls((x - center) / scale, pits, center, scale, neighbours)
+        return cls((x - center) / scale, pits, center, scale, neighbours, source)
 
     def __call__(self, pdf: BinnedPDF, features: Array | None = None) -> BinnedPDF:
         """Each object's CDF through the distribution of its neighbours' PITs.
@@ -297,7 +308,7 @@ class NearestPIT:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         parts = {name: getattr(self, name).tolist() for name in ("features", "pits", "center", "scale")}
-        return parts | {"neighbours": self.neighbours}
+        return parts | {"neighbours": self.neighbours, "source": self.source}
 
 
 @dataclass(frozen=True, slots=True)

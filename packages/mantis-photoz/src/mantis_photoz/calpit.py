@@ -1,207 +1,51 @@
 """Cal-PIT (Dey et al. 2022; section 2.8): a monotone network r(alpha; x) = P(PIT <= alpha | x) maps a CDF.
 
-The network is the authors' (unconstrained monotonic network, Wehenkel and Louppe 2019), with their names of
-tensors. Their quadrature evaluates 51 nodes for each of 400 alphas; here the integrand is evaluated once in
-each cell of a grid that all alphas of an object share, and its integral is looked up.
+The network and its integrator are :mod:`mantis_photoz.monotone`'s; x are the 83 photometric features of
+:mod:`mantis_photoz.photometry`, or a network's hidden layer.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, ClassVar, cast
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from fusion_core.checkpoint import load_strict, load_tensors, save_tensors
-from fusion_core.errors import check_range, check_shape
+from fusion_core.checkpoint import digest_state, load_foreign, load_strict, load_tensors, save_tensors
+from fusion_core.errors import check_range
 from fusion_core.progress import track
 from fusion_core.seeding import generator as seeded
 from mantis_photoz import density
 from mantis_photoz.arrays import Array, as_tensor, to_numpy, wide
-from mantis_photoz.errors import CheckpointError, DataError
+from mantis_photoz.errors import CheckpointError, ConfigError, DataError
+from mantis_photoz.monotone import DEFAULT_CELLS, MonotoneNetwork, clenshaw_curtis
 from mantis_photoz.pchip import pchip_slopes
 from mantis_photoz.pdf import BinnedPDF
 
-__all__ = ["CalPIT", "MonotoneNetwork", "clenshaw_curtis", "official_transform", "smooth_masses"]
+__all__ = [
+    "CalPIT",
+    "FeatureSource",
+    "MonotoneNetwork",
+    "Norm",
+    "clenshaw_curtis",
+    "official_transform",
+    "smooth_masses",
+]
 
-FEATURES = 83
-DEFAULT_CELLS = 128
-_BLOCK = 4_000_000  # activations that are held at once
+Norm = Literal["std", "official"]
+FeatureSource = Literal["photometric", "hidden"]
+"""Where features of a recalibration come from: fluxes of the cutouts, or the network's hidden layer."""
 
-
-def clenshaw_curtis(steps: int) -> tuple[Float[Tensor, " nodes"], Float[Tensor, " nodes"]]:
-    """Nodes (from 1 down to -1) and weights of the Clenshaw-Curtis rule on [-1, 1].
-
-    Args:
-        steps: even; there are ``steps + 1`` nodes.
-
-    Example:
-        >>> nodes, weights = clenshaw_curtis(4)
-        >>> round((weights * nodes**2).sum().item(), 12) == round(2 / 3, 12)
-        True
-    """
-    check_range("steps", steps, 2, 10_000)
-    k = torch.arange(steps + 1, dtype=torch.float64)
-    j = torch.arange(1, steps // 2 + 1, dtype=torch.float64)
-    b = torch.where(2 * j == steps, 1.0, 2.0) / (4 * j * j - 1)
-    weights = 2 / steps * (1 - (torch.cos(2 * math.pi * k[:, None] * j / steps) * b).sum(1))
-    weights[[0, -1]] /= 2
-    return torch.cos(k * math.pi / steps), weights
-
-
-class _Integrand(nn.Module):
-    """A ReLU network of (alpha, x); ``ELU + 1`` makes it positive."""
-
-    net: nn.Sequential
-
-    def __init__(self, features: int, hidden: Sequence[int]) -> None:
-        super().__init__()
-        self.net = _mlp(features + 1, hidden, 1)
-
-    def forward(self, alpha: Tensor, first: Tensor) -> Tensor:
-        """Values (batch, nodes) at alphas (nodes,) or (batch, nodes), given the x part of the first layer."""
-        start, *layers = list(self.net)
-        column = cast("nn.Linear", start).weight[:, 0]
-        h = first[:, None, :] + alpha[..., None] * column
-        for layer in layers:
-            h = torch.relu_(h) if isinstance(layer, nn.ReLU) else layer(h)
-        return F.elu(h[..., 0]) + 1
-
-    def start(self, x: Tensor) -> Tensor:
-        """(batch, width) of the first layer without alpha: the same for all nodes."""
-        layer = cast("nn.Linear", self.net[0])
-        return F.linear(x, layer.weight[:, 1:], layer.bias)
-
-
-def _mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
-    sizes = [inputs, *hidden]
-    layers: list[nn.Module] = []
-    for a, b in pairwise(sizes):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
-
-
-class MonotoneNetwork(nn.Module):
-    """``sigmoid(exp(s(x)) int_0^alpha g(t, x) dt + o(x))``: increasing in alpha by construction.
-
-    Args:
-        features: of x; 83 for the authors'.
-        hidden: widths of both networks.
-        steps: of the authors' quadrature.
-
-    State-dict names are the authors': ``integrand.net.{0,2,...}``, ``net.{0,2,...}``.
-
-    Example:
-        >>> sum(p.numel() for p in MonotoneNetwork().parameters())
-        6473731
-    """
-
-    nodes: Tensor
-    weights: Tensor
-
-    def __init__(
-        self, features: int = FEATURES, hidden: Sequence[int] = (1024,) * 4, steps: int = 50
-    ) -> None:
-        super().__init__()
-        check_range("features", features, 1, 1_000_000)
-        self.features, self.hidden = features, tuple(hidden)
-        self.integrand = _Integrand(features, hidden)
-        self.net = _mlp(features, hidden, 2)
-        nodes, weights = clenshaw_curtis(steps)
-        self.register_buffer("nodes", (nodes + 1) / 2, persistent=False)
-        self.register_buffer("weights", weights / 2, persistent=False)
-
-    def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        offset, scale = self.net(x).unbind(-1)
-        return offset[:, None], scale.exp()[:, None]
-
-    def exact(
-        self, alpha: Float[Tensor, "batch alphas"], x: Float[Tensor, "batch features"]
-    ) -> Float[Tensor, "batch alphas"]:
-        """r(alpha; x) by the authors' quadrature: its nodes anew for each alpha.
-
-        It is off the true integral by about 2e-6 in r where the ReLU network has kinks.
-        """
-        check_shape("x", x, "batch features", batch=len(alpha), features=self.features)
-        offset, scale = self._ends(x)
-        first = self.integrand.start(x)
-        nodes = self.nodes.to(x)
-        rows = max(1, _BLOCK // (max(self.hidden) * len(nodes) * alpha.shape[1]))
-        parts = [
-            (
-                self.integrand((a[..., None] * nodes).flatten(1), f).unflatten(1, (*a.shape[1:], -1))
-                * self.weights.to(x)
-            ).sum(-1)
-            for a, f in zip(alpha.split(rows), first.split(rows), strict=True)
-        ]
-        found = torch.cat(parts) * alpha
-        return torch.sigmoid(scale * found + offset)
-
-    def forward(
-        self,
-        alpha: Float[Tensor, "batch alphas"],
-        x: Float[Tensor, "batch features"],
-        cells: int = DEFAULT_CELLS,
-    ) -> Float[Tensor, "batch alphas"]:
-        """r(alpha; x) by one integration for all alphas of an object.
-
-        Args:
-            alpha: (batch, alphas) in [0, 1].
-            x: (batch, features).
-            cells: of the grid on [0, 1], >= 4; the integrand is evaluated once in each.
-
-        Returns:
-            (batch, alphas) in (0, 1), increasing in alpha.
-
-        Raises:
-            ShapeError: other features than the network's, or not one row per object.
-        """
-        return self.precise(alpha, x, cells).to(x.dtype)
-
-    def precise(self, alpha: Tensor, x: Tensor, cells: int = DEFAULT_CELLS) -> Tensor:
-        """:meth:`forward` with sums and sigmoid in float64: differences of r keep their digits."""
-        check_shape("x", x, "batch features", batch=len(alpha), features=self.features)
-        check_range("cells", cells, 4, 1_000_000)
-        offset, scale = self._ends(x)
-        first = self.integrand.start(x)
-        nodes = ((torch.arange(cells, dtype=torch.float64) + 0.5) / cells).to(x)
-        rows = max(1, _BLOCK // (max(self.hidden) * cells))
-        g = wide(torch.cat([self.integrand(nodes, part) for part in first.split(rows)]))
-        # The mean over a cell from its middle and its neighbours, and the slope there: of fourth order.
-        bend = F.pad(g.diff(n=2, dim=-1), (1, 1), mode="replicate")
-        ends = (g[:, 1:2] - g[:, :1], g[:, -1:] - g[:, -2:-1])
-        slope = torch.cat([ends[0], (g[:, 2:] - g[:, :-2]) / 2, ends[1]], 1)
-        mean = (g + bend / 24).clamp(min=0)
-        slope = torch.minimum(torch.maximum(slope, -2 * mean), 2 * mean)  # never below 0 inside a cell
-        total = F.pad(mean.cumsum(-1), (1, 0))
-        place = wide(alpha).clamp(0, 1) * cells
-        cell = place.detach().floor().long().clamp(max=cells - 1)
-        u = place - cell
-        inside = mean.gather(-1, cell) * u + slope.gather(-1, cell) * (u * u - u) / 2
-        integral = (total.gather(-1, cell) + inside) / cells
-        return torch.sigmoid(wide(scale) * integral + wide(offset))
-
-    @torch.no_grad()
-    def choose_cells(
-        self, x: Float[Tensor, "batch features"], *, tolerance: float = 1e-5, start: int = 32
-    ) -> int:
-        """The smallest ``start * 2**n`` whose r agrees with that of twice as many cells."""
-        alpha = torch.linspace(0, 1, 401, dtype=x.dtype, device=x.device).expand(len(x), -1)
-        cells = start
-        coarse = self(alpha, x, cells)
-        while cells < 8192:
-            fine = self(alpha, x, 2 * cells)
-            if float((fine - coarse).abs().max()) <= tolerance:
-                return cells
-            cells, coarse = 2 * cells, fine
-        return cells
+SOURCES: tuple[FeatureSource | None, ...] = (None, "photometric", "hidden")
 
 
 def smooth_masses(pmf: Float[Tensor, "... bins"], floor: float) -> Float[Tensor, "... bins"]:
@@ -257,9 +101,13 @@ class CalPIT:
     Args:
         network: r(alpha; x).
         mean: (features,) of the calibration split.
-        std: (features,) of it; the authors divide by the mean again (``norm="official"``, B3).
+        std: (features,) of it.
         floor: added to each mass first: 1e-6, the authors' 1e-2 (B14).
         cells: of the integrator.
+        norm: features are divided by their ``"std"``; ``"official"`` repeats the authors' error, which
+            divides them by their mean (B3).
+        source: where ``estimate`` takes the features from; None decides by their number.
+        history: validation loss of each epoch of :meth:`fit`.
     """
 
     network: MonotoneNetwork
@@ -267,9 +115,22 @@ class CalPIT:
     std: Tensor
     floor: float = 1e-6
     cells: int = DEFAULT_CELLS
-    norm: str = "std"
+    norm: Norm = "std"
+    source: FeatureSource | None = None
     history: tuple[float, ...] = field(default=(), repr=False)
     kind: ClassVar[str] = "calpit"
+
+    def __post_init__(self) -> None:
+        check_range("floor", self.floor, 0.0, math.inf)
+        if self.norm not in ("std", "official"):
+            raise ConfigError(f"norm is {self.norm!r}, wanted 'std' or 'official'")
+        if self.source not in SOURCES:
+            raise ConfigError(f"source is {self.source!r}, wanted 'photometric' or 'hidden'")
+        sizes = (tuple(self.mean.shape), tuple(self.std.shape))
+        if sizes != ((self.network.features,),) * 2:
+            raise DataError(
+                f"mean and std have shapes {sizes[0]} and {sizes[1]}, wanted ({self.network.features},)"
+            )
 
     def standardize(self, features: Array) -> Tensor:
         """``(x - mean) / std / 3`` in float32.
@@ -304,16 +165,23 @@ class CalPIT:
         return BinnedPDF(pdf.edges, pmf if pdf.is_torch else to_numpy(pmf), pdf.nodes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings; the weights are in :meth:`save`'s file."""
-        named = {name: getattr(self, name) for name in ("floor", "cells", "norm")}
-        return {**named, "hidden": list(self.network.hidden)}
+        """The settings, and a digest of the weights; those are in :meth:`save`'s file."""
+        named = {name: getattr(self, name) for name in ("floor", "cells", "norm", "source")}
+        weights = digest_state({**self.network.state_dict(), "mean": self.mean, "std": self.std})
+        return {**named, "hidden": list(self.network.hidden), "weights": weights}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights, statistics and settings to a ``.safetensors`` file."""
+    def save(self, path: str | os.PathLike[str], **facts: Any) -> None:
+        """Write weights, statistics and settings to a ``.safetensors`` file.
+
+        Args:
+            path: the file.
+            **facts: about the calibration split, kept in the file's header.
+        """
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        settings = torch.tensor([self.floor, self.cells, self.norm == "official"], dtype=torch.float64)
-        tensors |= {"mean": self.mean, "std": self.std, "settings": settings}
-        save_tensors(path, tensors, {"schema": "mantis.calpit/1"})
+        settings = [self.floor, self.cells, self.norm == "official", SOURCES.index(self.source)]
+        tensors |= {"mean": self.mean, "std": self.std}
+        tensors["settings"] = torch.tensor(settings, dtype=torch.float64)
+        save_tensors(path, tensors, {"schema": "mantis.calpit/1", "facts": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalPIT:
@@ -326,7 +194,7 @@ class CalPIT:
         if not {"mean", "std", "settings", "network.net.0.weight"} <= set(tensors):
             raise CheckpointError(f"{path} holds no Cal-PIT network, wanted mean, std, settings, network.*")
         state = {n.removeprefix("network."): v for n, v in tensors.items() if n.startswith("network.")}
-        floor, cells, official = tensors["settings"].tolist()
+        floor, cells, official, source = [*tensors["settings"].tolist(), 0.0][:4]
         return cls(
             _network_of(state),
             tensors["mean"],
@@ -334,15 +202,62 @@ class CalPIT:
             floor,
             int(cells),
             "official" if official else "std",
+            SOURCES[int(source)],
         )
 
     @classmethod
     def from_official(
-        cls, state: Mapping[str, Tensor], mean: Array, std: Array, *, floor: float = 1e-2, norm: str = "std"
+        cls, state: Mapping[str, Tensor], mean: Array, std: Array, *, floor: float = 1e-6, norm: Norm = "std"
     ) -> CalPIT:
-        """From the authors' state dict (``integrand.net.*``, ``net.*``) and statistics of 83 features."""
-        network = _network_of({name.removeprefix("module."): value for name, value in state.items()})
-        return cls(network, wide(as_tensor(mean)), wide(as_tensor(std)), floor, 256, norm)
+        """From the authors' state dict (``integrand.net.*``, ``net.*``) and statistics of 83 features.
+
+        Args:
+            state: their tensors; prefixes of wrappers are taken off.
+            mean: (features,).
+            std: (features,).
+            floor: their own is 1e-2 (B14).
+            norm: ``"official"`` divides by the mean, as their code does (B3).
+
+        Raises:
+            CheckpointError: another network.
+            DataError: statistics of another number of features.
+        """
+        network = _network_of(
+            {n.removeprefix("_orig_mod.").removeprefix("module."): v for n, v in state.items()}
+        )
+        parts = (wide(as_tensor(mean, "mean")), wide(as_tensor(std, "std")))
+        return cls(network, *parts, floor, 256, norm, "photometric")
+
+    @classmethod
+    def load_official(
+        cls,
+        path: str | os.PathLike[str],
+        statistics: str | os.PathLike[str],
+        *,
+        floor: float = 1e-6,
+        norm: Norm = "std",
+    ) -> CalPIT:
+        """From the authors' ``calpit_checkpoint.pt`` and the folder of ``calpit_{mean,std}.npy``.
+
+        Args:
+            path: their checkpoint; nothing in it is executed.
+            statistics: the folder.
+            floor: see :meth:`from_official`.
+            norm: see :meth:`from_official`.
+
+        Raises:
+            CheckpointError: a file is missing or broken, or holds another network.
+            DataError: statistics of another number of features.
+        """
+        state = load_foreign(path)
+        parts: list[Any] = []
+        for name in ("mean", "std"):
+            place = Path(statistics) / f"calpit_{name}.npy"
+            try:
+                parts.append(np.load(place, allow_pickle=False).reshape(-1))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"statistics {place} cannot be read: {error}") from error
+        return cls.from_official(state, *parts, floor=floor, norm=norm)
 
     @classmethod
     def fit(
@@ -361,6 +276,7 @@ class CalPIT:
         held_out: float = 0.2,
         floor: float = 1e-6,
         cells: int = 64,
+        source: FeatureSource | None = None,
         seed: int = 0,
         progress: bool | None = None,
     ) -> CalPIT:
@@ -383,6 +299,7 @@ class CalPIT:
             held_out: share for early stopping.
             floor: see the class.
             cells: of the integrator in training.
+            source: of the features, see the class.
             seed: of weights, order and alphas.
             progress: a bar on stderr; None decides by the terminal.
 
@@ -403,7 +320,7 @@ class CalPIT:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=draw)))
             network = MonotoneNetwork(x.shape[1], hidden).to(x.device)
-        made = cls(network, mean, std, floor, DEFAULT_CELLS)
+        made = cls(network, mean, std, floor, DEFAULT_CELLS, "std", source)
         scaled = made.standardize(x)
         valid, train = order.tensor_split([max(1, round(held_out * len(x)))])
         grid = torch.linspace(0.01, 0.99, 33, device=x.device)
@@ -430,7 +347,7 @@ class CalPIT:
                 if waited >= patience:
                     break
         network.load_state_dict(kept)
-        return cls(network, mean, std, floor, DEFAULT_CELLS, "std", tuple(history))
+        return cls(network, mean, std, floor, DEFAULT_CELLS, "std", source, tuple(history))
 
 
 def _rescaled(r: Tensor) -> Tensor:

@@ -12,6 +12,19 @@ from fusion_core import cli
 from fusion_core.demo import add_demo
 from fusion_core.errors import InputError
 from mantis_photoz import __version__, cli_evaluate, cli_train
+from mantis_photoz.options import (
+    CatalogFile,
+    CutoutDir,
+    DecColumn,
+    IdColumn,
+    Model,
+    RaColumn,
+    Tta,
+    first_rows,
+    load_photoz,
+    needed,
+    parse_tta,
+)
 
 app = cli.new_app(
     "mantis-photoz",
@@ -19,58 +32,22 @@ app = cli.new_app(
     __version__,
 )
 
-CatalogFile = Annotated[Path, typer.Argument(help="Positions: .ecsv, .csv, .fits, .parquet or VOTable.")]
-IdColumn = Annotated[str | None, typer.Option("--id", help="Column of identifiers; found by itself.")]
-RaColumn = Annotated[str | None, typer.Option("--ra", help="Column of right ascensions.")]
-DecColumn = Annotated[str | None, typer.Option("--dec", help="Column of declinations.")]
 Surveys = Annotated[
     str | None, typer.Option("--surveys", help="Use these only, by commas: galex,ps1,unwise.")
 ]
-NOTICE = (
-    "note: the models that ship were trained on simulated galaxies only; train or load a real one before you "
-    "trust a redshift\n"
-)
-
-
-def load(model: str | None, device: str, dtype: str, recalibrate: Path | None, grid: str = "training") -> Any:
-    """The model of ``--model``, or one that ships, with a word that it knows simulated galaxies only."""
-    from mantis_photoz.estimate import PhotoZ
-    from mantis_photoz.fusion import shipped
-
-    own = shipped()
-    if model is None:
-        names = sorted(own, key=lambda name: ("early" not in name, name))
-        if not names:
-            raise InputError("--model is missing: name a folder, or a model on the hub")
-        model = names[0]
-    if model in own and not Path(model).is_dir():
-        sys.stderr.write(NOTICE)
-    wanted: Any = {"device": device, "dtype": dtype, "recalibration": recalibrate, "grid": grid}
-    return PhotoZ.from_pretrained(model, **wanted)
-
-
-def parse_tta(text: str) -> Any:
-    """``none``, ``d4``, ``official`` or a number of views."""
-    return int(text) if text.isdecimal() else text
 
 
 @app.command()
 def estimate(
     catalog: CatalogFile,
-    cutouts: Annotated[
-        Path | None, typer.Option("--cutouts", help="Directory of FITS files, or packed .h5.")
-    ] = None,
+    cutouts: CutoutDir = None,
     fetch: Annotated[
         bool, typer.Option("--fetch", help="Fetch what is missing first, into --cutouts.")
     ] = False,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder, name on the hub, or one that ships.")
-    ] = None,
+    model: Model = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Table: .ecsv, .fits or .parquet.")] = None,
     pdf: Annotated[Path | None, typer.Option("--pdf", help="Densities: .hdf5 of qp.")] = None,
-    tta: Annotated[
-        str, typer.Option("--tta", help="Views: none, d4 (mean of 8 exact ones), official, or a number.")
-    ] = "none",
+    tta: Tta = "none",
     recalibrate: Annotated[
         Path | None, typer.Option("--recalibrate", help="File of calibrate, instead of the model's own.")
     ] = None,
@@ -116,7 +93,6 @@ def estimate(
 
     Example: mantis-photoz estimate hosts.ecsv --cutouts cutouts --out z.ecsv --pdf z.hdf5 --tta d4
     """
-    from mantis_photoz.catalog import read_catalog
     from mantis_photoz.corrections import load_prior
     from mantis_photoz.ebv import dust_maps
     from mantis_photoz.output import check_suffix, provenance_file
@@ -129,17 +105,14 @@ def estimate(
         check_pdf_suffix(pdf)
         if pdf.exists() and not (overwrite or resume):
             raise InputError(f"--pdf {pdf} is there already; pass --overwrite, or name another file")
-    found = read_catalog(catalog, id=id_column, ra=ra, dec=dec)
-    found = found if limit is None else found.take(range(min(limit, len(found))))
-    photoz = load(model, device, dtype, recalibrate, grid)
+    found = first_rows(catalog, limit, id=id_column, ra=ra, dec=dec)
+    photoz = load_photoz(model, device=device, dtype=dtype, recalibration=recalibrate, grid=grid)
     if fetch:
         cutouts = cutouts or (out or catalog).with_suffix(".cutouts")
         _fetch_first(found, cutouts, photoz, quiet=quiet)
-    if cutouts is None:
-        raise InputError("--cutouts is missing: name a directory of FITS files, or pass --fetch")
     result = photoz.estimate(
         found,
-        cutouts,
+        needed(cutouts, ", or pass --fetch"),
         tta=parse_tta(tta),
         batch_size=batch_size,
         nan=nan,
@@ -248,7 +221,6 @@ def fetch(
 
     Example: mantis-photoz fetch hosts.ecsv --out cutouts --rate 5 --cache cache
     """
-    from mantis_photoz.catalog import read_catalog
     from mantis_photoz.fetch import fetch as run
     from mantis_photoz.fetch.services import SERVICES
     from mantis_photoz.surveys import select_surveys
@@ -262,8 +234,7 @@ def fetch(
     chosen = select_surveys(surveys)
     if "unwise" in chosen:
         chosen["unwise"] = chosen["unwise"].replace(pixel_scale=unwise_pixscale)
-    found = read_catalog(catalog, id=id_column, ra=ra, dec=dec)
-    found = found if limit is None else found.take(range(min(limit, len(found))))
+    found = first_rows(catalog, limit, id=id_column, ra=ra, dec=dec)
     result = run(
         found,
         out,

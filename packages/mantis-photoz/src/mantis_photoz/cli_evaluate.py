@@ -9,18 +9,22 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fusion_core import cli
-from fusion_core.errors import ConfigError, InputError
+from fusion_core.errors import InputError
+from mantis_photoz.options import (
+    CatalogFile,
+    CutoutDir,
+    Model,
+    Tta,
+    first_rows,
+    load_photoz,
+    model_name,
+    needed,
+    parse_tta,
+)
 
 __all__ = ["add_commands"]
 
-CatalogFile = Annotated[Path, typer.Argument(help="Positions with true redshifts: .ecsv, .csv, .fits, ...")]
 Truth = Annotated[str, typer.Option("--truth", help="Column of true redshifts.")]
-CutoutDir = Annotated[Path | None, typer.Option("--cutouts", help="Directory of FITS files, or packed .h5.")]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Folder, name on the hub, or one that ships.")
-]
-Tta = Annotated[str, typer.Option("--tta", help="Views: none, d4 (mean of 8 exact ones), or a number.")]
-_KINDS = ("temperature", "pit", "beta", "nearest", "calpit")
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -28,20 +32,6 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(evaluate)
     app.command()(calibrate)
     app.command()(explain)
-
-
-def _catalog(path: Path, truth: str, limit: int | None) -> tuple[Any, Any]:
-    from mantis_photoz.catalog import read_catalog
-
-    found = read_catalog(path)
-    found = found if limit is None else found.take(range(min(limit, len(found))))
-    return found, found.column(truth)
-
-
-def _needed(cutouts: Path | None) -> Path:
-    if cutouts is None:
-        raise InputError("--cutouts is missing: name a directory of FITS files or a packed .h5 file")
-    return cutouts
 
 
 def _written(path: Path, catalog: Any) -> Any:
@@ -64,8 +54,6 @@ def _written(path: Path, catalog: Any) -> Any:
 
 
 def _densities(photoz: Any, catalog: Any, cutouts: Path, tta: str, batch_size: int, quiet: bool) -> Any:
-    from mantis_photoz.cli import parse_tta
-
     result = photoz.estimate(
         catalog, cutouts, tta=parse_tta(tta), batch_size=batch_size, progress=False if quiet else None
     )
@@ -99,20 +87,21 @@ def evaluate(
 
     Example: mantis-photoz evaluate hosts.ecsv --truth z_spec --cutouts cutouts --out report
     """
-    from mantis_photoz.cli import load
+    from mantis_photoz.estimate import PhotoZ
     from mantis_photoz.report import evaluate as run
 
-    found, z = _catalog(catalog, truth, limit)
+    found = first_rows(catalog, limit)
+    z = found.column(truth)
     if pdf is not None:
         if recalibrate is not None:
             raise InputError("--recalibrate needs --cutouts; --pdf holds densities as they were written")
         pdfs: dict[str, Any] = {pdf.stem: _written(pdf, found)}
     else:
-        place = _needed(cutouts)
-        photoz = load(model, device, "float32", None)
+        place, name = needed(cutouts), model_name(model)
+        photoz = PhotoZ.from_pretrained(name, device=device)
         pdfs = {photoz.name: _densities(photoz, found, place, tta, batch_size, quiet).pdf}
         if recalibrate is not None:
-            mended = load(model, device, "float32", recalibrate)
+            mended = PhotoZ.from_pretrained(name, device=device, recalibration=recalibrate)
             pdfs["recalibrated"] = _densities(mended, found, place, tta, batch_size, quiet).pdf
     cli.emit(run(pdfs, z, seed=seed), json, out)
 
@@ -126,6 +115,11 @@ def calibrate(
     kind: Annotated[
         str, typer.Option("--kind", help="temperature, pit, beta, nearest by commas, or calpit alone.")
     ] = "temperature,pit",
+    features: Annotated[
+        Literal["photometric", "hidden"] | None,
+        typer.Option("--features", help="Of nearest and calpit: Kron fluxes (needs SEP), or a hidden layer."),
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Of calpit, at most.")] = 100,
     tta: Tta = "none",
     batch_size: cli.BatchSize = 64,
     limit: cli.Limit = None,
@@ -137,52 +131,41 @@ def calibrate(
 ) -> None:
     """Calibrate probabilities: fit a recalibration of p(z) on objects that the model was not trained on.
 
+    Cal-PIT takes photometric features as the authors do where SEP is installed (extra phot), else the
+    network's hidden layer; nearest takes the hidden layer.
+
     Example: mantis-photoz calibrate held_out.ecsv --cutouts cutouts --kind temperature,pit --out mend.json
     """
-    from mantis_photoz import calibrate as maps
-    from mantis_photoz import metrics
-    from mantis_photoz.estimate import PhotoZ
+    from mantis_photoz import calibrating, metrics
 
     kinds = [name.strip() for name in kind.split(",") if name.strip()]
-    if not kinds or any(name not in _KINDS for name in kinds) or ("calpit" in kinds and len(kinds) > 1):
-        raise ConfigError(f"--kind is {kind!r}, wanted some of {', '.join(_KINDS[:-1])}, or calpit alone")
-    wanted = ".safetensors" if kinds == ["calpit"] else ".json"
-    if out.suffix != wanted:
-        raise InputError(f"--out is {out}, wanted a {wanted} file for {kind}")
+    calibrating.check_kinds(kinds)
+    calibrating.check_place(out, kinds)
+    source = calibrating.feature_source(kinds, features)
     if out.exists() and not overwrite:
         raise InputError(f"--out {out} is there already; pass --overwrite, or name another file")
-    found, z = _catalog(catalog, truth, limit)
-    place = _needed(cutouts)
-    photoz = PhotoZ.from_pretrained(_model(model), device=device, recalibration=False)
-    pdf = _densities(photoz, found, place, tta, batch_size, quiet).pdf
-    features: Any = _hidden(photoz, found, place, batch_size) if {"nearest", "calpit"} & set(kinds) else None
-    made: Any
-    if kinds == ["calpit"]:
-        from mantis_photoz.calpit import CalPIT
-
-        made = CalPIT.fit(pdf, z, features, seed=seed, progress=False if quiet else None)
-        made.save(out)
-    else:
-        count = max(2, min(200, len(z) // 4))
-        made = maps.fit(pdf, z, kinds, nearest={"features": features, "neighbours": count})
-        maps.save(made, out, objects=len(z), kinds=kinds, model=photoz.name, catalogue=str(catalog.name))
-    pits = {"raw": pdf.pit(z), "recalibrated": made(pdf, features).pit(z)}
+    place = needed(cutouts)
+    photoz = load_photoz(model, device=device, recalibration=False)
+    bar = False if quiet else None
+    data = calibrating.calibration_set(
+        photoz,
+        _samples(photoz, first_rows(catalog, limit), place, truth),
+        source=source,
+        tta=parse_tta(tta),
+        batch_size=batch_size,
+        progress=bar,
+    )
+    if data.left_out:
+        sys.stderr.write(f"{data.left_out} objects left out: no finite {truth}, or no density\n")
+    made = calibrating.fit(data, kinds, epochs=epochs, seed=seed, progress=bar)
+    facts: dict[str, Any] = {"objects": len(data.z), "kinds": kinds, "features": source}
+    calibrating.save(made, out, **facts, model=photoz.name, catalogue=catalog.name, truth=truth)
+    pits = {"raw": data.pdf.pit(data.z), "recalibrated": made(data.pdf, data.features).pit(data.z)}
     rows = [
-        {"densities": n, "pit_ks": metrics.kolmogorov_smirnov(p), "objects": len(z)} for n, p in pits.items()
+        {"densities": n, "pit_ks": metrics.kolmogorov_smirnov(p), "objects": len(p)} for n, p in pits.items()
     ]
     sys.stderr.write("the numbers are of the objects that the fit saw; evaluate on others\n")
-    cli.emit({"out": str(out), "rows": rows} if json else rows, json)
-
-
-def _model(name: str | None) -> str:
-    from mantis_photoz.fusion import shipped
-
-    if name is not None:
-        return name
-    own = sorted(shipped(), key=lambda entry: ("early" not in entry, entry))
-    if not own:
-        raise InputError("--model is missing: name a folder, or a model on the hub")
-    return own[0]
+    cli.emit({"out": str(out), "features": source, "rows": rows} if json else rows, json)
 
 
 def _samples(photoz: Any, catalog: Any, cutouts: Path, truth: str | None = None) -> Any:
@@ -191,31 +174,25 @@ def _samples(photoz: Any, catalog: Any, cutouts: Path, truth: str | None = None)
     return Cutouts.from_directory(cutouts, catalog, photoz.surveys, truth=truth)
 
 
-def _hidden(photoz: Any, catalog: Any, cutouts: Path, batch_size: int) -> Any:
-    """The features that ``estimate`` gives to a local recalibration: the network's hidden layer."""
-    from mantis_photoz.predicting import predict
-
-    return (
-        predict(photoz.model, _samples(photoz, catalog, cutouts), batch_size=batch_size)
-        .features.double()
-        .numpy()
-    )
-
-
 def explain(
     catalog: CatalogFile,
     truth: Truth = "z_spec",
     cutouts: CutoutDir = None,
     model: Model = None,
+    method: Annotated[
+        Literal["shapley", "expected", "integrated", "gradient", "ablation"],
+        typer.Option("--method", help="Shapley values, shares of pixel attributions, or what is lost."),
+    ] = "shapley",
     players: Annotated[
-        Literal["surveys", "bands"], typer.Option("--players", help="8 passes, or 512.")
+        Literal["surveys", "bands"], typer.Option("--players", help="8 passes, or 512, for Shapley values.")
     ] = "surveys",
     value: Annotated[
-        Literal["neg_crps", "log_density", "z_mean"], typer.Option("--value", help="What is shared out.")
-    ] = "neg_crps",
+        Literal["neg_crps", "log_density", "z_mean"] | None,
+        typer.Option("--value", help="What is shared out: neg_crps, and z_mean for attributions."),
+    ] = None,
     baseline: Annotated[
         Literal["absent", "zero", "mean", "marginal"] | None,
-        typer.Option("--baseline", help="What stands for an absent player."),
+        typer.Option("--baseline", help="What stands for an absent player, for Shapley values."),
     ] = None,
     out: cli.Out = None,
     batch_size: cli.BatchSize = 64,
@@ -225,28 +202,29 @@ def explain(
     json: cli.Json = False,
     quiet: cli.Quiet = False,
 ) -> None:
-    """Which surveys or bands the model uses: exact Shapley values, with errors, against redshift.
+    """Which surveys or bands the model uses, against redshift: exact Shapley values with errors, or others.
 
     Example: mantis-photoz explain hosts.ecsv --cutouts cutouts --players surveys --out use
     """
+    from mantis_photoz.ablation import ablation
     from mantis_photoz.band_use import band_use
-    from mantis_photoz.catalog import read_catalog
-    from mantis_photoz.estimate import PhotoZ
+    from mantis_photoz.pixel_use import pixel_use
 
-    found = read_catalog(catalog)
-    found = found if limit is None else found.take(range(min(limit, len(found))))
-    known = truth in found.table.colnames or value != "z_mean"  # the mean redshift needs no truth
-    place = _needed(cutouts)
-    photoz = PhotoZ.from_pretrained(_model(model), device=device, recalibration=False)
-    chosen = baseline or ("absent" if players == "surveys" else "zero")
-    result = band_use(
-        photoz.model,
-        _samples(photoz, found, place, truth if known else None),
-        players=players,
-        value=value,
-        baseline=chosen,
-        batch_size=batch_size,
-        seed=seed,
-        progress=False if quiet else None,
-    )
-    cli.emit(result, json, out)
+    chosen: Any = value or ("neg_crps" if method == "shapley" else "z_mean")
+    if baseline is not None and method != "shapley":
+        raise InputError(f"--baseline is of --method shapley, not of {method}")
+    found = first_rows(catalog, limit)
+    # the mean redshift needs no truth
+    known = truth in found.table.colnames or chosen != "z_mean" or method == "ablation"
+    place = needed(cutouts)
+    photoz = load_photoz(model, device=device, recalibration=False)
+    data = _samples(photoz, found, place, truth if known else None)
+    common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": False if quiet else None}
+    if method == "shapley":
+        absent: Any = baseline or ("absent" if players == "surveys" else "zero")
+        made: Any = band_use(photoz.model, data, players=players, value=chosen, baseline=absent, **common)
+    elif method == "ablation":
+        made = ablation(photoz.model, data, **common)
+    else:
+        made = pixel_use(photoz.model, data, method=method, players=players, value=chosen, **common)
+    cli.emit(made, json, out)

@@ -108,19 +108,36 @@ def simulate(
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="The authors' .pt file.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Directory for config.json and model.safetensors.")
+        Path,
+        typer.Option("--out", "-o", help="Directory for a network; a .safetensors file for Cal-PIT."),
     ],
     z_max: Annotated[
         float | None, typer.Option("--z-max", help="End of the redshift grid; 1.6, and 1.0 for the report.")
     ] = None,
     sha256: Annotated[str | None, typer.Option("--sha256", help="Hash that the file must have.")] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option("--statistics", help="Folder of calpit_mean.npy and calpit_std.npy: it is Cal-PIT."),
+    ] = None,
+    norm: Annotated[
+        Literal["std", "official"],
+        typer.Option("--calpit-norm", help="official divides features by their mean, as the authors do."),
+    ] = "std",
+    floor: Annotated[
+        float, typer.Option("--calpit-floor", min=0.0, help="Added to each mass; the authors' is 0.01.")
+    ] = 1e-6,
     overwrite: cli.Overwrite = False,
     json: cli.Json = False,
 ) -> None:
     """Turn a checkpoint of the authors' code into a model folder; nothing of the file is executed.
 
+    With --statistics the checkpoint is their Cal-PIT network, and the file is one for estimate --recalibrate.
+
     Example: mantis-photoz convert best_early.pt --out mantis-early
     """
+    if statistics is not None:
+        _convert_calpit(checkpoint, out, overwrite, json, sha256, statistics, norm, floor)
+        return
     from fusion_core.atomic import atomic_directory
     from mantis_photoz.convert import load_official
 
@@ -140,3 +157,28 @@ def convert(
         "z_max": config.z_max,
     }
     cli.emit({"out": str(out), **facts, "parameters": count}, json)
+
+
+def _convert_calpit(
+    checkpoint: Path,
+    out: Path,
+    overwrite: bool,
+    json: bool,
+    sha256: str | None,
+    statistics: Path,
+    norm: Any,
+    floor: float,
+) -> None:
+    from mantis_photoz.calpit import CalPIT
+    from mantis_photoz.convert import check_hash
+
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out is {out}, wanted a .safetensors file for Cal-PIT")
+    if out.exists() and not overwrite:
+        raise InputError(f"--out {out} is there already; pass --overwrite, or name another file")
+    made = CalPIT.load_official(checkpoint, statistics, floor=floor, norm=norm)
+    check_hash(checkpoint, sha256)
+    made.save(out, converted=checkpoint.name)
+    shape = {"features": made.network.features, "hidden": list(made.network.hidden)}
+    count = sum(parameter.numel() for parameter in made.network.parameters())
+    cli.emit({"out": str(out), **shape, "norm": norm, "floor": floor, "parameters": count}, json)

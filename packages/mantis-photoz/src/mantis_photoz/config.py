@@ -85,6 +85,8 @@ class FusionConfig(Config):
         target_fwhm: that ``align="psf"`` brings every band to, arcsec; None takes the broadest.
         scaling: of the flux: ``"official"`` (floored at 0), ``"official-signed"``, ``"noise"`` (asinh of flux
             over twice the pixel noise, signed).
+        deredden: multiply fluxes by 10^(0.4 R_b E(B-V)), of CSFD, before the scaling (section 2.11); the
+            authors' network gets E(B-V) as an input alone.
         missing: ``"zeros"`` (official), or ``"mask"``: mask bits beside the dust for early fusion, learned
             features of an absent survey for the others.
         stem_scale: of a three-channel stem that is widened: ``"mean"`` (official) or ``"preserve"``.
@@ -107,6 +109,7 @@ class FusionConfig(Config):
     size: int = 120
     target_fwhm: float | None = None
     scaling: Scaling = "official"
+    deredden: bool = False
     missing: Missing = "zeros"
     stem_scale: StemScale = "mean"
     ebv_scale: float = 1.0
@@ -263,6 +266,18 @@ class TrainConfig(Config):
             raise ConfigError(f"loss is {self.loss!r}, head {self.model.head!r} has its own: leave 'ce'")
         for survey, chance in self.survey_dropout.items():
             check_range(f"survey_dropout.{survey}", chance, 0.0, 0.99)
+
+    @classmethod
+    def official(cls, fusion: Literal["early", "late"] = "early", **changes: Any) -> TrainConfig:
+        """The authors' recipe (section 2.6): their launch scripts, on 16 devices with 16 objects each.
+
+        Args:
+            fusion: which of the paper's networks.
+            **changes: fields to set anew.
+        """
+        made: dict[str, Any] = {"model": FusionConfig.official(fusion), "augment": "official", "seed": 1}
+        made |= {"lr": 1e-4, "epochs": 60} if fusion == "late" else {}
+        return cls(**({"mixed_precision": "fp16"} | made | changes))
 
 
 def dropout_chances(config: TrainConfig) -> Mapping[str, float]:

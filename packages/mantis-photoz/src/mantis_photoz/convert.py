@@ -29,7 +29,7 @@ OFFICIAL = KeyMap(
 """From the authors' names to ours: early, late, and the report's ResNet-50."""
 
 # (blocks of the four stages, channels of the first) -> timm's name
-_CONVNEXT = {
+CONVNEXTS = {
     ((3, 3, 27, 3), 192): "convnext_large",
     ((3, 3, 27, 3), 128): "convnext_base",
     ((3, 3, 27, 3), 96): "convnext_small",
@@ -62,12 +62,21 @@ def load_official(path: PathLike, *, z_max: float | None = None, sha256: str | N
     """
     file = Path(path)
     state = load_foreign(file)
-    if sha256 is not None and not (found := digest_file(file)).startswith(sha256.lower()):
-        raise CheckpointError(
-            f"{file} has sha256 {found[:16]}..., wanted {sha256[:16]}...; the download is damaged or of "
-            f"another version"
-        )
+    check_hash(file, sha256)
     return from_official(state, z_max=z_max)
+
+
+def check_hash(path: PathLike, sha256: str | None) -> None:
+    """Compare a file with a hash, or its first digits; None takes any file.
+
+    Raises:
+        CheckpointError: another hash.
+    """
+    if sha256 is not None and not (found := digest_file(path)).startswith(sha256.lower()):
+        raise CheckpointError(
+            f"{path} has sha256 {found[:16]}..., wanted {sha256[:16]}...; the download is damaged or of "
+            "another version"
+        )
 
 
 def from_official(state: Mapping[str, Tensor], *, z_max: float | None = None) -> FusionModel:
@@ -136,12 +145,12 @@ def _convnext(state: Mapping[str, Tensor], encoder: str) -> str:
     stem = state.get(f"encoder.{encoder}.stem.0.weight")
     width = 0 if stem is None else int(stem.shape[0])
     try:
-        return _CONVNEXT[blocks, width]  # pyright: ignore[reportArgumentType]
+        return CONVNEXTS[blocks, width]  # pyright: ignore[reportArgumentType]
     except KeyError:
         raise CheckpointError(
             f"encoder {encoder!r} has {blocks} blocks and a stem of {width} channels, which is no "
             f"ConvNeXt that the "
-            f"authors' code takes; known are {sorted(_CONVNEXT.values())}"
+            f"authors' code takes; known are {sorted(CONVNEXTS.values())}"
         ) from None
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_core.errors import InputError
-from mantis_photoz.errors import DataError
+from mantis_photoz.errors import ConfigError, DataError
 from mantis_photoz.pdf import BinnedPDF
 
 
@@ -24,18 +24,18 @@ def parts_of(recalibration: Any) -> list[Any]:
             ([entry] if not hasattr(entry, "maps") else parts_of(entry))]  # fmt: skip
 
 
-def features_wanted(recalibration: Any) -> int:
-    """How many features a recalibration needs per object; 0 where the density alone decides."""
+def features_wanted(recalibration: Any) -> tuple[int, str | None]:
+    """How many features a recalibration needs per object, and their source; (0, None) for densities alone."""
     for part in parts_of(recalibration):
         if part.kind == "calpit":
-            return int(part.network.features)
+            return int(part.network.features), part.source
         if part.kind == "nearest":
-            return int(part.features.shape[-1])
-    return 0
+            return int(part.features.shape[-1]), part.source
+    return 0, None
 
 
 def photometric_features(planes: Mapping[str, Tensor], ebv: Tensor) -> NDArray[np.float64]:
-    """The 83 features of Cal-PIT (81 ordered numbers and dust): Kron fluxes of all planes (extra ``phot``).
+    """The features of Cal-PIT, 83 for nine bands: colours, dust, luptitudes of Kron fluxes (extra ``phot``).
 
     Args:
         planes: survey -> (batch, bands, height, width) flux without NaN.
@@ -47,24 +47,50 @@ def photometric_features(planes: Mapping[str, Tensor], ebv: Tensor) -> NDArray[n
     return np.asarray(magnitude_features(fluxes, ebv.double().cpu().numpy()), np.float64)
 
 
-def choose_features(
-    wanted: int, hidden: Tensor | None, planes: Mapping[str, Tensor], ebv: Tensor
-) -> NDArray[np.float64] | None:
-    """The features that fit a recalibration by their number: of the network's hidden layer, or photometric.
+def features_from(
+    source: str, hidden: Tensor | None, planes: Mapping[str, Tensor], ebv: Tensor
+) -> NDArray[np.float64]:
+    """The features of one source, (batch, features).
 
     Raises:
-        DataError: neither has that number.
+        ConfigError: another source.
+        DataError: the hidden layer of a network that has none.
+        MissingExtraError: photometric ones without SEP (extra ``phot``).
     """
-    if not wanted:
+    if source == "photometric":
+        return photometric_features(planes, ebv)
+    if source != "hidden":
+        raise ConfigError(f"features are {source!r}, wanted 'photometric' or 'hidden'")
+    if hidden is None:
+        raise DataError("the network has no hidden layer to take features from; take photometric ones")
+    return hidden.double().cpu().numpy()
+
+
+def choose_features(
+    wanted: tuple[int, str | None], hidden: Tensor | None, planes: Mapping[str, Tensor], ebv: Tensor
+) -> NDArray[np.float64] | None:
+    """The features that a recalibration wants; one that does not name their source gets those that fit.
+
+    Args:
+        wanted: of :func:`features_wanted`.
+        hidden: (batch, width) of the network's head, if it has one.
+        planes: see :func:`photometric_features`.
+        ebv: see there.
+
+    Raises:
+        DataError: the source has another number of features.
+    """
+    count, source = wanted
+    if not count:
         return None
-    if hidden is not None and hidden.shape[1] == wanted:
-        return hidden.double().cpu().numpy()
-    found = photometric_features(planes, ebv)
-    if found.shape[1] != wanted:
+    if source is None:
+        source = "hidden" if hidden is not None and hidden.shape[1] == count else "photometric"
+    found = features_from(source, hidden, planes, ebv)
+    if found.shape[1] != count:
         has = "none" if hidden is None else hidden.shape[1]
         raise DataError(
-            f"the recalibration wants {wanted} features; {found.shape[1]} are photometric and {has} of "
-            "the network; fit it for this model"
+            f"the recalibration wants {count} features; {found.shape[1]} are {source}, and the network's "
+            f"hidden layer has {has}: fit it for this model"
         )
     return found
 

@@ -26,12 +26,11 @@ from mantis_photoz.errors import CutoutError
 from mantis_photoz.fits_fast import Image, parse_fits, read_bytes
 from mantis_photoz.flags import Flag
 from mantis_photoz.reading import Reading, absent, read_planes
-from mantis_photoz.surveys import SURVEYS, Survey, select_surveys
+from mantis_photoz.surveys import PS1_SOUTH, SURVEYS, Survey, select_surveys
 
 SPLITS = ("train", "val", "test")
 _SHARES = (0.8, 0.1, 0.1)
 _SUFFIXES = (".fits", ".fits.gz")
-_SOUTH = -30.0
 
 
 class Source(Protocol):
@@ -297,7 +296,7 @@ class Cutouts(Dataset[dict[str, Any]]):
             flags |= reading.flags
         if not any(reading.present for reading in readings.values()):
             flags |= Flag.NO_IMAGES
-        if self.catalog.dec[row] < _SOUTH:
+        if self.catalog.dec[row] < PS1_SOUTH:
             flags |= Flag.OUTSIDE_PS1
         return flags
 

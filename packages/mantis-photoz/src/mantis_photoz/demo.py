@@ -64,7 +64,8 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         full: train the three models here, on 3000 galaxies; else those that ship are measured.
         seed: of the test galaxies, and of the training in full mode.
     """
-    require_extra("matplotlib", "demo", "mantis-photoz")
+    for module in ("matplotlib", "skimage.data"):
+        require_extra(module, "demo", "mantis-photoz")
     mode = "full" if full else "quick"
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -278,7 +279,7 @@ def _notes(use: Any, seeds: Sequence[int]) -> list[str]:
 
 
 def _figures(out: Path, sky: Sky, raw: BinnedPDF, better: BinnedPDF, use: Any) -> list[Figure]:
-    from mantis_photoz import plots
+    from mantis_photoz import plots, stacks
 
     near = _bright_blue(sky)
     planes, z = _one(sky, near), float(sky.z[near])
@@ -289,6 +290,7 @@ def _figures(out: Path, sky: Sky, raw: BinnedPDF, better: BinnedPDF, use: Any) -
         "zz.png": plots.zz(sky.z, raw.numpy().mean(), label=NAMES["sim-early"]),
         "pit.png": plots.pit({"raw": raw.numpy().pit(sky.z), "recalibrated": better.numpy().pit(sky.z)}),
         "shapley.png": plots.shares_by_redshift(use.z, use.phi, use.players, bins=6),
+        "stacks.png": stacks.draw(),
     }
     words = {
         "cutouts.png": (
@@ -303,6 +305,12 @@ def _figures(out: Path, sky: Sky, raw: BinnedPDF, better: BinnedPDF, use: Any) -
         "shapley.png": (
             "Shapley value of each survey against redshift.",
             "Gain in -CRPS; above 0 the survey helps.",
+        ),
+        "stacks.png": (
+            "One place on the sky in three surveys, stacked by stretched crops and by coordinates.",
+            "A picture, not a measurement: scikit-image's Hubble deep field at each survey's pixels and "
+            "blur. Red is unWISE, green Pan-STARRS1, blue GALEX. The published stack puts neighbours in "
+            "different places.",
         ),
     }
     return [Figure(plots.save(drawn[name], out / name), *words[name]) for name in drawn]

@@ -6,28 +6,30 @@ import functools
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusion_core.checkpoint import digest, digest_state
-from fusion_core.device import autocast, environment, resolve_device, resolve_dtype, synchronize
+from fusion_core.checkpoint import digest_state
+from fusion_core.device import autocast, resolve_device, resolve_dtype, synchronize
 from fusion_core.errors import ConfigError
 from fusion_core.modules import untouched
 from mantis_photoz import inputs, views
 from mantis_photoz.ahead import read_ahead
-from mantis_photoz.catalog import Catalog, read_catalog
-from mantis_photoz.corrections import choose_features, correct, features_wanted
+from mantis_photoz.catalog import read_catalog
+from mantis_photoz.corrections import choose_features, correct, features_from, features_wanted
 from mantis_photoz.cutouts import CutoutBatch, Cutouts, open_source
 from mantis_photoz.flags import Flag
 from mantis_photoz.grid import bin_edges, grid_nodes, training_edges
 from mantis_photoz.nans import NanPolicy
 from mantis_photoz.output import PhotoZResult, build_table
 from mantis_photoz.pdf import BinnedPDF
+from mantis_photoz.provenance import fingerprint, provenance
 from mantis_photoz.runs import Run
+from mantis_photoz.samples import blocks
 from mantis_photoz.steps import (
     Clock,
     Grid,
@@ -36,13 +38,15 @@ from mantis_photoz.steps import (
     Tta,
     chosen,
     joined,
-    maps_of,
-    plain_maps,
     restricted,
     take_checksums,
 )
 from mantis_photoz.surveys import SURVEYS, Survey
 from mantis_photoz.views import center_crop
+
+if TYPE_CHECKING:
+    from mantis_photoz.band_use import BandUse
+    from mantis_photoz.report import Evaluation
 
 
 class PhotoZ:
@@ -145,7 +149,7 @@ class PhotoZ:
 
         Returns:
             ``pmf`` (batch, bins) float64, ``flags``, ``ood``, ``z_spread``, ``present``, ``nan_fraction``,
-            ``notes``.
+            ``notes``, and ``features`` where the options ask for them.
         """
         choice, timer = options or Options(), clock or Clock()
         start = time.perf_counter()
@@ -185,6 +189,8 @@ class PhotoZ:
             "nan_fraction": batch.nan_fraction,
             "notes": np.asarray(batch.notes, dtype=str),
         }
+        if choice.features is not None:
+            found["features"] = features_from(choice.features, hidden, planes, batch.ebv)
         if len(masses) > 1:
             means = torch.stack([each @ self.nodes for each in masses])
             found["z_spread"] = means.std(0, correction=0).numpy()
@@ -199,7 +205,7 @@ class PhotoZ:
         moved = {name: images.to(self.device) for name, images in planes.items()}
         if fixed and self.config.align in ("native", "stretch"):  # what is cropped need not be scaled
             moved = {name: center_crop(moved[name], one.side) for name, one in self.config.inputs.items()}
-        scaled = inputs.scale(moved, self.config, self.registry)
+        scaled = inputs.scale(moved, self.config, self.registry, batch.ebv)
         return Prepared(planes, self._view(scaled, batch) if fixed else scaled)
 
     def _view(self, scaled: dict[str, Tensor], batch: CutoutBatch) -> dict[str, Tensor]:
@@ -251,7 +257,7 @@ class PhotoZ:
         rows = usable.nonzero().flatten().numpy()
         if (self.recalibration is None and prior is None) or not len(rows):
             return np.asarray(pdf.pmf)
-        wanted = 0 if self.recalibration is None else features_wanted(self.recalibration)
+        wanted = (0, None) if self.recalibration is None else features_wanted(self.recalibration)
         at = torch.from_numpy(rows)
         some = {name: images[at] for name, images in planes.items()}
         layer = None if hidden is None else hidden[at.to(hidden.device)]
@@ -321,11 +327,11 @@ class PhotoZ:
         source = cutouts if hasattr(cutouts, "read") else open_source(cutouts, nan_limit=nan_limit)
         data = Cutouts(found, source, self.surveys, ebv=ebv)
         only = chosen(list(self.surveys), surveys)
-        run = None if out is None else Run(out, self._fingerprint(found, options, prior, only), resume=resume,
+        run = None if out is None else Run(out, fingerprint(self, found, options, prior, only), resume=resume,
                                            overwrite=overwrite)  # fmt: skip
-        starts = list(range(0, len(found), batch_size))
-        todo = [part for part in range(len(starts)) if run is None or part not in run]
-        jobs = [np.arange(starts[part], min(starts[part] + batch_size, len(found))) for part in todo]
+        rows = blocks(len(found), batch_size)
+        todo = [part for part in range(len(rows)) if run is None or part not in run]
+        jobs = [np.array(rows[part]) for part in todo]
         clock, begun = Clock(), time.perf_counter()
         parts: dict[int, dict[str, NDArray[Any]]] = {}
         checksums: dict[str, str] = {}
@@ -354,7 +360,7 @@ class PhotoZ:
                 parts[part] = made
                 checksums |= take_checksums(source)
         if run is not None:
-            parts = {part: run.load(part) for part in range(len(starts))}
+            parts = {part: run.load(part) for part in range(len(rows))}
             for part in parts:
                 checksums |= run.facts(part).get("files", {})
         start = time.perf_counter()
@@ -363,59 +369,41 @@ class PhotoZ:
         table = build_table(found, pdf, columns, tuple(self.surveys), official=official, model=self.name)
         clock.add("summarize", start)
         stages = {**clock.seconds, "wall": time.perf_counter() - begun, "objects": float(sum(map(len, jobs)))}
-        record = self._provenance(found, options, source, prior, checksums, columns)
+        record = provenance(
+            self, found, options, source=source, prior=prior, checksums=checksums, columns=columns
+        )
         return PhotoZResult(table, pdf, record, stages)
 
-    def _fingerprint(
-        self, catalog: Catalog, options: Options, prior: Any, only: NDArray[np.bool_]
-    ) -> dict[str, Any]:
-        settings = {name: getattr(options, name) for name in ("tta", "batch_size", "nan", "official", "seed")}
-        return {
-            "weights": self.weights_digest,
-            "catalogue": digest(list(catalog.ids), catalog.ra, catalog.dec),
-            "settings": settings | {"grid": self.grid, "dtype": str(self.dtype), "surveys": only.tolist()},
-            "corrections": digest(
-                None if self.recalibration is None else plain_maps(self.recalibration),
-                None if prior is None else np.asarray(prior).tolist(),
-            ),
-        }
-
-    def _provenance(
+    def evaluate(
         self,
-        catalog: Catalog,
-        options: Options,
-        source: Any,
-        prior: Any,
-        checksums: dict[str, str],
-        columns: Mapping[str, NDArray[Any]],
-    ) -> dict[str, Any]:
-        from mantis_photoz import __version__
+        samples: Cutouts,
+        *,
+        tta: Tta = "none",
+        batch_size: int = 64,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> Evaluation:
+        """Scores on cutouts with known redshifts, of the densities that :meth:`estimate` gives.
 
-        used = [name for k, name in enumerate(self.surveys) if columns["present"][:, k].any()]
-        kinds = [part.kind for part in maps_of(self.recalibration)]
-        dust = ["csfd", "planck"] if not (columns["flags"] & int(Flag.NO_DUST)).all() else []
-        uses = [*used, *dust, *self.uses, *kinds, *(["prior"] if prior is not None else [])]
-        return {
-            "schema": "mantis.provenance/1",
-            "package": "mantis-photoz",
-            "version": __version__,
-            "environment": environment(),
-            "model": {"name": self.name, "digest": self.weights_digest},
-            "config": self.config.to_dict(),
-            "settings": {
-                **{name: getattr(options, name) for name in Options.__dataclass_fields__},
-                "grid": self.grid,
-                "dtype": str(self.dtype),
-                "recalibration": kinds,
-                "prior": None if prior is None else np.asarray(prior).tolist(),
-            },
-            "catalogue": {
-                "objects": len(catalog),
-                "columns": dict(catalog.columns),
-                "digest": digest(list(catalog.ids)),
-            },
-            "cutouts": str(getattr(source, "path", type(source).__name__)),
-            "services": {name: survey.url for name, survey in self.surveys.items() if survey.url},
-            "files": dict(sorted(checksums.items())),
-            "uses": list(dict.fromkeys(uses)),
-        }
+        Args:
+            samples: with redshifts; those that are not finite are left out.
+            tta: see :meth:`estimate`.
+            batch_size: see :meth:`estimate`.
+            progress: see :meth:`estimate`.
+            **options: of :func:`mantis_photoz.report.evaluate`.
+
+        Raises:
+            DataError: no redshifts.
+        """
+        from mantis_photoz.report import evaluate
+
+        common: dict[str, Any] = {"tta": tta, "batch_size": batch_size, "progress": progress}
+        found = self.estimate(samples.catalog, samples.source, ebv=samples.ebv, **common)
+        z = np.full(len(samples), np.nan) if samples.z is None else samples.z
+        return evaluate({self.name: found.pdf}, z, **options)
+
+    def band_use(self, samples: Any, **options: Any) -> BandUse:
+        """Exact Shapley values of surveys or bands; see :func:`mantis_photoz.band_use.band_use`."""
+        from mantis_photoz.band_use import band_use
+
+        return band_use(self.model, samples, **options)

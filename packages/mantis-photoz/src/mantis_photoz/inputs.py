@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusion_core.errors import ConfigError
 from mantis_photoz.config import FusionConfig, SurveyInput
+from mantis_photoz.dust import deredden
 from mantis_photoz.nans import NanPolicy, clean_planes
 from mantis_photoz.scaling import scale_pixels
 from mantis_photoz.surveys import SURVEYS, Survey
@@ -63,7 +64,10 @@ def fill_gaps(planes: Mapping[str, Tensor], nan: NanPolicy = "inpaint") -> Image
 
 
 def scale(
-    planes: Mapping[str, Tensor], config: FusionConfig, registry: Mapping[str, Survey] = SURVEYS
+    planes: Mapping[str, Tensor],
+    config: FusionConfig,
+    registry: Mapping[str, Survey] = SURVEYS,
+    ebv: Tensor | None = None,
 ) -> Images:
     """Network inputs from flux, by the scaling that the network was trained with (section 2.2).
 
@@ -71,10 +75,16 @@ def scale(
         planes: survey -> (batch, bands, height, width) flux without NaN.
         config: of the network.
         registry: scalings by name.
+        ebv: (batch, 2) E(B-V) of CSFD and Planck, for ``deredden``; the first is taken.
+
+    Raises:
+        ConfigError: ``deredden`` without ``ebv``, or a survey without R_b.
     """
     found: Images = {}
     for name, one in config.inputs.items():
         images = planes[name]
+        if config.deredden:
+            images = _dereddened(images, name, registry, ebv)
         if config.scaling == "noise":
             sigma = torch.tensor(one.noise, dtype=images.dtype, device=images.device)[:, None, None]
             found[name] = torch.asinh(images / (2 * sigma))
@@ -82,6 +92,14 @@ def scale(
             signed = config.scaling == "official-signed"
             found[name] = scale_pixels(images, registry[name].scaling, signed=signed)
     return found
+
+
+def _dereddened(images: Tensor, name: str, registry: Mapping[str, Survey], ebv: Tensor | None) -> Tensor:
+    coefficients = registry[name].dust if name in registry else ()
+    if ebv is None or len(coefficients) != images.shape[1]:
+        lacking = "ebv" if ebv is None else f"R_b of {images.shape[1]} bands of {name!r}"
+        raise ConfigError(f"deredden needs {lacking}; pass it, or describe the survey with dust")
+    return deredden(images, ebv[:, 0].to(images.device), coefficients=coefficients, plane=True)
 
 
 def view(
@@ -110,15 +128,22 @@ def view(
     places = {name: wcs[name].to(target.device) for name in inputs}
     found = {name: resample(images[name], places[name], target, size, outside=0.0) for name in inputs}
     if config.align == "psf":
-        step = _reference(config)[1]
-        scale_arcsec = step.pixel_scale * step.side / config.size
+        step = next(iter(view_scales(config).values()))
         widths = [width for one in inputs.values() for width in one.fwhm or ()]
         broad = config.target_fwhm or max(widths)
         found = {
-            name: match_psf(planes, inputs[name].fwhm or (), broad, scale_arcsec)
-            for name, planes in found.items()
+            name: match_psf(planes, inputs[name].fwhm or (), broad, step) for name, planes in found.items()
         }
     return found
+
+
+def view_scales(config: FusionConfig) -> dict[str, float]:
+    """Arc seconds per pixel of each survey's view."""
+    if config.align == "native":
+        return {name: one.pixel_scale for name, one in config.inputs.items()}
+    common = None if config.align == "stretch" else _reference(config)[1]
+    seen = {name: one if common is None else common for name, one in config.inputs.items()}
+    return {name: one.pixel_scale * one.side / config.size for name, one in seen.items()}
 
 
 def sky_grid(config: FusionConfig, wcs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, int]]:
@@ -145,6 +170,7 @@ def prepare(
     config: FusionConfig,
     *,
     wcs: Mapping[str, Tensor] | None = None,
+    ebv: Tensor | None = None,
     nan: NanPolicy = "inpaint",
     device: Any = "cpu",
     registry: Mapping[str, Survey] = SURVEYS,
@@ -155,6 +181,7 @@ def prepare(
         planes: survey -> (batch, bands, height, width) flux as read.
         config: of the network.
         wcs: see :func:`view`.
+        ebv: see :func:`scale`.
         nan: see :func:`fill_gaps`.
         device: where the images go.
         registry: see :func:`scale`.
@@ -169,4 +196,4 @@ def prepare(
         {'galex': (1, 2, 24, 24), 'ps1': (1, 5, 24, 24), 'unwise': (1, 2, 24, 24)}
     """
     filled = {name: images.to(device) for name, images in fill_gaps(planes, nan).items()}
-    return view(scale(filled, config, registry), config, wcs)
+    return view(scale(filled, config, registry, ebv), config, wcs)

@@ -18,6 +18,7 @@ from mantis_photoz.cutouts import Cutouts
 from mantis_photoz.errors import CutoutError
 from mantis_photoz.flags import Flag
 from mantis_photoz.reading import Reading, absent
+from mantis_photoz.samples import blocks
 from mantis_photoz.surveys import Survey
 from mantis_photoz.wcs import Tan
 
@@ -75,9 +76,7 @@ def pack(
     try:
         with h5py.File(temporary, "w") as file:
             _create(file, data, dtype)
-            starts = range(0, count, batch_size)
-            for start in track(starts, "packing", len(starts), progress):
-                rows = list(range(start, min(start + batch_size, count)))
+            for rows in track(blocks(count, batch_size), "packing", enabled=progress):
                 _write(file, data, rows, dtype)
         temporary.chmod(0o644)
         temporary.replace(target)

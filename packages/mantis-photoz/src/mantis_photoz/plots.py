@@ -17,6 +17,7 @@ from fusion_core.checkpoint import atomic_write
 from fusion_core.errors import require_extra
 from mantis_photoz import metrics
 from mantis_photoz.arrays import Array, as_tensor, to_numpy
+from mantis_photoz.attribution import BAND_EDGES, FEATURES_AT_REST
 from mantis_photoz.errors import ShapeError
 from mantis_photoz.pdf import BinnedPDF
 from mantis_photoz.surveys import SURVEYS
@@ -24,6 +25,7 @@ from mantis_photoz.surveys import SURVEYS
 __all__ = [
     "COLORS",
     "cutout_grid",
+    "mark_features",
     "new_figure",
     "nz",
     "pit",
@@ -167,9 +169,16 @@ def shares_of(phi: Mapping[str, tuple[float, float]], ax: Any = None, *, value: 
 
 
 def shares_by_redshift(
-    z: Array, phi: Array, names: Sequence[str], ax: Any = None, *, bins: int = 8, value: str = "-CRPS"
+    z: Array,
+    phi: Array,
+    names: Sequence[str],
+    ax: Any = None,
+    *,
+    bins: int = 8,
+    value: str = "-CRPS",
+    label: str = "",
 ) -> Any:
-    """Mean Shapley values in bins of redshift that hold equally many objects.
+    """Mean Shapley values, or shares, in bins of redshift that hold equally many objects.
 
     Args:
         z: (n,) redshifts.
@@ -178,6 +187,7 @@ def shares_by_redshift(
         ax: axes to draw into.
         bins: how many.
         value: what the game is about.
+        label: of the vertical axis, instead of the Shapley value's.
     """
     place, values = _flat(z), np.asarray(to_numpy(as_tensor(phi)))
     if values.shape != (len(names), len(place)):
@@ -192,9 +202,24 @@ def shares_by_redshift(
         error = [row[which == i].std() / np.sqrt((which == i).sum()) for i in used]
         ax.errorbar(center, mean, error, marker="o", markersize=3, label=name, color=COLORS.get(name))
     ax.axhline(0, color=_GRAY, linewidth=0.8)
-    ax.set(xlabel="redshift", ylabel=f"Shapley value of {value}")
+    ax.set(xlabel="redshift", ylabel=label or f"Shapley value of {value}")
     ax.legend(fontsize=8, frameon=False, ncols=2 if len(names) > 4 else 1)
     return ax
+
+
+def mark_features(ax: Any) -> None:
+    """Write above axes of redshift through which bands the rest-frame features move (section 2.10)."""
+    low, high = ax.get_xlim()
+    ax.set_xlim(low, high)
+    above, small = ax.get_xaxis_transform(), {"fontsize": 6, "va": "bottom", "clip_on": False}
+    for row, (name, rest) in enumerate(FEATURES_AT_REST.items()):
+        height = 1.02 + 0.06 * row
+        ax.text(1.01, height, name, transform=ax.transAxes, color=_GRAY, **small)
+        for band, (blue, red) in BAND_EDGES.items():
+            left, right = max(blue / rest - 1, low, 0.0), min(red / rest - 1, high)
+            if right - left > 0.02 * (high - low):
+                ax.plot([left, right], [height] * 2, color=_GRAY, lw=1, transform=above, clip_on=False)
+                ax.text((left + right) / 2, height, band, ha="center", transform=above, **small)
 
 
 def cutout_grid(planes: Mapping[str, Array], figure: Any = None, *, title: str = "") -> Any:

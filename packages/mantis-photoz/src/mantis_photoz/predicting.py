@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_core.errors import check_range
+from fusion_core.errors import ConfigError
 from fusion_core.modules import untouched
 from mantis_photoz.config import FusionConfig
-from mantis_photoz.inputs import prepare
+from mantis_photoz.inputs import Images, prepare
 from mantis_photoz.pdf import BinnedPDF
-from mantis_photoz.samples import batch_of
+from mantis_photoz.samples import Batch, batch_of, blocks
 from mantis_photoz.views import d4_views
 
 
@@ -35,6 +35,12 @@ class Prediction:
     def pdf(self) -> BinnedPDF:
         """The densities, float64."""
         return BinnedPDF.from_logits(self.logits, z_max=self.z_max)
+
+
+def prepared(batch: Batch, config: FusionConfig) -> Images:
+    """The views of a batch as training and evaluation make them, on its device: gaps are zeros."""
+    options: dict[str, Any] = {"wcs": batch.wcs or None, "ebv": batch.ebv, "nan": "zero"}
+    return prepare(batch.images, config, device=batch.ebv.device, **options)
 
 
 def predict(
@@ -59,21 +65,17 @@ def predict(
     Raises:
         ConfigError: ``batch_size`` below 1, or another ``tta``.
     """
-    check_range("batch_size", batch_size, 1, float("inf"))
     if tta not in ("none", "d4"):
-        from fusion_core.errors import ConfigError
-
         raise ConfigError(f"tta is {tta!r}, wanted 'none' or 'd4'")
     network: Any = getattr(model, "module", model)
     settings: FusionConfig = network.config if config is None else config
     device = next(network.parameters()).device
     logits, features = list[Tensor](), list[Tensor]()
     with torch.no_grad(), untouched(network):
-        for start in range(0, len(samples), batch_size):
-            rows = range(start, min(start + batch_size, len(samples)))
-            batch = batch_of(samples, list(rows), settings).to(device)
-            images = prepare(batch.images, settings, wcs=batch.wcs or None, nan="zero", device=device)
-            seen = batch.present if present is None else present[start : rows.stop].to(device)
+        for rows in blocks(len(samples), batch_size):
+            batch = batch_of(samples, rows, settings).to(device)
+            images = prepared(batch, settings)
+            seen = batch.present if present is None else present[rows].to(device)
             views = d4_views(images) if tta == "d4" else [images]
             hidden = [network.penultimate(view, batch.ebv, seen).float() for view in views]
             found = torch.stack([network.classify(one).float() for one in hidden])

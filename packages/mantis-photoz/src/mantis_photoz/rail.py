@@ -24,6 +24,7 @@ OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "batch_size": (int, 64, "objects per forward pass"),
     "device": (str, "auto", "auto, cpu, cuda or mps"),
     "tta": (str, "none", "none, d4 or a number of views"),
+    "prior": (str, "", "file of n(z) that the densities shall carry; empty for none"),
 }
 """Settings beyond RAIL's own: name -> type, default, meaning."""
 
@@ -51,13 +52,14 @@ def chunk_table(data: Mapping[str, Any], config: Any) -> dict[str, Any]:
     }
 
 
-def make_stages(informer: type, estimator: type, parameter: Any) -> tuple[type, type]:
+def make_stages(informer: type, estimator: type, parameter: Any, kinds: Any) -> tuple[type, type]:
     """The two stages on given base classes.
 
     Args:
         informer: as ``rail.estimation.informer.CatInformer``.
         estimator: as ``rail.estimation.estimator.CatEstimator``.
         parameter: as ``ceci.config.StageParameter``: called with type, default and ``msg``.
+        kinds: as ``rail.core.enums.DistributionType``: has ``ad_hoc`` and ``posterior``.
 
     Returns:
         ``MantisInformer`` and ``MantisEstimator``.
@@ -86,23 +88,25 @@ def make_stages(informer: type, estimator: type, parameter: Any) -> tuple[type, 
         """Densities from cutouts, chunk by chunk."""
 
         name = "MantisEstimator"
-        config_options = {**base_estimator.config_options, **own}  # noqa: RUF012 - RAIL's own form
+        config_options = {**own, **base_estimator.config_options}  # noqa: RUF012 - RAIL's own form
 
-        def open_model(self, **options: Any) -> Any:
+        def open_model(self, *tag: str, **options: Any) -> Any:
             """Load the network once per process."""
+            from mantis_photoz.corrections import load_prior
             from mantis_photoz.estimate import PhotoZ
 
-            super().open_model(**options)
+            super().open_model(*tag, **options)
             found = self.model
             if not (isinstance(found, Mapping) and "mantis_photoz" in found):
                 raise InputError("the model is none of MantisInformer; run that stage first")
             self.photoz = PhotoZ.from_pretrained(found["mantis_photoz"], device=self.config.device)
+            prior = str(self.config.prior)
+            self.prior = load_prior(prior, self.photoz.edges.numpy()) if prior else None
             return found
 
-        @property
-        def default_distribution_type(self) -> str:
-            """What RAIL calls these densities: a posterior where a prior went in."""
-            return "posterior" if getattr(self.photoz, "train_prior", None) is not None else "ad_hoc"
+        def default_distribution_type(self) -> Any:
+            """What RAIL calls these densities: a posterior where a prior was put in."""
+            return kinds.posterior if str(self.config.prior) else kinds.ad_hoc
 
         def _process_chunk(self, start: int, end: int, data: Mapping[str, Any], first: bool) -> None:
             columns = columns_of(data, str(getattr(self.config, "hdf5_groupname", "") or ""))
@@ -112,6 +116,8 @@ def make_stages(informer: type, estimator: type, parameter: Any) -> tuple[type, 
                 self.config.cutout_root,
                 tta=int(tta) if tta.isdecimal() else tta,
                 batch_size=self.config.batch_size,
+                prior=self.prior,
+                progress=False,
             )
             pdf = found.pdf
             limits: list[Any] = [getattr(self.config, name, None) for name in ("zmin", "zmax", "nzbins")]
@@ -123,7 +129,14 @@ def make_stages(informer: type, estimator: type, parameter: Any) -> tuple[type, 
             ensemble = to_qp(
                 pdf, "hist", {theirs: np.asarray(found.table[ours]) for theirs, ours in names.items()}
             )
-            self._do_chunk_output(ensemble, start, end, first, data=data)
+            self._do_chunk_output(ensemble, start, end, first, data=columns)
+
+        def _calculate_summary_stats(self, qp_dstn: Any) -> Any:
+            """RAIL's, but for ``z_q84`` (at 0.85 there), and for chunks of one, where it gives scalars."""
+            found = super()._calculate_summary_stats(qp_dstn)
+            found.ancil["z_q84"] = np.asarray(found.ppf(0.84)).reshape(-1, 1)
+            found.ancil.update({name: np.atleast_1d(values) for name, values in found.ancil.items()})
+            return found
 
     for stage in (MantisInformer, MantisEstimator):
         stage.__qualname__ = stage.__name__
@@ -134,13 +147,13 @@ def __getattr__(name: str) -> Any:
     if name not in ("MantisInformer", "MantisEstimator"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require_extra("rail.estimation.estimator", "rail", "mantis-photoz")
-    parts = {"informer": "CatInformer", "estimator": "CatEstimator"}
-    bases = [
-        getattr(importlib.import_module(f"rail.estimation.{module}"), kind) for module, kind in parts.items()
-    ]
-    parameter = importlib.import_module("ceci.config").StageParameter
-    made: dict[str, Any] = dict(
-        zip(("MantisInformer", "MantisEstimator"), make_stages(bases[0], bases[1], parameter), strict=True)
-    )
+    places = {
+        "CatInformer": "rail.estimation.informer",
+        "CatEstimator": "rail.estimation.estimator",
+        "StageParameter": "ceci.config",
+        "DistributionType": "rail.core.enums",
+    }
+    parts = [getattr(importlib.import_module(module), part) for part, module in places.items()]
+    made: dict[str, Any] = dict(zip(("MantisInformer", "MantisEstimator"), make_stages(*parts), strict=True))
     globals().update(made)
     return made[name]

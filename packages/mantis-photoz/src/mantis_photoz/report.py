@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion_core.errors import MissingExtraError
-from fusion_core.report import Figure, Page, Report, print_rows
+from fusion_core.report import Figure, Page, print_rows
 from fusion_core.results import plain
 from mantis_photoz import metrics, plots
 from mantis_photoz.arrays import Array, as_tensor, to_numpy
+from mantis_photoz.drawn import DrawnReport
 from mantis_photoz.errors import DataError
 from mantis_photoz.pdf import BinnedPDF
 
@@ -29,7 +28,7 @@ _SHOWN = ("bias", "nmad", "eta_0.05", "eta_0.15", "sigma68", "outlier_rail")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Report):
+class Evaluation(DrawnReport):
     """The report of densities against true redshifts.
 
     Attributes:
@@ -93,6 +92,8 @@ class Evaluation(Report):
 
     def draw(self, directory: str | os.PathLike[str]) -> list[Figure]:
         """Draw z-z, PIT, QQ and n(z) into a directory (extra ``plot``)."""
+        if not self.pdfs:
+            return []
         place = Path(directory)
         first, pdf = next(iter(self.pdfs.items()))
         pits = {name: entry.numpy().pit(self.z_true) for name, entry in self.pdfs.items()}
@@ -110,15 +111,6 @@ class Evaluation(Report):
             "nz.png": plots.nz(pdf, self.z_true),
         }
         return [Figure(plots.save(ax, place / name), *words[name]) for name, ax in drawn.items()]
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write report and pictures; without matplotlib the report alone."""
-        with tempfile.TemporaryDirectory() as place:
-            try:
-                figures = self.draw(place) if self.pdfs and not self.figures else list(self.figures)
-            except MissingExtraError:
-                figures = []
-            Report.save(replace(self, figures=figures), directory)
 
 
 def evaluate(

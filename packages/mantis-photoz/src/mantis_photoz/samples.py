@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusion_core.errors import DataError, ShapeError
+from fusion_core.errors import DataError, ShapeError, check_range
 from mantis_photoz.config import FusionConfig
 
 Rows = Sequence[int] | NDArray[Any]
@@ -169,3 +169,17 @@ def batch_of(samples: Any, rows: Rows, config: FusionConfig) -> Batch:
         {name: found.wcs[name] for name in config.surveys if name in found.wcs},
         torch.as_tensor(np.asarray(z)),
     )
+
+
+def blocks(count: int, size: int) -> list[list[int]]:
+    """Row numbers in blocks of at most ``size``.
+
+    Raises:
+        ConfigError: ``size`` below 1.
+
+    Example:
+        >>> blocks(5, 2)
+        [[0, 1], [2, 3], [4]]
+    """
+    check_range("batch_size", size, 1, float("inf"))
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]

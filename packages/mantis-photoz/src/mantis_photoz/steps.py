@@ -26,13 +26,14 @@ KEPT = ("pmf", "present", "nan_fraction", "flags", "notes", "ood", "z_spread")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How to estimate; see :meth:`PhotoZ.estimate`."""
+    """How to estimate; see :meth:`PhotoZ.estimate`. ``features`` asks for those of one source, for a fit."""
 
     tta: Tta = "none"
     batch_size: int = 64
     nan: NanPolicy = "inpaint"
     official: bool = False
     seed: int = 0
+    features: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from fusion_core.errors import check_range
 from mantis_photoz.errors import SurveyError
 
-__all__ = ["BANDS", "PLAYERS", "SURVEYS", "Scaling", "Survey", "load_surveys", "select_surveys"]
+__all__ = ["BANDS", "PLAYERS", "PS1_SOUTH", "SURVEYS", "Scaling", "Survey", "load_surveys", "select_surveys"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +183,9 @@ SURVEYS: Mapping[str, Survey] = MappingProxyType(
     }
 )
 """The paper's surveys by name, in the order of the channels of the early stack."""
+
+PS1_SOUTH = -30.0
+"""Declination in degrees where the Pan-STARRS1 3pi footprint ends."""
 
 BANDS: tuple[str, ...] = tuple(band for survey in SURVEYS.values() for band in survey.bands)
 """The nine bands in tensor order: nuv, fuv, g, r, i, z, y, w1, w2."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,11 +21,10 @@ from fusion_core.seeding import generator, rng
 from mantis_photoz.config import FusionConfig, TrainConfig, dropout_chances
 from mantis_photoz.fusion import FusionModel, quantile_levels
 from mantis_photoz.grid import grid_nodes, nearest_node, training_edges
-from mantis_photoz.inputs import prepare
 from mantis_photoz.losses import classifier_loss, mixture_loss, pinball_loss, quantiles_from
-from mantis_photoz.predicting import predict
+from mantis_photoz.predicting import predict, prepared
 from mantis_photoz.samplers import WeightedSampler, sampler_weights
-from mantis_photoz.samples import Batch, CutoutArrays, batch_of, redshifts
+from mantis_photoz.samples import Batch, CutoutArrays, batch_of, blocks, redshifts
 from mantis_photoz.schedules import Plateau, make_optimizer, make_scheduler
 from mantis_photoz.views import augment, drop_surveys, official_draw, turn
 
@@ -134,7 +134,7 @@ def augmented(
         images = augment(images, generator=draw, kind=kind, jitter=config.jitter, pixel_scales=scales)
     made = images
     if not ready:
-        made = prepare(images, model, wcs=batch.wcs or None, nan="zero", device=batch.ebv.device)
+        made = prepared(dataclasses.replace(batch, images=images), model)
     if (exact and kind != "none") or config.noise > 0:
         made = augment(made, generator=draw, kind=kind if exact else "none", noise=config.noise)
     present = batch.present
@@ -246,9 +246,9 @@ def fit_plain(
 def viewed(samples: CutoutArrays, config: FusionConfig) -> CutoutArrays:
     """The finished views of cutouts in memory, in the place of their images."""
     parts = list[dict[str, Tensor]]()
-    for start in range(0, len(samples), CHUNK):
-        batch = batch_of(samples, range(start, min(start + CHUNK, len(samples))), config)
-        parts.append(prepare(batch.images, config, wcs=batch.wcs or None, nan="zero"))
+    for rows in blocks(len(samples), CHUNK):
+        batch = batch_of(samples, rows, config)
+        parts.append(prepared(batch, config))
     images = {name: torch.cat([part[name] for part in parts]) for name in config.surveys}
     order = [samples.surveys.index(name) for name in config.surveys]
     return CutoutArrays(images, samples.ebv, samples.z, samples.present[:, order], samples.ids)

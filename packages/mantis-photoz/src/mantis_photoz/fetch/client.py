@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,6 @@ from fusion_core.atomic import atomic_write
 from fusion_core.errors import InputError, require_extra
 from fusion_core.results import Result
 from fusion_core.store import Manifest
-from mantis_photoz import __version__
 from mantis_photoz.catalog import Catalog, file_name, read_catalog
 from mantis_photoz.errors import CutoutError
 from mantis_photoz.fetch.cache import Cache
@@ -35,10 +35,9 @@ from mantis_photoz.fetch.services import (
     ps1_form,
     verify,
 )
-from mantis_photoz.surveys import SURVEYS, Survey
+from mantis_photoz.surveys import PS1_SOUTH, SURVEYS, Survey
 
-AGENT = f"mantis-photoz/{__version__} (cutouts for photometric redshifts)"
-_SOUTH = -30.0
+AGENT = f"mantis-photoz/{version('mantis-photoz')} (cutouts for photometric redshifts)"
 T = TypeVar("T")
 
 
@@ -143,7 +142,7 @@ def fetch(
 
 
 def _counted(catalog: Catalog, surveys: Mapping[str, Survey]) -> Fetched:
-    north = int((catalog.dec >= _SOUTH).sum())
+    north = int((catalog.dec >= PS1_SOUTH).sum())
     files = sum(len(catalog) for name in surveys if name in LAYERS)
     requests = files
     if "ps1" in surveys:
@@ -220,9 +219,9 @@ class _Fetcher:
         if "ps1" not in surveys:
             return plan
         survey = surveys["ps1"]
-        south = np.flatnonzero(catalog.dec < _SOUTH)
+        south = np.flatnonzero(catalog.dec < PS1_SOUTH)
         plan.missing |= self._named(catalog.take(south), survey, "outside of the Pan-STARRS1 footprint")
-        north = [int(row) for row in np.flatnonzero(catalog.dec >= _SOUTH)]
+        north = [int(row) for row in np.flatnonzero(catalog.dec >= PS1_SOUTH)]
         done = [row for row in north if self._has_all(catalog, survey, row)]
         todo = sorted(set(north) - set(done))
         for row in done:
