@@ -19,7 +19,7 @@ from meme_debate.cli_judge import add_commands
 from meme_debate.datasets import FORMATS, convert, load_official_debates
 from meme_debate.duplicates import drop_duplicates, find_duplicates
 from meme_debate.meme import Debate, Meme, load_memes, save_debates, save_memes
-from meme_debate.metrics import metrics
+from meme_debate.scoring import metrics
 from meme_debate.text_judge import TextJudge
 
 

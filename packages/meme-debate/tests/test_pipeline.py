@@ -13,10 +13,10 @@ from judges import make_judge, make_memes, picture
 
 from fusion_core.errors import CheckpointError, ConfigError, DataError, InputError, ShapeError, StoreError
 from meme_debate.ablations import ABLATIONS
-from meme_debate.audit import audit, confounder_pairs, swap_words
+from meme_debate.auditing import audit, confounder_pairs, swap_words
 from meme_debate.cards import card_html, card_report
-from meme_debate.compose import compose_parts
-from meme_debate.detect import detect, load_judge, score
+from meme_debate.composing import compose_parts
+from meme_debate.detection import detect, load_judge, score
 from meme_debate.encoding import pixels_of
 from meme_debate.evaluation import ablation_names, evaluate
 from meme_debate.explain import explain

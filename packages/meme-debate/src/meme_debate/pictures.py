@@ -9,6 +9,7 @@ import os
 import struct
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fusion_core.errors import InputError, check_range
@@ -203,3 +204,21 @@ def _encode_pil(image: Any, max_side: int, name: str) -> Picture:
 def _encoded(digest: str, array: Any, max_side: int) -> Picture:
     made = hashlib.sha256(f"{digest}/{max_side}/{_QUALITY}".encode()).hexdigest()
     return Picture(made, "image/jpeg", base64.b64encode(_jpeg(array, max_side)))
+
+
+def picture_digest(source: Any) -> str:
+    """Sha256 of a picture's file, or of its pixels where it is no file; "" for no picture.
+
+    Raises:
+        InputError: unreadable.
+    """
+    if source is None:
+        return ""
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    from fusion_core.checkpoint import digest
+    from fusion_core.images import read_image
+
+    return digest(read_image(source, max_pixels=MAX_PIXELS))

@@ -12,6 +12,7 @@ from meme_debate import guards, prompts
 from meme_debate.backends import Backend, Reply
 from meme_debate.cache import ReplyCache, cache_key
 from meme_debate.meme import DEBATE_SCHEMA, Debate, Meme, check_shown, debate_of
+from meme_debate.neighbors import Neighbors, words_of
 from meme_debate.pictures import Picture, as_it_is, picture, read_small
 from meme_debate.policy import Policy
 from meme_debate.prompts import Call, Prompt, Side
@@ -35,6 +36,8 @@ class Settings:
     temperature: float
     seed: int
     max_side: int
+    on_refusal: Literal["empty", "keep"] = "empty"
+    neighbors: Neighbors | None = None
 
 
 @dataclass(slots=True)
@@ -55,6 +58,8 @@ class _Talk:
 
     meme: Meme
     prompt: Prompt
+    decided: tuple[str, ...] = ()
+    decided_digest: str = ""
     flags: set[str] = field(default_factory=set[str])
     raw: dict[str, str] = field(default_factory=dict[str, str])
     calls: int = 0
@@ -93,8 +98,7 @@ class Session:
         check_shown(meme)
         settings = self._settings
         shown = await self._picture(meme)
-        words = prompts.prefix(meme.text, meme.caption, picture=shown is not None)
-        talk = _Talk(meme, Prompt(self._system, shown, words))
+        talk = await self._talk(meme, shown)
         rounds: list[dict[str, str]] = []
         for number in range(1, settings.rounds + 1):
             rounds.append(await self._round(talk, number, rounds[-1] if rounds else None))
@@ -107,6 +111,17 @@ class Session:
             orders = (first, other(first)) if settings.swap else (first,)
             votes = [await self._vote(talk, side, last) for side in orders]
         return self._finished(talk, rounds, votes)
+
+    async def _talk(self, meme: Meme, picture: Picture | None) -> _Talk:
+        near = self._settings.neighbors
+        found = [] if near is None else await asyncio.to_thread(near.find, meme)
+        decided = [(words_of(each), int(each.label or 0)) for each in found]
+        words = prompts.prefix(meme.text, meme.caption, picture=picture is not None, decided=decided)
+        talk = _Talk(meme, Prompt(self._system, picture, words))
+        if found:
+            talk.decided = tuple(each.id for each in found)
+            talk.decided_digest = _digest(*(f"{label}{text}" for text, label in decided))
+        return talk
 
     async def _picture(self, meme: Meme) -> Picture | None:
         if meme.image is None:
@@ -147,7 +162,7 @@ class Session:
             if _refused(reply, text):
                 talk.raw[name] = reply.text or reply.refusal
                 talk.flags.add(f"refused_{side}")
-                return ""
+                return (text or reply.refusal) if settings.on_refusal == "keep" else ""
         if settings.on_label == "retry" and guards.names_label(text, settings.policy):
             again = await self._ask(
                 self._backend, talk, name + "/label", suffix, max_tokens, quoted, warm=True
@@ -244,7 +259,7 @@ class Session:
         return cache_key(
             (
                 "" if shown is None else shown.digest, meme.text, meme.caption, self._digest,
-                f"{call.name}:{quoted}", prompts.VERSION, backend.model,
+                f"{call.name}:{quoted}{talk.decided_digest}", prompts.VERSION, backend.model,
                 self._sampling(backend, call),
             )
         )  # fmt: skip
@@ -279,6 +294,7 @@ class Session:
                 "raw": dict(sorted(talk.raw.items())),
                 "policy": {"name": settings.policy.name, "digest": self._digest},
                 "prompts": prompts.VERSION,
+                **({"neighbors": list(talk.decided)} if settings.neighbors is not None else {}),
                 "model": self._backend.model,
                 "verdict_model": self._verdict_backend.model,
                 "sampling": {

@@ -33,7 +33,7 @@ class HttpBackend:
         rate: most requests per second, None for no limit.
         key_variable: the environment variable that holds the key; MEME_DEBATE_API_KEY by default, and
             OPENAI_API_KEY for api.openai.com. A key is never sent to a server it was not named for.
-        extra: further keys of the request's body.
+        extra: further keys of the request's body; None as a value leaves a key of ours out.
 
     Raises:
         InputError: no http(s) URL, or no model.
@@ -128,18 +128,11 @@ class HttpBackend:
         tail = self._tails.get(kind)
         if tail is None:
             tail = self._tails[kind] = self._tail(call)
-        return b"%b%b}]}],%b" % (head, _json(call.suffix), tail)
+        return b"%b%b}]}]%b" % (head, _json(call.suffix), tail)
 
     def _tail(self, call: Call) -> bytes:
-        rest: dict[str, Any] = {
-            "max_tokens": call.max_tokens, "temperature": call.temperature, "seed": call.seed,
-        }  # fmt: skip
-        if call.schema is not None:
-            rest["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "verdict", "strict": True, "schema": call.schema},
-            }
-        return _json(rest | self.extra)[1:]
+        rest = sampling(call, self.extra)
+        return b",%b" % _json(rest)[1:] if rest else b"}"
 
     def _head(self, prompt: Prompt) -> bytes:
         image = b""
@@ -181,6 +174,24 @@ def _json(value: Any) -> bytes:
     return _ENCODE(value).encode()
 
 
+def sampling(call: Call, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a request beside model and messages.
+
+    Args:
+        call: its sampling and schema.
+        extra: further keys, which win; None as a value leaves a key out (some servers refuse ``max_tokens``).
+    """
+    found: dict[str, Any] = {
+        "max_tokens": call.max_tokens, "temperature": call.temperature, "seed": call.seed,
+    }  # fmt: skip
+    if call.schema is not None:
+        found["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "verdict", "strict": True, "schema": call.schema},
+        }
+    return {name: value for name, value in (found | dict(extra)).items() if value is not None}
+
+
 def read_reply(answer: Response) -> Reply:
     """The reply in an answer.
 
@@ -191,6 +202,15 @@ def read_reply(answer: Response) -> Reply:
         data = answer.json()
     except RequestError as error:
         raise BackendError(f"the server's answer is malformed: {error}") from error
+    return reply_of(data)
+
+
+def reply_of(data: Any) -> Reply:
+    """The reply in a document of the chat-completions schema.
+
+    Raises:
+        BackendError: it is none.
+    """
     try:
         choice = data["choices"][0]
         message = choice["message"]
@@ -211,6 +231,5 @@ def read_reply(answer: Response) -> Reply:
             pictures=sum(part.get("type") != "text" for part in parts),
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise BackendError(
-            f"the server's answer has not the chat-completions schema: {answer.text[:120]!r}"
-        ) from error
+        shown = json.dumps(data, default=str)[:120]
+        raise BackendError(f"the server's answer has not the chat-completions schema: {shown!r}") from error
