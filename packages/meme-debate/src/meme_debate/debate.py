@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -280,6 +281,7 @@ class Debater:
         calls = concurrency * (2 if self.settings.stances == "parallel" else 1)
         recorded = getattr(self.backend, "debate", None)
         async with AsyncExitStack() as stack:
+            stack.enter_context(_old_objects_rest())
             if recorded is not None:
                 yield cast("Session", _Recorded(self.settings, recorded))
                 return
@@ -375,6 +377,19 @@ def _checked(memes: Iterable[Meme]) -> list[Meme]:
             raise DataError(f"meme id {meme.id!r} is there twice; ids have to differ")
         wanted[meme.id] = check_shown(meme)
     return list(wanted.values())
+
+
+@contextmanager
+def _old_objects_rest() -> Generator[None]:
+    """Leave what is there already out of garbage collections: PyTorch alone makes one take 50 ms and more."""
+    if gc.get_freeze_count():  # somebody else does so
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 async def _together(work: list[Any]) -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from meme_debate.policy import Policy
 
@@ -188,11 +188,10 @@ class Prompt:
     system: str
     picture: Picture | None
     prefix: str
-    built: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    built: dict[str, tuple[bytes, ...]] = field(default_factory=dict[str, tuple[bytes, ...]])
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One question to a language model.
 
     Attributes:

@@ -6,11 +6,12 @@ import asyncio
 import json
 import os
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Literal
 
 from meme_debate import guards, prompts
 from meme_debate.backends import Backend, Reply
-from meme_debate.cache import ReplyCache, cache_key
+from meme_debate.cache import ReplyCache, cache_key, prefixed
 from meme_debate.meme import DEBATE_SCHEMA, Debate, Meme, check_shown, debate_of
 from meme_debate.neighbors import Neighbors, words_of
 from meme_debate.pictures import Picture, as_it_is, picture, read_small
@@ -60,6 +61,7 @@ class _Talk:
     prompt: Prompt
     decided: tuple[str, ...] = ()
     decided_digest: str = ""
+    key_head: bytes = b""
     flags: set[str] = field(default_factory=set[str])
     raw: dict[str, str] = field(default_factory=dict[str, str])
     calls: int = 0
@@ -84,7 +86,7 @@ class Session:
         self._system = prompts.system(settings.policy)
         self._digest = settings.policy.digest()
         self._stances = {side: prompts.stance(side, settings.policy) for side in ("harmful", "harmless")}
-        self._samplings: dict[tuple[int, float, int, int, bool], str] = {}
+        self._key_tails: dict[tuple[int, float, int, int, bool], bytes] = {}
         self._waiting: dict[bytes, asyncio.Future[Reply]] = {}
 
     async def debate(self, meme: Meme) -> Debate:
@@ -238,7 +240,7 @@ class Session:
             return known
         promise = self._waiting[key] = asyncio.get_running_loop().create_future()
         try:
-            reply = self._cache.put(key, call.name, self._paid(await backend.ask(call)))
+            reply = await self._cache.commit(key, call.name, self._paid(await backend.ask(call)))
             promise.set_result(reply)
         except BaseException as error:
             promise.set_exception(error)
@@ -255,24 +257,25 @@ class Session:
         return reply
 
     def _key(self, backend: Backend, talk: _Talk, call: Call, quoted: str) -> bytes:
-        meme, shown = talk.meme, talk.prompt.picture
-        return cache_key(
-            (
-                "" if shown is None else shown.digest, meme.text, meme.caption, self._digest,
-                f"{call.name}:{quoted}{talk.decided_digest}", prompts.VERSION, backend.model,
-                self._sampling(backend, call),
+        """Sha256 of picture, words, caption, policy, call, version, model and sampling."""
+        if not talk.key_head:
+            meme, shown = talk.meme, talk.prompt.picture
+            talk.key_head = prefixed(
+                ("" if shown is None else shown.digest, meme.text, meme.caption, self._digest)
             )
-        )  # fmt: skip
+        asked = prefixed((f"{call.name}:{quoted}{talk.decided_digest}",))
+        return sha256(talk.key_head + asked + self._key_tail(backend, call)).digest()
 
-    def _sampling(self, backend: Backend, call: Call) -> str:
+    def _key_tail(self, backend: Backend, call: Call) -> bytes:
         kind = (id(backend), call.temperature, call.seed, call.max_tokens, call.schema is not None)
-        known = self._samplings.get(kind)
+        known = self._key_tails.get(kind)
         if known is None:
             fields = {
                 "temperature": call.temperature, "seed": call.seed, "max_tokens": call.max_tokens,
                 "structured": call.schema is not None, **backend.settings(),
             }  # fmt: skip
-            known = self._samplings[kind] = json.dumps(fields, sort_keys=True)
+            sampling = json.dumps(fields, sort_keys=True)
+            known = self._key_tails[kind] = prefixed((prompts.VERSION, backend.model, sampling))
         return known
 
     def _finished(self, talk: _Talk, rounds: list[dict[str, str]], votes: list[Vote]) -> Debate:

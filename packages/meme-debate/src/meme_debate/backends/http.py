@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -83,7 +84,7 @@ class HttpBackend:
             yield self
             return
         key = os.environ.get(self.key_variable)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {**_HEADERS, **({"Authorization": f"Bearer {key}"} if key else {})}
         if self._open:
             raise InputError("this debater runs already; make another one for a second run at the same time")
         async with Client(concurrency, headers=headers, **self._client_options) as client:
@@ -107,9 +108,7 @@ class HttpBackend:
         body = self.body(call)
         for turn in range(_MALFORMED_TRIES):
             try:
-                answer = await self._client.request(
-                    "POST", self.url, data=body, headers=_HEADERS, allow_redirects=False
-                )
+                answer = await self._client.request("POST", self.url, data=body, allow_redirects=False)
             except RequestError as error:
                 raise self._told(error) from error
             try:
@@ -128,22 +127,22 @@ class HttpBackend:
         tail = self._tails.get(kind)
         if tail is None:
             tail = self._tails[kind] = self._tail(call)
-        return b"%b%b}]}]%b" % (head, _json(call.suffix), tail)
+        return b"".join((*head, _text(call.suffix), b"}]}]", tail))
 
     def _tail(self, call: Call) -> bytes:
         rest = sampling(call, self.extra)
         return b",%b" % _json(rest)[1:] if rest else b"}"
 
-    def _head(self, prompt: Prompt) -> bytes:
-        image = b""
-        if prompt.picture is not None:
-            image = b'{"type":"image_url","image_url":{"url":"data:%b;base64,%b"}},' % (
-                prompt.picture.media.encode(), prompt.picture.data,
-            )  # fmt: skip
-        return (
-            b'{"model":%b,"messages":[{"role":"system","content":%b},{"role":"user","content":['
-            b'%b{"type":"text","text":%b},{"type":"text","text":'
-        ) % (_json(self.model), _json(prompt.system), image, _json(prompt.prefix))
+    def _head(self, prompt: Prompt) -> tuple[bytes, ...]:
+        """The pieces of the body before the task; the picture is copied only when a body is put together."""
+        start = b'{"model":%b,"messages":[{"role":"system","content":%b},{"role":"user","content":[' % (
+            _json(self.model), _json(prompt.system),
+        )  # fmt: skip
+        words = b'{"type":"text","text":%b},{"type":"text","text":' % _json(prompt.prefix)
+        if (shown := prompt.picture) is None:
+            return start, words
+        url = b'{"type":"image_url","image_url":{"url":"data:%b;base64,' % shown.media.encode()
+        return start, url, shown.data, b'"}},', words
 
     def counts(self) -> dict[str, float]:
         """Requests, tries, retries, bytes, seconds waited."""
@@ -172,6 +171,12 @@ _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 def _json(value: Any) -> bytes:
     return _ENCODE(value).encode()
+
+
+@lru_cache(maxsize=256)
+def _text(suffix: str) -> bytes:
+    """A task as JSON; those of the first round are the same for all memes."""
+    return _ENCODE(suffix).encode()
 
 
 def sampling(call: Call, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,13 +227,13 @@ def reply_of(data: Any) -> Reply:
         usage = data.get("usage") or {}
         details = usage.get("prompt_tokens_details") or {}
         return Reply(
-            text=mend(text),
-            finish_reason=str(choice.get("finish_reason") or "stop"),
-            refusal=mend(str(message.get("refusal") or "")),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-            cached_tokens=int(details.get("cached_tokens") or 0),
-            pictures=sum(part.get("type") != "text" for part in parts),
+            mend(text),
+            str(choice.get("finish_reason") or "stop"),
+            mend(str(message.get("refusal") or "")),
+            int(usage.get("prompt_tokens") or 0),
+            int(usage.get("completion_tokens") or 0),
+            int(details.get("cached_tokens") or 0),
+            sum(part.get("type") != "text" for part in parts) if parts else 0,
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         shown = json.dumps(data, default=str)[:120]
