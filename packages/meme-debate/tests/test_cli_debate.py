@@ -267,5 +267,5 @@ def test_bench_measures(tmp_path):
     from meme_debate.bench_client import rows
 
     found = {row.name: row for row in rows(debates=10, repeats=1, rate=20.0, seconds=0.5)}
-    assert len(found) == 10
+    assert len(found) == 11
     assert all(row.ratio > 0 for row in found.values())

@@ -9,6 +9,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from meme_debate.prompts import VERSION
 
 _KIND = "meme-debate.cache/1"
 _BUSY_SECONDS = 30.0
+_SELECT = "SELECT reply FROM replies WHERE key=?"
 _INSERT = "INSERT OR IGNORE INTO replies VALUES "
 _ROWS = 64  # of one statement, which are kept prepared
+_MOST_KEYS = 200_000  # are kept in memory, some 20 MB
+_LOOK_SECONDS = 0.005
 _CHECKPOINT_ROWS = 8_000  # the log is some 40 MB by then
 _TEXT = json.JSONEncoder(ensure_ascii=False).encode
 _REPLY = (
@@ -73,7 +77,8 @@ class ReplyCache:
         self.hits = self.misses = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._since = 0
+            self._since, self._looked, self._version = 0, 0.0, 0
+            self._keys: set[bytes] | None = None
             self._tidier: threading.Thread | None = None
             self._batch: list[tuple[bytes, str, Reply, asyncio.Future[Reply]]] = []
             self._database = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
@@ -85,6 +90,7 @@ class ReplyCache:
         execute = self._database.execute
         execute("PRAGMA journal_mode=WAL")
         execute("PRAGMA synchronous=NORMAL")
+        execute("PRAGMA cache_size=-32768")
         execute("PRAGMA wal_autocheckpoint=0")  # it would wait for the disk inside a commit
         execute("BEGIN IMMEDIATE")
         known = {name for (name,) in execute("SELECT name FROM sqlite_master WHERE type='table'")}
@@ -97,6 +103,9 @@ class ReplyCache:
         execute("INSERT OR IGNORE INTO meme_debate VALUES ('kind', ?), ('prompts', ?)", (_KIND, VERSION))
         facts = dict(execute("SELECT name, value FROM meme_debate"))
         execute("COMMIT")
+        self._version, self._looked = self._others_version(), time.monotonic()
+        keys = {key for (key,) in execute("SELECT key FROM replies LIMIT ?", (_MOST_KEYS + 1,))}
+        self._keys = keys if len(keys) <= _MOST_KEYS else None
         if facts["kind"] != _KIND:
             self._database.close()
             raise StoreError(f"{self.path} has the format {facts['kind']!r}, wanted {_KIND!r}")
@@ -121,7 +130,7 @@ class ReplyCache:
             StoreError: the file is broken.
         """
         try:
-            row = self._database.execute("SELECT reply FROM replies WHERE key=?", (key,)).fetchone()
+            row = None if self._absent(key) else self._database.execute(_SELECT, (key,)).fetchone()
         except sqlite3.Error as error:
             raise self._broken(error) from error
         if row is None:
@@ -129,6 +138,26 @@ class ReplyCache:
             return None
         self.hits += 1
         return _reply(row[0])
+
+    def _absent(self, key: bytes) -> bool:
+        """Whether the file surely lacks a key, told without looking into it.
+
+        That needs the keys in memory and no other process that writes; it is asked for those every few
+        milliseconds.
+        """
+        if self._keys is None:
+            return False
+        now = time.monotonic()
+        if now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            if self._others_version() != self._version:
+                self._keys = None
+                return False
+        return key not in self._keys
+
+    def _others_version(self) -> int:
+        """A number that changes when another connection commits."""
+        return self._database.execute("PRAGMA data_version").fetchone()[0]
 
     def put(self, key: bytes, call: str, reply: Reply) -> Reply:
         """Commit a reply.
@@ -180,10 +209,11 @@ class ReplyCache:
         try:
             new = self._database.execute(insert, values).rowcount
             self._tidy(new)
+            if self._keys is not None:
+                self._keys.update(key for key, _, _ in rows)
             if new == len(rows):
                 return [reply for _, _, reply in rows]
-            select = "SELECT reply FROM replies WHERE key=?"
-            held = [self._database.execute(select, (key,)).fetchone() for key, _, _ in rows]
+            held = [self._database.execute(_SELECT, (key,)).fetchone() for key, _, _ in rows]
         except sqlite3.Error as error:
             raise self._broken(error) from error
         return [_reply(row[0]) for row in held]
@@ -192,7 +222,8 @@ class ReplyCache:
         """Move the log into the file now and then, beside the run: readers and writers do not wait for it."""
         self._since += rows
         if self._since >= _CHECKPOINT_ROWS and (self._tidier is None or not self._tidier.is_alive()):
-            self._since = 0
+            self._since, self._looked, self._version = 0, 0.0, 0
+            self._keys: set[bytes] | None = None
             self._tidier = threading.Thread(target=_checkpoint, args=(self.path,), daemon=True)
             self._tidier.start()
 

@@ -219,15 +219,20 @@ def bench(
         Path | None, typer.Option("--memes", help="Count shared prompt tokens over these memes.")
     ] = None,
     debates: Annotated[Path | None, typer.Option("--debates", help="Debates about them.")] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Training at the size of Flan-T5-base too; some minutes.")
+    ] = False,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Pairs per row.")] = 5,
     json: cli.Json = False,
+    quiet: cli.Quiet = False,
 ) -> None:
-    """Time the client against a local stub, and judges against the authors' scheme.
+    """Time the client against a local stub, and judges against the authors' scheme; a few minutes.
 
     Example: meme-debate bench --out bench.json
     """
     from meme_debate.bench import run
 
-    cli.emit(run(memes=memes, recorded=debates), json, out)
+    cli.emit(run(repeats=repeats, base=base, memes=memes, recorded=debates, quiet=quiet), json, out)
 
 
 cli_judge.add_commands(app)
