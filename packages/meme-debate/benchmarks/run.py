@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="pairs per row")
     parser.add_argument("--no-client", action="store_true", help="judges only")
     parser.add_argument("--no-judges", action="store_true", help="client only")
+    parser.add_argument("--base", action="store_true", help="training at the size of Flan-T5-base too")
     parser.add_argument("--memes", type=Path, help="count shared prompt tokens over these memes")
     parser.add_argument("--debates", type=Path, help="debates about them")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
@@ -22,6 +23,7 @@ def main() -> None:
         repeats=options.repeats,
         client=not options.no_client,
         judges=not options.no_judges,
+        base=options.base,
         memes=options.memes,
         recorded=options.debates,
     )

@@ -49,20 +49,6 @@ def test_debate(given):
         assert len(server.requests) == 12
 
 
-def test_debate_goes_on_without_a_bad_meme(given):
-    (given.parent / "1.jpg").write_bytes(jpeg()[:100])
-    with Stub() as server:
-        stopped = debate(server, given)
-        assert stopped.code == 2
-        assert "meme 'm1': image" in stopped.stderr
-        assert stopped.stderr.count("\n") == 1
-        assert not given.with_name("d.jsonl").exists()
-        done = debate(server, given, "--on-error", "skip")
-    assert done.code == 2
-    assert done.stderr.startswith("error: left out m1: meme 'm1': image")
-    assert len(given.with_name("d.jsonl").read_text().splitlines()) == 2
-
-
 def test_policy_file_and_options(given, tmp_path):
     (tmp_path / "policy.toml").write_text(
         'name = "spam"\ndefinition = "unasked advertising."\npositive = "spam"\nnegative = "wanted"\n'
@@ -281,5 +267,5 @@ def test_bench_measures(tmp_path):
     from meme_debate.bench_client import rows
 
     found = {row.name: row for row in rows(debates=10, repeats=1, rate=20.0, seconds=0.5)}
-    assert len(found) == 10
+    assert len(found) == 11
     assert all(row.ratio > 0 for row in found.values())

@@ -9,17 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from judges import make_memes, picture
 
-from fusion_core import cli
 from fusion_core.errors import ConfigError, DataError, InputError
 from fusion_core.testing import run_cli
-from meme_debate.cli_judge import add_commands
+from meme_debate.cli import main
 from meme_debate.datasets import FORMATS, convert, load_official_debates
 from meme_debate.duplicates import drop_duplicates, find_duplicates
 from meme_debate.meme import Debate, Meme, load_memes, save_debates, save_memes
-from meme_debate.metrics import metrics
+from meme_debate.scoring import metrics
 from meme_debate.text_judge import TextJudge
 
 
@@ -179,17 +177,6 @@ def test_the_authors_pickles_are_read_as_texts_only(tmp_path):
         load_official_debates(tmp_path / "none.pkl")
 
 
-def main():
-    app = cli.new_app("meme-debate", "test", "0")
-
-    @app.command("other")
-    def other() -> None:
-        raise typer.Exit
-
-    add_commands(app)
-    cli.run(app)
-
-
 @pytest.fixture
 def files(tmp_path):
     memes, debates = make_memes(40)
@@ -256,15 +243,24 @@ def test_convert_lists_missing_pictures_and_does_the_others(tmp_path):
     (tmp_path / "images" / "b.png").unlink()
     done = run_cli(main, "convert", "harmc", tmp_path, "--out", tmp_path / "m.jsonl")
     assert done.code == 2
-    assert "images/b.png is not there" in done.stderr
+    assert "error: left out images/b.png: it is not there" in done.stderr
     assert [meme.id for meme in load_memes(tmp_path / "m.jsonl")] == ["a", "c"]
 
 
-def measured_file():
-    """The Harm-C debates that the authors publish, where they lie beside the repository."""
+def measured_file(test=Path(__file__)):
+    """The Harm-C debates that the authors publish: in ``../shared/data`` of the repository, or as named."""
     named = os.environ.get("MEME_DEBATE_HARM_C")
-    root = next((p for p in Path(__file__).resolve().parents if (p / "packages").is_dir()), Path())
-    return Path(named) if named else root / ".." / "shared" / "data" / "harm-c-test-debates.jsonl"
+    root = next((p for p in test.resolve().parents if (p / "packages").is_dir()), Path())
+    return Path(named) if named else root.parent / "shared" / "data" / "harm-c-test-debates.jsonl"
+
+
+def test_the_authors_debates_are_looked_for_beside_the_repository(tmp_path, monkeypatch):
+    place = tmp_path / "shared" / "data" / "harm-c-test-debates.jsonl"
+    monkeypatch.delenv("MEME_DEBATE_HARM_C", raising=False)
+    (tests := tmp_path / "clone" / "packages" / "meme-debate" / "tests").mkdir(parents=True)
+    assert measured_file(tests / "test_datasets.py") == place
+    monkeypatch.setenv("MEME_DEBATE_HARM_C", "elsewhere.jsonl")
+    assert measured_file(tests / "test_datasets.py") == Path("elsewhere.jsonl")
 
 
 @pytest.mark.skipif(not measured_file().is_file(), reason="the authors' Harm-C debates are not here")

@@ -14,7 +14,7 @@ from meme_debate import demo_claims as words
 from meme_debate import experiment as demonstration
 from meme_debate import prompts, stand_in
 from meme_debate.demo_pages import choose_cards, reliability
-from meme_debate.detect import detect
+from meme_debate.detection import detect
 from meme_debate.fused import score_memes
 from meme_debate.policy import Policy
 from meme_debate.shipped import load_judges, save_judges

@@ -5,7 +5,7 @@ import logging
 import pytest
 from debate_stub import WORDS, Stub, answer, completion, memes, task
 
-from fusion_core.errors import ConfigError
+from fusion_core.errors import ConfigError, InputError
 from meme_debate import Debater
 from meme_debate.errors import BackendError
 from meme_debate.meme import save_debates
@@ -255,3 +255,40 @@ def test_a_tenth_of_the_calls_fails(tmp_path):
         assert server.tasks().count("verdict") >= 24
     assert list(debates) == list(whole)
     assert task(server.requests[0]) == "harmful/1"
+
+
+def test_a_refusal_can_be_kept_as_the_statement(tmp_path):
+    said = reply("I cannot argue for that.")
+    with Stub({0: said, 1: said}) as server:
+        debate = hold(server, memes(tmp_path, 1), 1, on_refusal="keep")[0]
+        assert server.tasks() == ["harmful/1", "harmful/1", "harmless/1", "verdict", "verdict"]
+    assert (debate.harmful, debate.flags) == ("I cannot argue for that.", ("refused_harmful",))
+    said = reply("", refusal="I will not.")
+    with Stub({0: said, 1: said}) as server:
+        debate = hold(server, memes(tmp_path, 1), 1, on_refusal="keep")[0]
+    assert (debate.harmful, debate.flags) == ("I will not.", ("refused_harmful",))
+    with pytest.raises(InputError, match="on_refusal is 'drop', wanted one of"):
+        Debater("http://x/v1", "m", on_refusal="drop")
+
+
+def test_a_server_that_answers_nobody_ends_the_run(tmp_path):
+    """With ``on_error="skip"`` the others would wait for their tries in vain; one answer and it goes on."""
+    found = memes(tmp_path, 12)
+    with Stub(dict.fromkeys(range(999), 500)) as server:
+        with pytest.raises(BackendError, match="failed after one try, status 500"):
+            Debater(server.v1, "stub", retries=0).run(found, 4, on_error="skip", progress=False)
+        assert len(server.requests) < 12
+    with Stub(dict.fromkeys(range(4, 999), 500)) as server:
+        debates = Debater(server.v1, "stub", retries=0).run(found, 1, on_error="skip", progress=False)
+        assert (len(debates), len(debates.report.failed)) == (1, 11)
+
+
+def test_keys_of_the_body_can_be_added_and_left_out(tmp_path):
+    with Stub() as server:
+        hold(server, memes(tmp_path, 1), extra={"max_tokens": None, "max_completion_tokens": 99})
+        body = server.requests[0].json()
+    assert "max_tokens" not in body
+    assert body["max_completion_tokens"] == 99
+    with Stub() as server:
+        hold(server, memes(tmp_path, 1), extra={"max_tokens": None, "temperature": None, "seed": None})
+        assert set(server.requests[0].json()) == {"model", "messages"}

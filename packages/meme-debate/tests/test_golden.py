@@ -8,10 +8,10 @@ import torch
 from transformers import CLIPVisionConfig, T5Config
 
 from fusion_core.testing import array, parameter
-from meme_debate.compose import compose, parse
+from meme_debate.composing import compose, parse
 from meme_debate.judge import FUSIONS, Judge
 from meme_debate.meme import Debate, Meme
-from meme_debate.metrics import metrics
+from meme_debate.scoring import metrics
 
 PARTS = ("image", "encoder", "decoder", "pooled", "logits", "loss")
 TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")

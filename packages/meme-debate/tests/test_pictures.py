@@ -40,7 +40,7 @@ def test_common_files_are_sent_as_they_are(name):
     data = FILES[name]
     assert _head(data, name)[1:] == (50, 40)
     found = picture(data)
-    assert found.content() == data
+    assert found.content == data
     assert found.digest == hashlib.sha256(data).hexdigest()
     assert found.url == f"data:{found.media};base64,{base64.b64encode(data).decode()}"
     assert as_it_is(data, 49, name) is None, "one pixel too wide"
@@ -50,12 +50,12 @@ def test_common_files_are_sent_as_they_are(name):
 def test_others_become_jpeg(kind):
     found = picture(encode(kind))
     assert found.media == "image/jpeg"
-    assert Image.open(io.BytesIO(found.content())).size == (50, 40)
+    assert Image.open(io.BytesIO(found.content)).size == (50, 40)
 
 
 def test_what_stands_behind_the_end_stays():
     data = FILES["jpeg"] + b"\0\0trailer"
-    assert picture(data).content() == data
+    assert picture(data).content == data
 
 
 @pytest.mark.parametrize("name", ["jpeg", "png", "webp", "progressive"])
@@ -75,8 +75,8 @@ def test_cut_files(name):
 def test_larger_is_made_smaller_and_hashed_with_its_size():
     data = encode("PNG", (400, 100))
     small, smaller = picture(data, 200), picture(data, 100)
-    assert Image.open(io.BytesIO(small.content())).size == (200, 50)
-    assert Image.open(io.BytesIO(smaller.content())).size == (100, 25)
+    assert Image.open(io.BytesIO(small.content)).size == (200, 50)
+    assert Image.open(io.BytesIO(smaller.content)).size == (100, 25)
     assert len({small.digest, smaller.digest, picture(data).digest}) == 3
     assert picture(data, 200) == small
 

@@ -12,13 +12,10 @@ import torch
 from judges import make_judge, make_memes, picture
 
 from fusion_core.errors import CheckpointError, ConfigError, DataError, InputError, ShapeError, StoreError
-from meme_debate.ablations import ABLATIONS
-from meme_debate.audit import audit, confounder_pairs, swap_words
 from meme_debate.cards import card_html, card_report
-from meme_debate.compose import compose_parts
-from meme_debate.detect import detect, load_judge, score
+from meme_debate.composing import compose_parts
+from meme_debate.detection import detect, load_judge, score
 from meme_debate.encoding import pixels_of
-from meme_debate.evaluation import ablation_names, evaluate
 from meme_debate.explain import explain
 from meme_debate.features import image_features
 from meme_debate.fused import score_memes
@@ -380,47 +377,6 @@ def test_card_report_counts_and_asks(light, tmp_path):
     assert rows["auroc"] < 0.4
     assert any("are the labels reversed?" in what for what in rows)
     assert rows["harmful"] + rows["harmless"] + rows["abstain"] == pytest.approx(1)
-
-
-def test_audit_finds_groups_swaps_order_and_confounders(light):
-    memes, debates = make_memes(40)
-    twins = [Meme(f"t{i}", picture(9 + i), "same words", "", i % 2) for i in range(2)]
-    report = audit([*memes, *twins], debates, light, swaps=[("rude", "cold")])
-    checks = {row["check"] for row in report.rows}
-    assert checks == {"all", "group", "swap", "order", "confounders"}
-    groups = [row for row in report.rows if row["check"] == "group"]
-    assert [row["what"] for row in groups] == ["even", "odd"]
-    assert sum(row["memes"] for row in groups) == 40
-    assert report.pairs == 0.0  # the light judge does not see the picture
-    assert 0 <= report.order_flips <= 1
-    assert report.flips > 0
-    assert report.gap == pytest.approx(abs(groups[0]["false_alarms"] - groups[1]["false_alarms"]))
-    assert len(confounder_pairs([*memes, *twins])) == 1
-    assert swap_words("He said HE, the heron", [("he", "she")]) == "She said SHE, the heron"
-    none = make_judge("none", ablation="w/o LLMJ")
-    assert audit(memes, debates, none).order == 0.0
-    with pytest.raises(DataError, match="without a label"):
-        audit([Meme("a", None, "b")], None, light)
-    with pytest.raises(ConfigError, match="swaps holds"):
-        audit(memes, None, light, swaps=[("a", "a")])
-
-
-def test_ablations_make_one_table(light):
-    memes, debates = make_memes(40)
-    report = evaluate(memes, debates, light, ablations=list(ABLATIONS))
-    assert len(report.comparison.methods) == 8
-    values = {row["method"]: row["mean"] for row in report.comparison.rows() if row["metric"] == "accuracy"}
-    verdict = np.mean([(d.verdict == m.label) for m, d in zip(memes, debates, strict=True)])
-    assert values["w/o SLMJ: the LLM's verdict is the prediction"] == pytest.approx(verdict)
-    assert light.settings.ablation == ""
-    crossed = evaluate(memes, debates, None, ablations=["w/o MD"], seeds=[0, 1])
-    assert crossed.comparison.seeds == [0, 1]
-    fused = make_judge()
-    evaluate(memes[:8], debates[:8], fused, ablations=["w/o MF"])
-    assert fused.fusion == "layerwise"
-    assert ablation_names(["md", "w/o UR"]) == ["w/o MD", "w/o UR"]
-    with pytest.raises(ConfigError, match="ablate is 'x'"):
-        ablation_names(["x"])
 
 
 def test_scores_without_any_debate_are_text_and_picture(light):

@@ -23,11 +23,11 @@ from meme_debate.calibrate import (
     scale_scores,
     threshold_by_cost,
 )
-from meme_debate.compose import compose, compose_parts, parse
+from meme_debate.composing import compose, compose_parts, parse
 from meme_debate.encoding import collate, encode_fields, locate
 from meme_debate.lengths import padding_share, window_batches
 from meme_debate.meme import Debate, Meme
-from meme_debate.metrics import metrics, reversed_labels
+from meme_debate.scoring import metrics, reversed_labels
 from meme_debate.tokens import word_tokenizer
 from meme_debate.truncate import balanced, keep, tail
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from fusion_core.errors import FusionError, InputError, check_range, require_extra
@@ -40,8 +40,7 @@ class RequestError(FusionError):
         self.body = body
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
+class Response(NamedTuple):
     """An answer that was read to its end.
 
     Attributes:
@@ -107,6 +106,8 @@ class _Host:
 
     def delay(self) -> float:
         """Take a token; seconds until it is there."""
+        if self.rate is None and not self.paused:
+            return 0.0
         now = time.monotonic()
         wait = max(self.paused - now, 0.0)
         if self.rate is not None:

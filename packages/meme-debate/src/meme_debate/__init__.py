@@ -3,24 +3,22 @@
 Names load their module on first use: records and ``compose`` need neither transformers nor scikit-learn.
 """
 
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fusion_core.lazy import lazy_exports
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from meme_debate.audit import audit
-    from meme_debate.compose import compose, parse
+    from meme_debate.auditing import audit
+    from meme_debate.composing import compose, parse
     from meme_debate.datasets import convert
     from meme_debate.debate import Debater
-    from meme_debate.detect import Card, detect
+    from meme_debate.detection import Card, detect
     from meme_debate.judge import Judge, JudgeOutput
     from meme_debate.meme import Debate, Meme, load_debates, load_memes
-    from meme_debate.metrics import metrics
     from meme_debate.policy import Policy
+    from meme_debate.scoring import metrics
     from meme_debate.text_judge import TextJudge
 
 __all__ = [
@@ -43,10 +41,10 @@ __all__ = [
     "parse",
 ]
 
-_load, __dir__ = lazy_exports(
+__getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "Card": "detect",
+        "Card": "detection",
         "Debate": "meme",
         "Debater": "debate",
         "Judge": "judge",
@@ -54,30 +52,13 @@ _load, __dir__ = lazy_exports(
         "Meme": "meme",
         "Policy": "policy",
         "TextJudge": "text_judge",
-        "audit": "audit",
-        "compose": "compose",
+        "audit": "auditing",
+        "compose": "composing",
         "convert": "datasets",
-        "detect": "detect",
+        "detect": "detection",
         "load_debates": "meme",
         "load_memes": "meme",
-        "metrics": "metrics",
-        "parse": "compose",
+        "metrics": "scoring",
+        "parse": "composing",
     },
 )
-
-
-class _Package(ModuleType):
-    """Keeps ``metrics``, ``detect`` and ``audit`` functions although submodules have these names."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in __all__ and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
-def __getattr__(name: str) -> Any:
-    _load(name)
-    return globals()[name]

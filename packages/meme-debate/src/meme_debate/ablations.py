@@ -7,10 +7,10 @@ from typing import Literal
 
 from fusion_core.errors import ConfigError, DataError
 
-from .compose import First, compose_parts, order
+from .composing import First, compose_parts, order
 from .meme import Debate, Meme, pair
 
-__all__ = ["ABLATIONS", "Ablation", "fields_of", "judge_text", "labels_of", "paired"]
+__all__ = ["ABLATIONS", "Ablation", "fields_of", "judge_text", "labels_of", "paired", "splits_of"]
 
 Ablation = Literal["", "w/o MD", "w/o LLMJ", "w/o SLMJ", "w/o HlD", "w/o HfD", "w/o MF", "w/o UR"]
 ABLATIONS: dict[str, str] = {
@@ -39,7 +39,7 @@ def fields_of(
     Args:
         meme: text and caption.
         debate: both rationales; None = none.
-        first: see :func:`meme_debate.compose.order`.
+        first: see :func:`meme_debate.composing.order`.
         caption: False leaves the caption empty.
         ablation: a key of :data:`ABLATIONS`, or "" for all.
 
@@ -93,3 +93,18 @@ def labels_of(memes: Sequence[Meme]) -> list[int]:
     if missing:
         raise DataError(f"{len(missing)} memes have no label, the first {missing[0]!r}; wanted 0 or 1")
     return [int(meme.label) for meme in memes]  # type: ignore[arg-type]
+
+
+def splits_of(memes: Sequence[Meme]) -> str:
+    """How many memes of which split, in words.
+
+    Example:
+        >>> splits_of([Meme("a", None, "x", split="test"), Meme("b", None, "y")])
+        '2 memes (test 1, no split 1)'
+    """
+    counts: dict[str, int] = {}
+    for meme in memes:
+        name = meme.split or "no split"
+        counts[name] = counts.get(name, 0) + 1
+    told = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return f"{len(memes)} memes ({told})"

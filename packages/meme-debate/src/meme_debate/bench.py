@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from fusion_core.bench import Bench
+from fusion_core.bench import Bench, Row
 from fusion_core.errors import ConfigError
 
 
@@ -13,32 +16,45 @@ def run(
     repeats: int = 5,
     client: bool = True,
     judges: bool = True,
+    base: bool = False,
     memes: Path | None = None,
     recorded: Path | None = None,
+    quiet: bool = False,
 ) -> Bench:
-    """Measure everything that the package promises of its speed.
+    """Measure everything that the package promises of its speed; each row is told on stderr when it is there.
 
     Args:
         repeats: pairs per row, at least 1.
         client: measure the HTTP client.
         judges: measure training and the light judge.
+        base: measure training at the size of Flan-T5-base too, which takes some minutes.
         memes: count shared prompt tokens over these memes instead of made ones.
         recorded: ``debates.jsonl`` about them.
+        quiet: say nothing on stderr.
 
     Raises:
         ConfigError: fewer than one repeat.
     """
     if repeats < 1:
         raise ConfigError(f"repeats is {repeats}, wanted at least 1")
-    bench = Bench("meme-debate")
+    bench, start = Bench("meme-debate"), time.perf_counter()
+    for row in _rows(repeats, client, judges, base, memes, recorded):
+        bench.add(row)
+        if not quiet:
+            target = f" ({row.target}: {'met' if row.met else 'missed'})" if row.target else ""
+            seconds = time.perf_counter() - start
+            sys.stderr.write(f"{seconds:5.0f} s  {row.name}: {row.ratio:.2f}{target} {row.note}\n")
+    return bench
+
+
+def _rows(
+    repeats: int, client: bool, judges: bool, base: bool, memes: Path | None, recorded: Path | None
+) -> Iterator[Row]:
     if client:
         from meme_debate import bench_client
 
-        for row in bench_client.rows(repeats=repeats, memes=memes, recorded=recorded):
-            bench.add(row)
+        yield from bench_client.rows(repeats=repeats, memes=memes, recorded=recorded)
     if judges:
         from meme_debate import bench_judge
 
-        for row in bench_judge.rows(repeats):
-            bench.add(row)
-    return bench
+        yield from bench_judge.rows(repeats, base=base)

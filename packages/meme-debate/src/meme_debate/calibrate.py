@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from fusion_core.config import Config
 from fusion_core.errors import CheckpointError, ConfigError, DataError, check_range
 
-from .metrics import check_labels, check_scores
+from .scoring import check_labels, check_scores
 
 __all__ = [
     "Calibration",

@@ -19,9 +19,10 @@ from fusion_core.errors import InputError
 from fusion_core.images import read_image
 from fusion_core.report import Page, Report
 
-from .detect import Card
+from .ablations import splits_of
+from .detection import Card
 from .meme import MAX_PIXELS, save_lines
-from .metrics import metrics, reversed_labels
+from .scoring import metrics, reversed_labels
 
 __all__ = ["CardReport", "card_html", "card_report"]
 
@@ -150,8 +151,10 @@ class CardReport(Report):
 
 
 def card_report(cards: Sequence[Card], title: str = "Memes and reasons") -> CardReport:
-    """Count what the cards say, and compare with the labels where all memes have one."""
+    """Count what the cards say, and compare with the labels of the memes that have one."""
     total = len(cards)
+    if cards:
+        title = f"{title}: {splits_of([card.meme for card in cards])}, policy {cards[0].judge['policy']}"
     rows: list[dict[str, Any]] = []
     for decision in ("harmful", "harmless", "abstain"):
         count = sum(card.decision == decision for card in cards)

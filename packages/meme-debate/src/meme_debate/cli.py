@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from fusion_core import cli
 from fusion_core.errors import ConfigError, InputError
-from meme_debate import __version__
-from meme_debate.cli_judge import add_commands
+from meme_debate import __version__, cli_judge, cli_memes
+from meme_debate.cli_inputs import OnError, finish, read_memes
 
 if TYPE_CHECKING:
     from meme_debate.debate import Debater, DebateReport
@@ -21,7 +19,9 @@ app = cli.new_app("meme-debate", "Harmful memes detected with reasons: a debate,
 
 Url = Annotated[
     str | None,
-    typer.Option("--url", help="Server with the chat-completions schema, or transformers:MODEL."),
+    typer.Option(
+        "--url", help="Server with the chat-completions schema, openai:MODEL or transformers:MODEL."
+    ),
 ]
 Model = Annotated[str, typer.Option("--model", help="The model's name on the server.")]
 PolicyFile = Annotated[
@@ -98,10 +98,19 @@ def debate(
     price: Annotated[
         str | None, typer.Option("--price", help="Of a million prompt,completion tokens: 0.15,0.60.")
     ] = None,
-    on_error: Annotated[
-        str, typer.Option("--on-error", help="raise, or skip memes that cannot be debated.")
-    ] = "raise",
+    on_refusal: Annotated[
+        str, typer.Option("--on-refusal", help="A side that was refused twice: empty, or keep the refusal.")
+    ] = "empty",
+    examples: Annotated[
+        Path | None, typer.Option("--examples", help="Decided memes to show where they are similar (.jsonl).")
+    ] = None,
+    neighbors: Annotated[int, typer.Option("--neighbors", min=1, help="So many of --examples a meme.")] = 3,
+    on_error: OnError = "skip",
+    device: cli.Device = "auto",
     limit: cli.Limit = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="i/n: only this share of the memes, counted from 0.")
+    ] = None,
     resume: cli.Resume = False,
     overwrite: cli.Overwrite = False,
     json: cli.Json = False,
@@ -111,31 +120,44 @@ def debate(
 
     Example: meme-debate debate memes.jsonl --url http://localhost:8000/v1 --model qwen --out debates.jsonl
     """
+    from fusion_core.store import take_shard
     from meme_debate.meme import load_memes, save_debates
+    from meme_debate.neighbors import Neighbors
 
     if url is None:
         raise InputError(
-            "--url is missing; name a server such as http://localhost:8000/v1, or transformers:MODEL"
+            "--url is missing; name a server such as http://localhost:8000/v1, or openai:MODEL, or "
+            "transformers:MODEL"
         )
     if out.exists() and not (resume or overwrite):
         raise InputError(f"{out} is there already; pass --resume to complete it or --overwrite to replace it")
-    _check("--on-error", on_error, ("raise", "skip"))
-    skip = cast("Literal['raise', 'skip']", on_error)
-    found = load_memes(memes, on_error=skip, limit=limit)
-    served = url.startswith(("http://", "https://"))
-    options = {"rate": rate, "timeout": timeout, "retries": retries, "key_variable": key_variable}
+    found, left_out = read_memes(memes, on_error, limit)
+    if shard is not None:
+        mine = set(take_shard([meme.id for meme in found], shard))
+        found = [meme for meme in found if meme.id in mine]
+    kind = url.partition(":")[0].replace("https", "http")
+    options: dict[str, Any] = {"timeout": timeout, "retries": retries}
+    if kind == "http":
+        options |= {"rate": rate, "key_variable": key_variable}
+    elif kind == "transformers":
+        options = {"device": device}
+    near = None if examples is None else Neighbors(load_memes(examples), neighbors)
     debater = _debater(
         url, model, policy, cache or out.with_suffix(".sqlite"), rounds=rounds, verdict=verdict, swap=swap,
-        verdict_model=verdict_model, stances=stances, on_label=on_label, structured=structured,
+        verdict_model=verdict_model, stances=stances, on_label=on_label, on_refusal=on_refusal,
+        structured=structured, neighbors=near,
         temperature=temperature, seed=seed, max_side=max_side, price=_price(price),
-        backend=options if served else {},
+        backend=options if kind in ("http", "openai", "transformers") else {},
     )  # fmt: skip
-    debates = debater.run(found, concurrency, on_error=skip, progress=False if quiet else None)
+    debates = debater.run(
+        found, concurrency, on_error=cast("Any", on_error), progress=False if quiet else None
+    )
     save_debates(out, debates)
-    _told(debates.report, [*found.skipped, *debates.report.failed], json)
+    _told(debates.report, json)
+    finish("debate", memes, out, [*left_out, *debates.report.failed], whole=limit is None and shard is None)
 
 
-def _told(report: DebateReport, left_out: Sequence[tuple[str, str]], json: bool) -> None:
+def _told(report: DebateReport, json: bool) -> None:
     if json:
         cli.emit(report, True)
     else:
@@ -149,15 +171,6 @@ def _told(report: DebateReport, left_out: Sequence[tuple[str, str]], json: bool)
         rows |= {f"verdict {name}": count for name, count in report.verdicts.items()}
         rows |= {f"flag {name}": count for name, count in report.flags.items()}
         cli.emit({**rows, "seconds": round(report.seconds, 1)}, False)
-    for place, reason in left_out:
-        sys.stderr.write(f"error: left out {place}: {' '.join(reason.split())}\n")
-    if left_out:
-        raise typer.Exit(2)
-
-
-def _check(name: str, value: str, takes: Sequence[str]) -> None:
-    if value not in takes:
-        raise ConfigError(f"{name} is {value!r}, wanted {' or '.join(takes)}")
 
 
 @app.command()
@@ -181,6 +194,7 @@ def serve(
     ] = 64,
     max_memes: Annotated[int, typer.Option("--max-memes", min=1, help="Of one request.")] = 32,
     max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of one request.")] = 8 << 20,
+    device: cli.Device = "auto",
 ) -> None:
     """Cards over HTTP: POST /v1/detect with {"memes": [{"id", "text", "image": base64}]}; /healthz, /metrics.
 
@@ -189,12 +203,12 @@ def serve(
     Example: meme-debate serve --judge judge --port 8000
     """
     from fusion_core.serve import serve as run_server
-    from meme_debate.detect import load_judge
+    from meme_debate.detection import load_judge
     from meme_debate.server import Detector, create_app
 
     options: dict[str, Any] = {"backend": {"key_variable": key_variable}}
     debater = None if url is None else _debater(url, model, policy, cache, **options)
-    detector = Detector(load_judge(judge), debater, threshold, max_memes, concurrency)
+    detector = Detector(load_judge(judge, device), debater, threshold, max_memes, concurrency)
     run_server(create_app(detector, max_body), host, port, concurrency)
 
 
@@ -205,18 +219,24 @@ def bench(
         Path | None, typer.Option("--memes", help="Count shared prompt tokens over these memes.")
     ] = None,
     debates: Annotated[Path | None, typer.Option("--debates", help="Debates about them.")] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Training at the size of Flan-T5-base too; some minutes.")
+    ] = False,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Pairs per row.")] = 5,
     json: cli.Json = False,
+    quiet: cli.Quiet = False,
 ) -> None:
-    """Time the client against a local stub, and judges against the authors' scheme.
+    """Time the client against a local stub, and judges against the authors' scheme; a few minutes.
 
     Example: meme-debate bench --out bench.json
     """
     from meme_debate.bench import run
 
-    cli.emit(run(memes=memes, recorded=debates), json, out)
+    cli.emit(run(repeats=repeats, base=base, memes=memes, recorded=debates, quiet=quiet), json, out)
 
 
-add_commands(app)
+cli_judge.add_commands(app)
+cli_memes.add_commands(app)
 
 
 def main() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -24,12 +25,15 @@ from fusion_core.progress import track
 from fusion_core.results import Result
 from meme_debate.backends import Ask, Backend, FunctionBackend
 from meme_debate.cache import ReplyCache
+from meme_debate.errors import BackendError
 from meme_debate.meme import Debate, Meme, check_shown
+from meme_debate.neighbors import Neighbors
 from meme_debate.pictures import MAX_SIDE
 from meme_debate.policy import Policy
 from meme_debate.talking import Session, Settings
 
 _ENDS_THE_RUN = (ConfigError, StoreError, MissingExtraError)
+_SILENCES = 3  # memes in a row, at least, to which a server that never answered may fail to answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +79,9 @@ class Debater:
     """Two sides and a verdict for each meme, by a vision language model.
 
     Args:
-        backend: the URL of a server with the chat-completions schema, ``"transformers:MODEL"`` (in this
-            process), ``"recorded:FILE"`` (a ``debates.jsonl``), or an ``async (messages) -> str``.
+        backend: the URL of a server with the chat-completions schema, ``"openai:MODEL"`` or an
+            ``openai.AsyncOpenAI`` (extra ``openai``), ``"transformers:MODEL"`` (in this process),
+            ``"recorded:FILE"`` (a ``debates.jsonl``), or an ``async (messages) -> str``.
         model: its name on the server, and in the records.
         policy: what is asked about each meme.
         cache: SQLite file of replies; with it a run that was stopped continues where it was.
@@ -86,13 +91,17 @@ class Debater:
         verdict_model: another model for the verdict, on the same server, or another backend's name.
         stances: ``"serial"`` (the second call reuses the prefix of the first) or ``"parallel"``.
         on_label: what happens to a statement that names a label: ``"keep"``, ``"mask"``, ``"retry"`` once.
+        on_refusal: a side that was refused twice is left ``"empty"``, or the refusal stands as its statement
+            (``"keep"``); it is flagged either way.
+        neighbors: decided memes that are shown to the debaters where they are like the meme (ExplainHM++).
         structured: ask servers for JSON by schema in the verdict.
         temperature: 0 takes the likeliest token.
         seed: of the sampling.
         max_side: pictures with a longer side are made smaller.
         price: cost of a million prompt and completion tokens, for the report.
         **options: of the backend: ``timeout``, ``retries``, ``rate``, ``key_variable``, ``extra`` for a URL;
-            ``processor``, ``device``, ``dtype`` for transformers.
+            ``processor``, ``device``, ``dtype`` for transformers; ``timeout``, ``retries``, ``extra`` for
+            openai.
 
     Raises:
         InputError: a backend, model or setting that is none; the message names it.
@@ -118,6 +127,8 @@ class Debater:
         verdict_model: str | None = None,
         stances: Literal["serial", "parallel"] = "serial",
         on_label: Literal["keep", "mask", "retry"] = "keep",
+        on_refusal: Literal["empty", "keep"] = "empty",
+        neighbors: Neighbors | None = None,
         structured: bool = False,
         temperature: float = 0.0,
         seed: int = 0,
@@ -128,6 +139,7 @@ class Debater:
         for name, value, takes in (
             ("stances", stances, ("serial", "parallel")),
             ("on_label", on_label, ("keep", "mask", "retry")),
+            ("on_refusal", on_refusal, ("empty", "keep")),
         ):
             if value not in takes:
                 raise InputError(f"{name} is {value!r}, wanted one of {', '.join(map(repr, takes))}")
@@ -145,6 +157,8 @@ class Debater:
             temperature,
             seed,
             max_side,
+            on_refusal,
+            neighbors,
         )
         self._given = backend
         self.backend = make_backend(backend, model, options)
@@ -155,10 +169,9 @@ class Debater:
     def _for_verdict(self, wanted: str | None, model: str, options: dict[str, Any]) -> Any:
         if wanted is None:
             return self.backend
-        kind = wanted.partition(":")[0]
-        if kind in ("http", "https", "transformers"):
-            served = [name.startswith(("http://", "https://")) for name in (wanted, str(self._given))]
-            return make_backend(wanted, model, options if served[0] == served[1] else {})
+        kind, given = (str(name).partition(":")[0].replace("https", "http") for name in (wanted, self._given))
+        if kind in ("http", "openai", "transformers"):
+            return make_backend(wanted, model, options if kind == given else {})
         for_model = getattr(self.backend, "for_model", None)
         if for_model is None:
             raise InputError(
@@ -180,7 +193,8 @@ class Debater:
         Args:
             memes: with ids that differ.
             concurrency: memes at once.
-            on_error: ``"skip"`` goes on without memes that cannot be debated; ``report.failed`` lists them.
+            on_error: ``"skip"`` goes on without memes that cannot be debated (``report.failed`` lists them),
+                unless the server answers nobody.
             progress: None shows a bar on a terminal.
 
         Returns:
@@ -228,16 +242,21 @@ class Debater:
         start = time.perf_counter()
         found: list[Debate | None] = [None] * len(wanted)
         failed: list[tuple[int, str]] = []
+        silent = min(len(wanted), max(concurrency, _SILENCES))
         places = iter(range(len(wanted)))
         bar = iter(track(range(len(wanted)), "debating", enabled=progress))
         async with self.open(concurrency) as session:
 
             async def work() -> None:
+                nonlocal silent
                 for place in places:
                     try:
                         found[place] = await session.debate(wanted[place])
                     except FusionError as error:
                         if on_error == "raise" or isinstance(error, _ENDS_THE_RUN):
+                            raise
+                        silent -= isinstance(error, BackendError)
+                        if not silent and not any(found):  # nobody answers; the others would wait in vain
                             raise
                         failed.append((place, str(error)))
                     next(bar, None)
@@ -262,6 +281,7 @@ class Debater:
         calls = concurrency * (2 if self.settings.stances == "parallel" else 1)
         recorded = getattr(self.backend, "debate", None)
         async with AsyncExitStack() as stack:
+            stack.enter_context(_old_objects_rest())
             if recorded is not None:
                 yield cast("Session", _Recorded(self.settings, recorded))
                 return
@@ -323,6 +343,10 @@ def make_backend(spec: Any, model: str, options: Mapping[str, Any]) -> Any:
                 from meme_debate.backends.http import HttpBackend
 
                 return HttpBackend(spec, model, **options)
+            if kind == "openai" and rest:
+                from meme_debate.backends.openai_client import OpenAIBackend
+
+                return OpenAIBackend(rest, **options)
             if kind == "transformers" and rest:
                 from meme_debate.backends.local import LocalBackend
 
@@ -332,11 +356,15 @@ def make_backend(spec: Any, model: str, options: Mapping[str, Any]) -> Any:
 
                 return RecordedBackend(rest, **options)
             raise InputError(
-                f"backend is {spec[:80]!r}, wanted a URL, 'transformers:MODEL', 'recorded:FILE' or an async "
-                "function of messages"
+                f"backend is {spec[:80]!r}, wanted a URL, 'openai:MODEL', 'transformers:MODEL', "
+                "'recorded:FILE' or an async function of messages"
             )
         if hasattr(spec, "ask") or hasattr(spec, "debate"):
             return spec
+        if hasattr(spec, "chat"):  # an openai.AsyncOpenAI, or one of its relatives
+            from meme_debate.backends.openai_client import OpenAIBackend
+
+            return OpenAIBackend(model, client=spec, **options)
         return FunctionBackend(spec, model, **options)
     except TypeError as error:
         raise InputError(f"backend {str(spec)[:80]!r}: {error}") from error
@@ -349,6 +377,19 @@ def _checked(memes: Iterable[Meme]) -> list[Meme]:
             raise DataError(f"meme id {meme.id!r} is there twice; ids have to differ")
         wanted[meme.id] = check_shown(meme)
     return list(wanted.values())
+
+
+@contextmanager
+def _old_objects_rest() -> Generator[None]:
+    """Leave what is there already out of garbage collections: PyTorch alone makes one take 50 ms and more."""
+    if gc.get_freeze_count():  # somebody else does so
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 async def _together(work: list[Any]) -> None:

@@ -15,8 +15,8 @@ from fusion_core.report import Figure, Page
 
 from .calibrate import Calibration
 from .cards import card_html
-from .detect import Card
-from .metrics import metrics
+from .detection import Card
+from .scoring import metrics
 from .stand_in import StandIn
 
 Floats = NDArray[np.float64]

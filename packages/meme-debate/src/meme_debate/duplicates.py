@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from fusion_core.results import Result
 
-from .features import picture_digest
 from .meme import Meme
+from .pictures import picture_digest
 
 __all__ = ["Duplicates", "drop_duplicates", "find_duplicates"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fusion_core.errors import CheckpointError, InputError
 from fusion_core.images import read_image
 
-from .compose import compose_parts
+from .composing import compose_parts
 from .meme import MAX_PIXELS
 from .truncate import keep
 
@@ -128,7 +128,7 @@ def locate(parts: Parts, offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64],
 
     Args:
         parts: the tagged fields.
-        offsets: (L, 2) start and end in :func:`meme_debate.compose.compose_parts`'s text.
+        offsets: (L, 2) start and end in :func:`meme_debate.composing.compose_parts`'s text.
 
     Returns:
         (L,) the field in which each place starts, a newline between two counting to the second; and (L, 2)

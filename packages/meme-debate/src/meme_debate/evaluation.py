@@ -10,19 +10,20 @@ from numpy.typing import NDArray
 
 from fusion_core.comparison import Comparison
 from fusion_core.errors import ConfigError, DataError
+from fusion_core.progress import track
 from fusion_core.report import Claim, Report
 
-from .ablations import ABLATIONS, judge_text, labels_of, paired
-from .detect import AnyJudge, score
-from .judge import Judge
+from .ablations import ABLATIONS, judge_text, labels_of, paired, splits_of
+from .detection import AnyJudge, score
+from .difficulty import by_difficulty
 from .meme import Debate, Meme
-from .metrics import check_labels, metrics, reversed_labels
+from .scoring import check_labels, metrics, reversed_labels
 from .text_judge import TextJudge
 
 __all__ = ["ablation_names", "evaluate"]
 
 Floats = NDArray[np.float64]
-ALL = "all"
+ALL, LIGHT, FOLDS = "all", "light judge, five folds of these memes", 5
 NOTE = (
     "Published: every ablation hurts, w/o SLMJ and w/o MF most, w/o HlD more than w/o HfD. With a light "
     "judge on "
@@ -69,12 +70,14 @@ def _trained(
     fusion = judge.fusion
     try:
         judge.settings = before.replace(ablation=name)
-        if name == "w/o MF" and isinstance(judge, Judge):
-            judge.fusion = "none"
+        if name == "w/o MF":
+            judge.settings = judge.settings.replace(caption=True)
+            if judge.kind == "fused":
+                judge.fusion = "none"
         return score(judge, memes, debates, batch_size=batch_size)
     finally:
         judge.settings = before
-        if isinstance(judge, Judge):
+        if judge.kind == "fused":
             judge.fusion = fusion or "none"
 
 
@@ -96,6 +99,7 @@ def evaluate(
     ablations: Sequence[str] = (),
     seeds: Iterable[int] = (0, 1, 2),
     batch_size: int = 32,
+    progress: bool | None = None,
 ) -> Report:
     """Metrics of a judge on labeled memes, whole and with the paper's parts left out.
 
@@ -107,9 +111,13 @@ def evaluate(
         ablations: keys of :data:`meme_debate.ablations.ABLATIONS`.
         seeds: of the foldings; a trained judge has one row of numbers.
         batch_size: memes a forward pass.
+        progress: None shows a bar on a terminal.
 
     Returns:
-        A report whose comparison has ``all`` and the ablations as rows, differences against ``all``.
+        A report whose comparison has ``all`` and the ablations as rows, differences against ``all``; beside a
+        fused judge a light one, cross-validated on the same memes. Where there are debates, its ``rows`` tell
+        what they do to the memes of which the judge is sure without them, and to the others; see
+        :func:`meme_debate.difficulty.by_difficulty`.
 
     Raises:
         DataError: a meme without label, an id twice, one class only.
@@ -128,35 +136,47 @@ def evaluate(
         name: {"better": "higher"} for name in ("accuracy", "macro_f1", "auroc", "auprc")
     }
     shown["ece"] = {"better": "lower"}
-    table = Comparison(shown, ALL, used, f"{len(rows)} memes, {what}")
+    table = Comparison(shown, ALL, used, f"{splits_of(rows)}, {what}")
+    debated = any(debate is not None for debate in found)
+    level = 0.5 if judge is None else judge.calibration.threshold
+    names = ["", *ablations, *(["w/o MD"] if debated and "w/o MD" not in ablations else [])]
+    scores: dict[str, list[Floats]] = {}
+    jobs = [(name, seed) for name in names for seed in used]
+    for name, seed in track(jobs, "evaluating", enabled=progress):
+        if judge is None:
+            scores.setdefault(name, []).append(_crossed(rows, found, truth, name, seed))
+        else:
+            scores.setdefault(name, []).append(_trained(judge, rows, found, name, batch_size))
     question: str | None = None
     for name in ["", *ablations]:
-        for seed in used:
-            if judge is None:
-                scores = _crossed(rows, found, truth, name, seed)
-            else:
-                scores = _trained(judge, rows, found, name, batch_size)
-            level = 0.5 if judge is None or name == "w/o SLMJ" else judge.calibration.threshold
-            numbers = metrics(scores, truth, level)
+        for seed, each in zip(used, scores[name], strict=True):
+            numbers = metrics(each, truth, 0.5 if name == "w/o SLMJ" else level)
             question = question or (reversed_labels(numbers) if not name else None)
             for metric in shown:
                 table.add(f"{name}: {ABLATIONS[name]}" if name else ALL, metric, seed, numbers[metric])
-    claims = [] if not ablations else [_claim(table)]
+    if judge is not None and judge.kind == "fused" and np.bincount(truth, minlength=2).min() >= FOLDS:
+        numbers = metrics(_crossed(rows, found, truth, "", used[0]), truth)
+        for metric in shown:
+            table.add(LIGHT, metric, used[0], numbers[metric])
+    claims = [_claim(table, ablations)] if ablations else []
     if question:
         claims.append(Claim(question, "", None, "Scores rank the wrong way round."))
-    return Report(title="Evaluation of a judge", comparison=table, claims=claims)
+    hard = by_difficulty(scores["w/o MD"], scores[""], truth, level) if debated else []
+    return Report(title="Evaluation of a judge", comparison=table, rows=hard, claims=claims)
 
 
-def _claim(table: Comparison) -> Claim:
+def _claim(table: Comparison, ablations: Sequence[str]) -> Claim:
     hurt = [
         row["method"]
         for row in table.rows()
-        if row["metric"] == "macro_f1" and row["difference"] is not None and row["difference"] < 0
+        if row["method"] not in (ALL, LIGHT)
+        and row["metric"] == "macro_f1"
+        and row["difference"] is not None
+        and row["difference"] < 0
     ]
-    tested = len(table.methods) - 1
     return Claim(
         "Every part of the method helps: each ablation lowers macro-F1",
         "the paper's ablations",
-        len(hurt) == tested,
-        f"{len(hurt)} of {tested} ablations lower it here. {NOTE}",
+        len(hurt) == len(ablations),
+        f"{len(hurt)} of {len(ablations)} ablations lower it here. {NOTE}",
     )

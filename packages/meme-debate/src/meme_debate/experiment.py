@@ -26,13 +26,13 @@ from .ablations import judge_text
 from .calibrate import calibrate, scale_scores
 from .debate import Debater
 from .demo_pages import calibration_figure, cards_figure, cards_page, choose_cards
-from .detect import Card, detect
+from .detection import Card, detect
 from .encoding import pixels_of
 from .features import Features
 from .fused import score_memes
 from .judge import Fusion, Judge
 from .meme import Debate, Meme
-from .metrics import metrics
+from .scoring import metrics
 from .shipped import checkpoint, load_judges
 from .stand_in import (
     HELD_OUT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,15 @@ from torch import Tensor
 
 from fusion_core.batching import map_batches
 from fusion_core.checkpoint import digest, digest_state
-from fusion_core.images import read_image
 from fusion_core.store import ShardStore
 
 from .encoding import stack_pixels
 from .judge import Judge
-from .meme import MAX_PIXELS
+from .pictures import picture_digest
 
-__all__ = ["Features", "image_features", "picture_digest"]
+__all__ = ["Features", "image_features"]
 
 KIND = "meme-debate image features"
-
-
-def picture_digest(source: Any) -> str:
-    """Sha256 of a picture's file, or of its pixels where it is no file; "" for no picture.
-
-    Raises:
-        InputError: unreadable.
-    """
-    if source is None:
-        return ""
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if path.is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-    pixels = read_image(source, max_pixels=MAX_PIXELS)
-    return digest(pixels)
 
 
 class Features:

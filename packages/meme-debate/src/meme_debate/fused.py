@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fusion_core.batching import map_batches
 
 from .ablations import fields_of
-from .compose import First
+from .composing import First
 from .encoding import Encoded, collate, encode_fields, stack_pixels
 from .features import Features
 from .judge import Judge
@@ -37,7 +38,7 @@ def encode(
         judge: its tokenizer and settings.
         memes: N memes.
         debates: N debates, None = without.
-        first: see :func:`meme_debate.compose.order`.
+        first: see :func:`meme_debate.composing.order`.
         without: leave every debate out.
     """
     settings = judge.settings
@@ -77,7 +78,7 @@ def score_memes(
         judge: in any mode; it is put into eval mode.
         memes: N memes.
         debates: N debates, None = without.
-        first: see :func:`meme_debate.compose.order`.
+        first: see :func:`meme_debate.composing.order`.
         calibrated: whether the judge's temperature is applied.
         features: states of the N pictures, from :func:`meme_debate.features.image_features`; None computes
             them here.
@@ -115,13 +116,27 @@ def score_memes(
 
 
 def picture_batch(
-    judge: Judge, memes: Sequence[Meme], rows: Sequence[int], features: Features | None
+    judge: Judge,
+    memes: Sequence[Meme],
+    rows: Sequence[int],
+    features: Features | None,
+    change: Callable[[Any, int], Any] | None = None,
 ) -> dict[str, Tensor]:
-    """``image_features`` or ``pixel_values`` of some memes, on the judge's device."""
+    """``image_features`` or ``pixel_values`` of some memes, on the judge's device.
+
+    Args:
+        judge: its tower and settings.
+        memes: N memes.
+        rows: of them.
+        features: states of the N pictures; None gives pixels.
+        change: picture and row -> picture, for training; then pixels are given.
+    """
     weight = judge.clf.weight
-    if features is not None and judge.settings.image:
+    if features is not None and change is None and judge.settings.image:
         return {"image_features": features[list(rows)].to(weight.device, weight.dtype)}
     sources = [memes[i].image if judge.settings.image else None for i in rows]
+    if change is not None:
+        sources = [change(source, i) for source, i in zip(sources, rows, strict=True)]
     pixels = stack_pixels(sources, int(judge.vision_config.image_size), judge.settings.normalize)
     return {"pixel_values": pixels.to(weight.device, weight.dtype)}
 

@@ -64,11 +64,15 @@ def is_refusal(text: str) -> bool:
     return _REFUSAL.match(text.strip()[:_REFUSAL_HEAD]) is not None and len(text.split()) < _REFUSAL_WORDS
 
 
+@lru_cache(maxsize=64)
+def _heads(positive: str, negative: str) -> tuple[str, ...]:
+    """A word of each label, in lower case: a text without any of them names none."""
+    return ("reasoned", *(word.split()[0].lower() for word in (positive, negative)))
+
+
 def _may_name(text: str, policy: Policy) -> bool:
     low = text.lower()
-    return "reasoned" in low or any(
-        word.split()[0].lower() in low for word in (policy.positive, policy.negative)
-    )
+    return any(head in low for head in _heads(policy.positive, policy.negative))
 
 
 @lru_cache(maxsize=64)

@@ -352,7 +352,7 @@ class Judge(nn.Module, PyTorchModelHubMixin):
             raise CheckpointError(f"{path} has no text_transformer.shared.weight; wanted the authors' judge")
         text = text_config_of(state) if text_config is None else text_config
         vision = vision_config_of(state) if vision_config is None else vision_config
-        settings = JudgeSettings(normalize="inception", truncate="tail")
+        settings = JudgeSettings.official()
         judge = cls(text, vision, fusion, settings)
         for name in ("encoder.embed_tokens", "decoder.embed_tokens"):
             state[f"text_transformer.{name}.weight"] = shared

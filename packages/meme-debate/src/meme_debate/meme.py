@@ -156,9 +156,10 @@ def check_shown(meme: Meme) -> Meme:
 
 
 class Memes(list[Meme]):
-    """Memes of a file; ``skipped`` holds the place and the reason of each record left out."""
+    """Memes of a file; ``skipped`` holds the place and the reason of each record left out, if any."""
 
     skipped: tuple[tuple[str, str], ...] = ()
+    skipped_ids: frozenset[str] = frozenset()
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -199,6 +200,7 @@ def load_memes(
     *,
     on_error: Literal["raise", "skip"] = "raise",
     limit: int | None = None,
+    pictures: bool = False,
 ) -> Memes:
     """Read ``memes.jsonl``: ``id``, ``image`` (a path relative to the file, or null), ``text``, and further.
 
@@ -206,6 +208,7 @@ def load_memes(
         path: JSON Lines or Parquet.
         on_error: ``"skip"`` leaves out records that cannot be used, with one warning that counts them.
         limit: use the first ones only.
+        pictures: decode each picture too, so that one that is cut off counts as an image that cannot be used.
 
     Returns:
         A list in the file's order, with ``skipped``.
@@ -218,20 +221,23 @@ def load_memes(
     if on_error not in ("raise", "skip"):
         raise InputError(f"on_error is {on_error!r}, wanted 'raise' or 'skip'")
     folder = Path(path).parent
-    found, skipped, seen = Memes(), list[tuple[str, str]](), set[str]()
+    found, skipped, seen, bad = Memes(), list[tuple[str, str]](), set[str](), set[str]()
     for place, record in read_lines(path):
         if limit is not None and len(found) >= limit:
             break
         try:
             meme = _meme(place, record, folder, seen)
+            if pictures and meme.image is not None:
+                _check_picture(place, meme)
         except DataError as error:
             if on_error == "raise":
                 raise
             skipped.append((place, str(error)))
+            bad.add(str(record.get("id")))
             continue
         seen.add(meme.id)
         found.append(meme)
-    found.skipped = tuple(skipped)
+    found.skipped, found.skipped_ids = tuple(skipped), frozenset(bad - seen)
     if skipped:
         warnings.warn(
             f"{path}: left out {len(skipped)} of {len(skipped) + len(found)} records, the first: "
@@ -264,6 +270,15 @@ def _meme(place: str, record: dict[str, Any], folder: Path, seen: set[str]) -> M
         return check_shown(meme)
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
+
+
+def _check_picture(place: str, meme: Meme) -> None:
+    from fusion_core.images import read_image
+
+    try:
+        read_image(meme.image, max_pixels=MAX_PIXELS)
+    except InputError as error:
+        raise DataError(f"{place}: meme {meme.id!r}: {error}") from error
 
 
 def load_debates(path: str | os.PathLike[str]) -> list[Debate]:

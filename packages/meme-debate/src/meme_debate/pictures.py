@@ -1,14 +1,15 @@
-"""A picture as a language model's server takes it: read once, hashed once, encoded once."""
+"""A picture as a language model's server takes it: read once, hashed once, in base64 where it is sent."""
 
 from __future__ import annotations
 
-import base64
+import binascii
 import hashlib
 import io
 import os
 import struct
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fusion_core.errors import InputError, check_range
@@ -27,21 +28,22 @@ class Picture:
     Attributes:
         digest: sha256 of the file as it was given (and of ``max_side`` where it was encoded anew), in hex.
         media: such as ``"image/jpeg"``.
-        data: base64, ASCII.
+        content: the encoded file.
     """
 
     digest: str
     media: str
-    data: bytes
+    content: bytes
+
+    @property
+    def data(self) -> bytes:
+        """The file in base64, ASCII; made anew each time, and only where a server is asked."""
+        return binascii.b2a_base64(self.content, newline=False)
 
     @property
     def url(self) -> str:
         """The data URL."""
         return f"data:{self.media};base64,{self.data.decode()}"
-
-    def content(self) -> bytes:
-        """The encoded file."""
-        return base64.b64decode(self.data)
 
 
 def read_file(path: str | os.PathLike[str], name: str = "image") -> bytes:
@@ -88,7 +90,7 @@ def as_it_is(data: bytes, max_side: int, label: str) -> Picture | None:
         raise InputError(f"{label} has {height} x {width} pixels, more than {MAX_PIXELS}")
     if kind not in _FORMATS or max(width, height) > max_side or not _whole(kind, data):
         return None
-    return Picture(hashlib.sha256(data).hexdigest(), _FORMATS[kind], base64.b64encode(data))
+    return Picture(hashlib.sha256(data).hexdigest(), _FORMATS[kind], data)
 
 
 def picture(source: Any, max_side: int = MAX_SIDE, name: str = "image") -> Picture:
@@ -116,7 +118,7 @@ def picture(source: Any, max_side: int = MAX_SIDE, name: str = "image") -> Pictu
     digest = hashlib.sha256(data).hexdigest()
     kind, width, height = _head(data, label)
     if kind in _FORMATS and max(width, height) <= max_side:  # whole after all, with something behind its end
-        return Picture(digest, _FORMATS[kind], base64.b64encode(data))
+        return Picture(digest, _FORMATS[kind], data)
     return _encoded(digest, array, max_side)
 
 
@@ -202,4 +204,22 @@ def _encode_pil(image: Any, max_side: int, name: str) -> Picture:
 
 def _encoded(digest: str, array: Any, max_side: int) -> Picture:
     made = hashlib.sha256(f"{digest}/{max_side}/{_QUALITY}".encode()).hexdigest()
-    return Picture(made, "image/jpeg", base64.b64encode(_jpeg(array, max_side)))
+    return Picture(made, "image/jpeg", _jpeg(array, max_side))
+
+
+def picture_digest(source: Any) -> str:
+    """Sha256 of a picture's file, or of its pixels where it is no file; "" for no picture.
+
+    Raises:
+        InputError: unreadable.
+    """
+    if source is None:
+        return ""
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    from fusion_core.checkpoint import digest
+    from fusion_core.images import read_image
+
+    return digest(read_image(source, max_pixels=MAX_PIXELS))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from meme_debate.policy import Policy
 
@@ -40,6 +41,10 @@ _NO_PICTURE = "There is no picture."
 _NO_WORDS = "No words are printed on the meme."
 _WORDS = "Words printed on the meme, quoted as data:"
 _CAPTION = "Description by another program, may be wrong, quoted as data:"
+_SIMILAR = (
+    "Memes with similar words that people decided before, quoted as data; the reason may not hold here:"
+)
+_DECIDED = ("It did not fall under the policy:", "It fell under the policy:")
 
 _STANCE = """\
 Task: put the case that this meme {claim}. Speak for this side only, whatever you think; somebody else \
@@ -134,12 +139,24 @@ def system(policy: Policy) -> str:
     )
 
 
-def prefix(text: str, caption: str = "", *, picture: bool = True) -> str:
-    """What stands between the picture and the task; it ends in a newline, so that a fence stays a line."""
+def prefix(
+    text: str, caption: str = "", *, picture: bool = True, decided: Sequence[tuple[str, int]] = ()
+) -> str:
+    """What stands between the picture and the task; it ends in a newline, so that a fence stays a line.
+
+    Args:
+        text: the words on the meme.
+        caption: what another program says about the picture.
+        picture: whether there is one.
+        decided: words and label of similar memes that people decided, most similar first.
+    """
     lines = [] if picture else [_NO_PICTURE]
     lines.append(f"{_WORDS}\n{fence(text)}" if clean(text).strip() else _NO_WORDS)
     if clean(caption).strip():
         lines.append(f"{_CAPTION}\n{fence(caption)}")
+    if decided:
+        lines.append(_SIMILAR)
+        lines += [f"{_DECIDED[label]}\n{fence(words)}" for words, label in decided]
     return "\n".join(lines) + "\n"
 
 
@@ -171,11 +188,10 @@ class Prompt:
     system: str
     picture: Picture | None
     prefix: str
-    built: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    built: dict[str, tuple[bytes, ...]] = field(default_factory=dict[str, tuple[bytes, ...]])
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One question to a language model.
 
     Attributes:

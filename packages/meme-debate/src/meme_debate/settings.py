@@ -47,6 +47,11 @@ class JudgeSettings(Config):
         if self.max_length < 16:
             raise ConfigError(f"max_length is {self.max_length}, wanted at least 16")
 
+    @classmethod
+    def official(cls) -> JudgeSettings:
+        """How the authors' code prepares texts and pictures: the end is cut, pixels are normalized by 0.5."""
+        return cls(truncate="tail", normalize="inception")
+
     def card(self, kind: str, fusion: str | None) -> str:
         """The judge's ``card.md``."""
         facts = {

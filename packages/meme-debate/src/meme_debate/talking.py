@@ -6,12 +6,14 @@ import asyncio
 import json
 import os
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Literal
 
 from meme_debate import guards, prompts
 from meme_debate.backends import Backend, Reply
-from meme_debate.cache import ReplyCache, cache_key
+from meme_debate.cache import ReplyCache, cache_key, prefixed
 from meme_debate.meme import DEBATE_SCHEMA, Debate, Meme, check_shown, debate_of
+from meme_debate.neighbors import Neighbors, words_of
 from meme_debate.pictures import Picture, as_it_is, picture, read_small
 from meme_debate.policy import Policy
 from meme_debate.prompts import Call, Prompt, Side
@@ -35,6 +37,8 @@ class Settings:
     temperature: float
     seed: int
     max_side: int
+    on_refusal: Literal["empty", "keep"] = "empty"
+    neighbors: Neighbors | None = None
 
 
 @dataclass(slots=True)
@@ -55,6 +59,9 @@ class _Talk:
 
     meme: Meme
     prompt: Prompt
+    decided: tuple[str, ...] = ()
+    decided_digest: str = ""
+    key_head: bytes = b""
     flags: set[str] = field(default_factory=set[str])
     raw: dict[str, str] = field(default_factory=dict[str, str])
     calls: int = 0
@@ -79,7 +86,7 @@ class Session:
         self._system = prompts.system(settings.policy)
         self._digest = settings.policy.digest()
         self._stances = {side: prompts.stance(side, settings.policy) for side in ("harmful", "harmless")}
-        self._samplings: dict[tuple[int, float, int, int, bool], str] = {}
+        self._key_tails: dict[tuple[int, float, int, int, bool], bytes] = {}
         self._waiting: dict[bytes, asyncio.Future[Reply]] = {}
 
     async def debate(self, meme: Meme) -> Debate:
@@ -93,8 +100,7 @@ class Session:
         check_shown(meme)
         settings = self._settings
         shown = await self._picture(meme)
-        words = prompts.prefix(meme.text, meme.caption, picture=shown is not None)
-        talk = _Talk(meme, Prompt(self._system, shown, words))
+        talk = await self._talk(meme, shown)
         rounds: list[dict[str, str]] = []
         for number in range(1, settings.rounds + 1):
             rounds.append(await self._round(talk, number, rounds[-1] if rounds else None))
@@ -107,6 +113,17 @@ class Session:
             orders = (first, other(first)) if settings.swap else (first,)
             votes = [await self._vote(talk, side, last) for side in orders]
         return self._finished(talk, rounds, votes)
+
+    async def _talk(self, meme: Meme, picture: Picture | None) -> _Talk:
+        near = self._settings.neighbors
+        found = [] if near is None else await asyncio.to_thread(near.find, meme)
+        decided = [(words_of(each), int(each.label or 0)) for each in found]
+        words = prompts.prefix(meme.text, meme.caption, picture=picture is not None, decided=decided)
+        talk = _Talk(meme, Prompt(self._system, picture, words))
+        if found:
+            talk.decided = tuple(each.id for each in found)
+            talk.decided_digest = _digest(*(f"{label}{text}" for text, label in decided))
+        return talk
 
     async def _picture(self, meme: Meme) -> Picture | None:
         if meme.image is None:
@@ -147,7 +164,7 @@ class Session:
             if _refused(reply, text):
                 talk.raw[name] = reply.text or reply.refusal
                 talk.flags.add(f"refused_{side}")
-                return ""
+                return (text or reply.refusal) if settings.on_refusal == "keep" else ""
         if settings.on_label == "retry" and guards.names_label(text, settings.policy):
             again = await self._ask(
                 self._backend, talk, name + "/label", suffix, max_tokens, quoted, warm=True
@@ -223,7 +240,7 @@ class Session:
             return known
         promise = self._waiting[key] = asyncio.get_running_loop().create_future()
         try:
-            reply = self._cache.put(key, call.name, self._paid(await backend.ask(call)))
+            reply = await self._cache.commit(key, call.name, self._paid(await backend.ask(call)))
             promise.set_result(reply)
         except BaseException as error:
             promise.set_exception(error)
@@ -240,24 +257,25 @@ class Session:
         return reply
 
     def _key(self, backend: Backend, talk: _Talk, call: Call, quoted: str) -> bytes:
-        meme, shown = talk.meme, talk.prompt.picture
-        return cache_key(
-            (
-                "" if shown is None else shown.digest, meme.text, meme.caption, self._digest,
-                f"{call.name}:{quoted}", prompts.VERSION, backend.model,
-                self._sampling(backend, call),
+        """Sha256 of picture, words, caption, policy, call, version, model and sampling."""
+        if not talk.key_head:
+            meme, shown = talk.meme, talk.prompt.picture
+            talk.key_head = prefixed(
+                ("" if shown is None else shown.digest, meme.text, meme.caption, self._digest)
             )
-        )  # fmt: skip
+        asked = prefixed((f"{call.name}:{quoted}{talk.decided_digest}",))
+        return sha256(talk.key_head + asked + self._key_tail(backend, call)).digest()
 
-    def _sampling(self, backend: Backend, call: Call) -> str:
+    def _key_tail(self, backend: Backend, call: Call) -> bytes:
         kind = (id(backend), call.temperature, call.seed, call.max_tokens, call.schema is not None)
-        known = self._samplings.get(kind)
+        known = self._key_tails.get(kind)
         if known is None:
             fields = {
                 "temperature": call.temperature, "seed": call.seed, "max_tokens": call.max_tokens,
                 "structured": call.schema is not None, **backend.settings(),
             }  # fmt: skip
-            known = self._samplings[kind] = json.dumps(fields, sort_keys=True)
+            sampling = json.dumps(fields, sort_keys=True)
+            known = self._key_tails[kind] = prefixed((prompts.VERSION, backend.model, sampling))
         return known
 
     def _finished(self, talk: _Talk, rounds: list[dict[str, str]], votes: list[Vote]) -> Debate:
@@ -279,6 +297,7 @@ class Session:
                 "raw": dict(sorted(talk.raw.items())),
                 "policy": {"name": settings.policy.name, "digest": self._digest},
                 "prompts": prompts.VERSION,
+                **({"neighbors": list(talk.decided)} if settings.neighbors is not None else {}),
                 "model": self._backend.model,
                 "verdict_model": self._verdict_backend.model,
                 "sampling": {

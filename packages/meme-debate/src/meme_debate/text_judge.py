@@ -17,9 +17,9 @@ from fusion_core.seeding import rng
 
 from .ablations import judge_text, labels_of, paired
 from .calibrate import Calibration, calibrate
-from .compose import First
+from .composing import First
 from .meme import Debate, Meme
-from .metrics import check_labels
+from .scoring import check_labels
 from .settings import JudgeSettings
 
 __all__ = ["TextJudge", "folds"]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,83 +18,29 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fusion_core.checkpoint import atomic_directory, load_strict, load_tensors
-from fusion_core.config import Config
-from fusion_core.errors import ConfigError, DataError, check_range
-from fusion_core.seeding import generator, rng
+from fusion_core.errors import ConfigError, DataError
+from fusion_core.seeding import generator
 from fusion_core.training import Loop, LoopResult
 
 from .ablations import labels_of, paired
+from .batches import JudgeBatches, JudgeTrainConfig
 from .calibrate import calibrate
-from .encoding import Encoded, collate
 from .features import Features, image_features
-from .fused import encode, gather, pad_id, picture_batch, score_memes, share_of_rank
+from .fused import gather, score_memes, share_of_rank
 from .judge import Judge
-from .lengths import WINDOW, window_batches
 from .meme import Debate, Meme
-from .metrics import check_labels, metrics
+from .scoring import check_labels, metrics
 
 __all__ = ["JudgeBatches", "JudgeTrainConfig", "decay_groups", "linear_schedule", "train_judge"]
 
-Metric = Literal["accuracy", "macro_f1", "f1", "auroc", "auprc"]
 _NORM = re.compile(r"(^|\.)norm\d*\.")
-
-
-@dataclass(frozen=True)
-class JudgeTrainConfig(Config):
-    """Settings of a training; the defaults are the authors' command line, but for ``debate_dropout``.
-
-    Args:
-        epochs: passes over the memes; unused where ``steps`` is given.
-        steps: optimizer steps in all.
-        batch_size: memes a batch.
-        accumulate: batches an optimizer step.
-        lr: peak learning rate.
-        weight_decay: of the parameters that :func:`decay_groups` says.
-        warmup: share of the steps in which the rate rises from 0.
-        debate_dropout: share of the batches that have no debate, so that one judge serves memes with and
-            without; 0 = the authors'.
-        window: batches that are sorted by length together.
-        max_grad_norm: clip the gradient's norm; None = the authors'.
-        mixed_precision: ``"no"``, ``"bf16"``, ``"fp16"``.
-        metric: that chooses the best epoch (the authors' is accuracy).
-        seed: of order and dropout.
-        save_every: optimizer steps between checkpoints.
-
-    Raises:
-        ConfigError: a number out of its range.
-    """
-
-    epochs: int = 10
-    steps: int | None = None
-    batch_size: int = 32
-    accumulate: int = 1
-    lr: float = 5e-4
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    debate_dropout: float = 0.5
-    window: int = WINDOW
-    max_grad_norm: float | None = None
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    metric: Metric = "macro_f1"
-    seed: int = 0
-    save_every: int = 500
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "window"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, wanted at least 1")
-        check_range("lr", self.lr, 0.0, math.inf, open=True)
-        check_range("weight_decay", self.weight_decay, 0.0, math.inf)
-        check_range("warmup", self.warmup, 0.0, 1.0)
-        check_range("debate_dropout", self.debate_dropout, 0.0, 1.0)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The authors' two groups: modules named ``norm`` or ``LayerNorm``, and biases, do not decay.
 
-    T5 calls its norms ``layer_norm``, so their weights do decay, as with the authors. Frozen parameters are
-    in
-    neither group.
+    T5 calls its norms ``layer_norm``, so their weights do decay, as with the authors. Frozen parameters
+    are in neither group.
 
     Args:
         model: whose parameters.
@@ -121,106 +66,6 @@ def linear_schedule(optimizer: Optimizer, steps: int, warmup: float) -> LambdaLR
         return max(0.0, (steps - step) / max(1, steps - rise))
 
     return LambdaLR(optimizer, factor)
-
-
-class JudgeBatches:
-    """An epoch's batches of tokens, pictures and labels; set the epoch, then iterate.
-
-    Args:
-        judge: its tokenizer, settings and fusion.
-        memes: N memes with labels.
-        debates: N debates, None = without.
-        config: batch size, ``debate_dropout``, window and seed.
-        features: states of the N pictures; None runs the tower in every step.
-        processes: the batches are shared by so many.
-        rank: number of this one.
-
-    Raises:
-        DataError: a meme without label.
-    """
-
-    def __init__(
-        self,
-        judge: Judge,
-        memes: Sequence[Meme],
-        debates: Sequence[Debate | None],
-        config: JudgeTrainConfig,
-        features: Features | None = None,
-        *,
-        processes: int = 1,
-        rank: int = 0,
-    ) -> None:
-        self.judge, self.memes, self.debates, self.config = judge, memes, debates, config
-        self.features, self.processes, self.rank, self.epoch = features, processes, rank, 0
-        self.labels = check_labels(labels_of(memes))
-        self.pad = pad_id(judge)
-
-    @cached_property
-    def whole(self) -> list[Encoded]:
-        """Texts with debate."""
-        return encode(self.judge, self.memes, self.debates)
-
-    @cached_property
-    def short(self) -> list[Encoded]:
-        """Texts without debate."""
-        return encode(self.judge, self.memes, self.debates, without=True)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Another order each epoch."""
-        self.epoch = epoch
-
-    def plan(self) -> list[tuple[NDArray[np.int64], bool]]:
-        """Rows of each batch of the epoch, and whether its debates are left out.
-
-        Of a run of batches every ``1 / debate_dropout``-th has no debate, from a place that the seed draws;
-        each kind is sorted by its own lengths.
-        """
-        config, count = self.config, len(self.memes)
-        share = config.debate_dropout
-        batches = math.ceil(count / config.batch_size)
-        draws = rng(config.seed, "debate dropout", self.epoch)
-        marks = np.floor(share * np.arange(1, batches + 1) + (offset := float(draws.random())))
-        dropped = np.diff(marks, prepend=np.floor(offset)) > 0
-        order = draws.permutation(count)
-        cut = min(count, int(dropped.sum()) * config.batch_size)
-        plans: list[list[NDArray[np.int64]]] = []
-        for part, texts in ((order[:cut], self.short), (order[cut:], self.whole)):
-            if not len(part):
-                plans.append([])
-                continue
-            lengths = [len(texts[i]) for i in part]
-            made = window_batches(
-                lengths, config.batch_size, seed=config.seed, epoch=self.epoch, window=config.window
-            )
-            plans.append([part[rows] for rows in made])
-        kinds = [True] * len(plans[0]) + [False] * len(plans[1])
-        both = list(zip([*plans[0], *plans[1]], kinds, strict=True))
-        return [both[i] for i in rng(config.seed, "kinds", self.epoch).permutation(len(both))]
-
-    def __len__(self) -> int:
-        return math.ceil(math.ceil(len(self.memes) / self.config.batch_size) / self.processes)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        plan = self.plan()
-        plan = (plan * 2)[: len(self) * self.processes] if self.processes > 1 else plan
-        for rows, dropped in plan[self.rank :: self.processes]:
-            yield self.batch(rows, dropped=dropped)
-
-    def batch(self, rows: NDArray[np.int64], *, dropped: bool = False) -> dict[str, Tensor]:
-        """One batch as the judge's ``forward`` takes it."""
-        texts = self.short if dropped else self.whole
-        made = collate([texts[i].ids for i in rows], self.pad, self.labels[rows].tolist())
-        if self.judge.fusion != "none":
-            made |= picture_batch(self.judge, self.memes, rows.tolist(), self.features)
-        return made
-
-    def padding_share(self) -> float:
-        """The share of the epoch's places that hold padding."""
-        lengths = {True: [len(t) for t in self.short], False: [len(t) for t in self.whole]}
-        plan = self.plan()
-        places = sum(max(lengths[kind][i] for i in rows) * len(rows) for rows, kind in plan)
-        full = sum(sum(lengths[kind][i] for i in rows) for rows, kind in plan)
-        return 1 - full / places if places else 0.0
 
 
 def step(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -265,9 +110,14 @@ def train_judge(
     Raises:
         DataError: a meme without label, one class only, an id twice, a debate of no meme.
         InputError: ``out`` holds another run; a picture cannot be read.
+        ConfigError: ``features`` with ``augment``: changed pictures have no states to keep.
         StoreError: ``features`` are of another tower or preprocessing.
     """
     config = config or JudgeTrainConfig()
+    if config.augment and features is not None:
+        raise ConfigError(
+            f"features is {features} and augment is on; states of changed pictures cannot be kept"
+        )
     rows, found = list(memes), paired(memes, debates)
     labels = check_labels(labels_of(rows))
     if len(np.unique(labels)) < 2:
@@ -298,8 +148,11 @@ def train_judge(
             progress=progress,
         )
         states = None
-        if judge.fusion != "none" and judge.settings.image:
-            states = image_features(judge, [meme.image for meme in rows], features)
+        if judge.fusion != "none" and judge.settings.image and not config.augment:
+            images = [meme.image for meme in rows]
+            states = image_features(
+                judge, images, features, progress=progress is not False and sys.stderr.isatty()
+            )
         batches = JudgeBatches(
             judge,
             rows,

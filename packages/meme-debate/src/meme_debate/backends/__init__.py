@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from fusion_core.errors import InputError
 from meme_debate.meme import mend
@@ -14,8 +13,7 @@ from meme_debate.prompts import Call, messages
 Ask = Callable[[list[dict[str, Any]]], Awaitable[str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """What a model said.
 
     Attributes:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -33,7 +34,7 @@ class HttpBackend:
         rate: most requests per second, None for no limit.
         key_variable: the environment variable that holds the key; MEME_DEBATE_API_KEY by default, and
             OPENAI_API_KEY for api.openai.com. A key is never sent to a server it was not named for.
-        extra: further keys of the request's body.
+        extra: further keys of the request's body; None as a value leaves a key of ours out.
 
     Raises:
         InputError: no http(s) URL, or no model.
@@ -83,7 +84,7 @@ class HttpBackend:
             yield self
             return
         key = os.environ.get(self.key_variable)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {**_HEADERS, **({"Authorization": f"Bearer {key}"} if key else {})}
         if self._open:
             raise InputError("this debater runs already; make another one for a second run at the same time")
         async with Client(concurrency, headers=headers, **self._client_options) as client:
@@ -107,9 +108,7 @@ class HttpBackend:
         body = self.body(call)
         for turn in range(_MALFORMED_TRIES):
             try:
-                answer = await self._client.request(
-                    "POST", self.url, data=body, headers=_HEADERS, allow_redirects=False
-                )
+                answer = await self._client.request("POST", self.url, data=body, allow_redirects=False)
             except RequestError as error:
                 raise self._told(error) from error
             try:
@@ -128,29 +127,22 @@ class HttpBackend:
         tail = self._tails.get(kind)
         if tail is None:
             tail = self._tails[kind] = self._tail(call)
-        return b"%b%b}]}],%b" % (head, _json(call.suffix), tail)
+        return b"".join((*head, _text(call.suffix), b"}]}]", tail))
 
     def _tail(self, call: Call) -> bytes:
-        rest: dict[str, Any] = {
-            "max_tokens": call.max_tokens, "temperature": call.temperature, "seed": call.seed,
-        }  # fmt: skip
-        if call.schema is not None:
-            rest["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "verdict", "strict": True, "schema": call.schema},
-            }
-        return _json(rest | self.extra)[1:]
+        rest = sampling(call, self.extra)
+        return b",%b" % _json(rest)[1:] if rest else b"}"
 
-    def _head(self, prompt: Prompt) -> bytes:
-        image = b""
-        if prompt.picture is not None:
-            image = b'{"type":"image_url","image_url":{"url":"data:%b;base64,%b"}},' % (
-                prompt.picture.media.encode(), prompt.picture.data,
-            )  # fmt: skip
-        return (
-            b'{"model":%b,"messages":[{"role":"system","content":%b},{"role":"user","content":['
-            b'%b{"type":"text","text":%b},{"type":"text","text":'
-        ) % (_json(self.model), _json(prompt.system), image, _json(prompt.prefix))
+    def _head(self, prompt: Prompt) -> tuple[bytes, ...]:
+        """The pieces of the body before the task; the picture is copied only when a body is put together."""
+        start = b'{"model":%b,"messages":[{"role":"system","content":%b},{"role":"user","content":[' % (
+            _json(self.model), _json(prompt.system),
+        )  # fmt: skip
+        words = b'{"type":"text","text":%b},{"type":"text","text":' % _json(prompt.prefix)
+        if (shown := prompt.picture) is None:
+            return start, words
+        url = b'{"type":"image_url","image_url":{"url":"data:%b;base64,' % shown.media.encode()
+        return start, url, shown.data, b'"}},', words
 
     def counts(self) -> dict[str, float]:
         """Requests, tries, retries, bytes, seconds waited."""
@@ -181,6 +173,30 @@ def _json(value: Any) -> bytes:
     return _ENCODE(value).encode()
 
 
+@lru_cache(maxsize=256)
+def _text(suffix: str) -> bytes:
+    """A task as JSON; those of the first round are the same for all memes."""
+    return _ENCODE(suffix).encode()
+
+
+def sampling(call: Call, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a request beside model and messages.
+
+    Args:
+        call: its sampling and schema.
+        extra: further keys, which win; None as a value leaves a key out (some servers refuse ``max_tokens``).
+    """
+    found: dict[str, Any] = {
+        "max_tokens": call.max_tokens, "temperature": call.temperature, "seed": call.seed,
+    }  # fmt: skip
+    if call.schema is not None:
+        found["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "verdict", "strict": True, "schema": call.schema},
+        }
+    return {name: value for name, value in (found | dict(extra)).items() if value is not None}
+
+
 def read_reply(answer: Response) -> Reply:
     """The reply in an answer.
 
@@ -191,6 +207,15 @@ def read_reply(answer: Response) -> Reply:
         data = answer.json()
     except RequestError as error:
         raise BackendError(f"the server's answer is malformed: {error}") from error
+    return reply_of(data)
+
+
+def reply_of(data: Any) -> Reply:
+    """The reply in a document of the chat-completions schema.
+
+    Raises:
+        BackendError: it is none.
+    """
     try:
         choice = data["choices"][0]
         message = choice["message"]
@@ -202,15 +227,14 @@ def read_reply(answer: Response) -> Reply:
         usage = data.get("usage") or {}
         details = usage.get("prompt_tokens_details") or {}
         return Reply(
-            text=mend(text),
-            finish_reason=str(choice.get("finish_reason") or "stop"),
-            refusal=mend(str(message.get("refusal") or "")),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-            cached_tokens=int(details.get("cached_tokens") or 0),
-            pictures=sum(part.get("type") != "text" for part in parts),
+            mend(text),
+            str(choice.get("finish_reason") or "stop"),
+            mend(str(message.get("refusal") or "")),
+            int(usage.get("prompt_tokens") or 0),
+            int(usage.get("completion_tokens") or 0),
+            int(details.get("cached_tokens") or 0),
+            sum(part.get("type") != "text" for part in parts) if parts else 0,
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise BackendError(
-            f"the server's answer has not the chat-completions schema: {answer.text[:120]!r}"
-        ) from error
+        shown = json.dumps(data, default=str)[:120]
+        raise BackendError(f"the server's answer has not the chat-completions schema: {shown!r}") from error

@@ -77,7 +77,7 @@ class LocalBackend:
         if call.prompt.picture is not None:
             from PIL import Image
 
-            with Image.open(io.BytesIO(call.prompt.picture.content())) as image:
+            with Image.open(io.BytesIO(call.prompt.picture.content)) as image:
                 content.append({"type": "image", "image": image.convert("RGB")})
         content.append({"type": "text", "text": call.prompt.prefix + call.suffix})
         chat = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +15,18 @@ from fusion_core.results import plain
 
 from .ablations import paired
 from .calibrate import decide
-from .compose import First
-from .explain import Patches, Word, explain
-from .judge import Judge
+from .composing import First
+from .explain import explain
 from .meme import CARD_SCHEMA, Debate, Meme
+from .reasons import Patches, Word
 from .text_judge import TextJudge
+
+if TYPE_CHECKING:  # a light judge needs no transformers
+    from .judge import Judge
 
 __all__ = ["AnyJudge", "Card", "detect", "load_judge", "score"]
 
-AnyJudge = TextJudge | Judge
+AnyJudge: TypeAlias = "TextJudge | Judge"
 Floats = NDArray[np.float64]
 CHUNK = 256
 _DIGITS = 6
@@ -90,8 +93,12 @@ class Card:
         return self.html()
 
 
-def load_judge(folder: str | Path) -> AnyJudge:
+def load_judge(folder: str | Path, device: str = "cpu") -> AnyJudge:
     """The judge of a folder, whichever kind it is.
+
+    Args:
+        folder: what `judge train` wrote.
+        device: where a fused judge computes; a light one needs none.
 
     Raises:
         CheckpointError: no judge there, or a damaged one.
@@ -108,7 +115,24 @@ def load_judge(folder: str | Path) -> AnyJudge:
         raise CheckpointError(f"{folder} holds no judge: config.json is missing or damaged") from error
     if kind is None:
         raise CheckpointError(f"{folder} holds no judge of ours; wanted one that `judge train` wrote")
-    return TextJudge.load(place) if kind == "text" else Judge.from_pretrained(place)
+    if kind == "text":
+        return TextJudge.load(place)
+    from fusion_core.device import resolve_device
+
+    from .judge import Judge
+
+    return Judge.from_pretrained(place).to(resolve_device(device))
+
+
+def check_judge(judge: Any) -> Any:
+    """A judge of either kind, as it is.
+
+    Raises:
+        InputError: something else.
+    """
+    if getattr(judge, "kind", None) not in ("text", "fused"):
+        raise InputError(f"judge is {type(judge).__name__}, wanted a TextJudge or a Judge")
+    return judge
 
 
 def score(
@@ -123,11 +147,10 @@ def score(
     """Scores (N,) of memes by either kind of judge."""
     if isinstance(judge, TextJudge):
         return judge.score_memes(memes, debates, first=first, calibrated=calibrated)
-    if isinstance(judge, Judge):  # pyright: ignore[reportUnnecessaryIsInstance]
-        from .fused import score_memes
+    fused = check_judge(judge)
+    from .fused import score_memes
 
-        return score_memes(judge, memes, debates, first=first, calibrated=calibrated, batch_size=batch_size)
-    raise InputError(f"judge is {type(judge).__name__}, wanted a TextJudge or a Judge")
+    return score_memes(fused, memes, debates, first=first, calibrated=calibrated, batch_size=batch_size)
 
 
 def detect(
@@ -159,8 +182,7 @@ def detect(
         ConfigError: a threshold outside [0, 1].
     """
     rows = list(memes)
-    if not isinstance(judge, TextJudge | Judge):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"judge is {type(judge).__name__}, wanted a TextJudge or a Judge")
+    check_judge(judge)
     if words < 0:
         raise ConfigError(f"words is {words}, wanted at least 0")
     calibration = judge.calibration

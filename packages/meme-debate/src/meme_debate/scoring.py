@@ -10,7 +10,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from fusion_core.errors import DataError, NonFiniteError, ShapeError, check_range
 
-__all__ = ["check_labels", "check_scores", "expected_calibration_error", "metrics", "reversed_labels"]
+__all__ = [
+    "check_labels",
+    "check_scores",
+    "expected_calibration_error",
+    "kappa",
+    "metrics",
+    "reversed_labels",
+]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -127,6 +134,22 @@ def _average_precision(scores: Floats, positive: NDArray[np.bool_]) -> float:
     hits = np.cumsum(positive[order])[last]
     called = np.flatnonzero(last) + 1
     return float(np.sum(np.diff(hits, prepend=0) * hits / called) / count)
+
+
+def kappa(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    """Cohen's kappa of two sets of decisions: 1 = always equal, 0 = as by chance, nan = both constant.
+
+    Args:
+        one: (N,) decisions.
+        other: (N,) decisions about the same memes.
+
+    Example:
+        >>> round(kappa(np.array([True, False, True]), np.array([True, False, False])), 3)
+        0.4
+    """
+    agreed = float((one == other).mean())
+    chance = float(one.mean() * other.mean() + (1 - one.mean()) * (1 - other.mean()))
+    return float("nan") if chance == 1 else (agreed - chance) / (1 - chance)
 
 
 def reversed_labels(found: Mapping[str, float]) -> str | None:

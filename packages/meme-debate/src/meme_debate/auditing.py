@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion_core.errors import ConfigError, DataError
+from fusion_core.errors import ConfigError, DataError, check_range
 from fusion_core.report import Report
 from fusion_core.stats import wilson
 
-from .ablations import paired
-from .detect import AnyJudge, score
+from .ablations import paired, splits_of
+from .detection import AnyJudge, score
 from .meme import Debate, Meme
-from .metrics import metrics, reversed_labels
+from .scoring import kappa, metrics, reversed_labels
 
 __all__ = ["AuditReport", "audit", "confounder_pairs", "swap_words"]
 
@@ -31,11 +31,11 @@ class AuditReport(Report):
     """What an audit found; ``rows`` are one line a check and group.
 
     Args:
-        gap: largest difference of false alarm rates between groups of at least ten harmless memes; nan =
-            none.
+        gap: largest difference of false alarm rates between groups of ten or more harmless memes; nan = none.
         flips: share of memes whose decision changes when words are swapped; nan = not tested.
         order: mean difference of the score between the harmful side first and last; nan = no debates.
         order_flips: share of memes whose decision depends on the order.
+        agreement: Cohen's kappa of the decisions and the people who labeled; nan = one class only.
         pairs: image-confounder pairs that are both right, as a share; nan = there are none.
         question: asked where the scores rank the wrong way round.
     """
@@ -44,12 +44,13 @@ class AuditReport(Report):
     flips: float = math.nan
     order: float = math.nan
     order_flips: float = math.nan
+    agreement: float = math.nan
     pairs: float = math.nan
     question: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document."""
-        names = ("gap", "flips", "order", "order_flips", "pairs")
+        names = ("gap", "flips", "order", "order_flips", "agreement", "pairs")
         numbers = {name: None if math.isnan(getattr(self, name)) else getattr(self, name) for name in names}
         return {**super().to_dict(), **numbers, "question": self.question}
 
@@ -106,7 +107,7 @@ def audit(
     swaps: Sequence[tuple[str, str]] = (),
     batch_size: int = 32,
 ) -> AuditReport:
-    """Error rates by group, counterfactual words, order of the statements, and image-confounder pairs.
+    """Error rates by group, agreement with people, counterfactual words, order, and image-confounder pairs.
 
     Args:
         memes: with labels; ``group`` says whom a meme is about.
@@ -127,7 +128,9 @@ def audit(
     for pair in swaps:
         if len(pair) != 2 or not all(word.strip() for word in pair) or pair[0].lower() == pair[1].lower():
             raise ConfigError(f"swaps holds {pair!r}, wanted pairs of two different words")
-    level = judge.calibration.threshold if threshold is None else threshold
+    level = judge.calibration.threshold
+    if threshold is not None:
+        level = check_range("threshold", threshold, 0.0, 1.0)
     truth = np.array([meme.label for meme in rows], np.int64)
     scores = score(judge, rows, found, batch_size=batch_size)
     called = scores >= level
@@ -137,6 +140,7 @@ def audit(
     rates = [line["false_alarms"] for line in lines[1:] if line["harmless"] >= LEAST]
     if len(rates) > 1:
         facts["gap"] = max(rates) - min(rates)
+    facts["agreement"] = _people(found, called, truth, lines)
     if swaps:
         facts["flips"] = _swapped(judge, rows, found, scores, level, swaps, lines, batch_size)
     if any(debate is not None for debate in found):
@@ -151,7 +155,8 @@ def audit(
              "rate": facts["pairs"]}
         )  # fmt: skip
         lines.append({"check": "confounders", "what": "ranked rightly", "memes": len(pairs), "rate": apart})
-    return AuditReport(title="Audit of a judge", rows=lines, **facts)
+    title = f"Audit of {judge.settings.name}, policy {judge.settings.policy}, {splits_of(rows)}"
+    return AuditReport(title=title, rows=lines, **facts)
 
 
 def _line(check: str, what: str, called: NDArray[np.bool_], truth: NDArray[np.int64]) -> dict[str, Any]:
@@ -173,6 +178,25 @@ def _line(check: str, what: str, called: NDArray[np.bool_], truth: NDArray[np.in
         "missed_low": miss_range and miss_range.low,
         "missed_high": miss_range and miss_range.high,
     }
+
+
+def _people(
+    debates: Sequence[Debate | None],
+    called: NDArray[np.bool_],
+    truth: NDArray[np.int64],
+    lines: list[dict[str, Any]],
+) -> float:
+    """Agreement with the labels beyond chance: the judge's, and the debating model's verdict's."""
+    found = kappa(called, truth == 1)
+    lines.append({"check": "people", "what": "judge and labels", "memes": len(truth), "kappa": found})
+    said = [i for i, debate in enumerate(debates) if debate is not None and debate.verdict is not None]
+    if said:
+        verdicts = np.array([getattr(debates[i], "verdict", 0) == 1 for i in said])
+        theirs = kappa(verdicts, truth[said] == 1)
+        lines.append({"check": "people", "what": "verdict and labels", "memes": len(said), "kappa": theirs})
+        both = kappa(verdicts, called[said])
+        lines.append({"check": "people", "what": "verdict and judge", "memes": len(said), "kappa": both})
+    return found
 
 
 def _groups(
