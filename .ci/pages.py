@@ -34,7 +34,7 @@ TUTORIALS = ROOT / "docs" / "tutorials"
 SHIM = "https://unpkg.com/iframe-worker/shim"
 
 _LINK = re.compile(
-    r"^(?P<indent> *)```.*?^(?P=indent)```|`[^`\n]+`|(?P<text>\]\()(?P<target>[^)\s]+)(?=\))", re.M | re.S
+    r"^(?P<indent> *)```(?!`).*?^(?P=indent)```|`[^`\n]+`|(?P<text>\]\()(?P<target>[^)\s]+)(?=\))", re.M | re.S
 )
 
 
@@ -50,11 +50,13 @@ class Site:
         folder: where the pages are written.
         pages: file of the repository -> page, relative to ``folder``, with slashes.
         files: other files of the repository that a page links to -> place.
+        under: page -> what is put under its title.
     """
 
     folder: Path
     pages: dict[Path, str] = field(default_factory=dict[Path, str])
     files: dict[Path, str] = field(default_factory=dict[Path, str])
+    under: dict[str, str] = field(default_factory=dict[str, str])
 
     def page(self, source: Path, target: str) -> str:
         """Take a Markdown file up as a page."""
@@ -69,7 +71,8 @@ class Site:
         """
         for source, target in self.pages.items():
             text = plain_fences(self.turned(source.read_text(encoding="utf-8"), source, target))
-            self.put(target, text)
+            title, rest = text.split("\n", 1)
+            self.put(target, f"{title}\n\n{self.under[target]}\n{rest}" if target in self.under else text)
         for source, target in self.files.items():
             (self.folder / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, self.folder / target)
@@ -118,6 +121,10 @@ def gather(site: Site) -> list[dict[str, Any]]:
 
     def of(member: Member) -> list[Any]:
         folder = member.path
+        beside = ["[API reference](api.md)", "[Changelog](changelog.md)"]
+        if member != CORE:
+            beside.insert(0, f"[Tutorial](../../tutorials/{member.name}.md)")
+        site.under[f"{folder}/index.md"] = " · ".join(beside) + "\n"
         return [
             site.page(member.directory / "README.md", f"{folder}/index.md"),
             {"API reference": f"{folder}/api.md"},
@@ -193,6 +200,7 @@ def build(out: Path) -> None:
         lists(site)
         for member in (CORE, *packages()):
             site.put(f"{member.path}/api.md", reference_page(member))
+        site.files[ROOT / "docs" / "site.css"] = "assets/site.css"
         site.write()
         config = Path(scratch) / "mkdocs.yml"
         made = Path(scratch) / "site"

@@ -16,6 +16,7 @@ BESIDE_ALL = {"kd_trilateral": ("integrations.transformers",), "ot_fusion": ("sp
 """Public submodules that ``__all__`` does not name, since few users need them."""
 
 KINDS = ("Functions", "Classes", "Settings", "Results", "Errors", "Data")
+_BARE = {"members": False, "show_root_heading": False}
 _ROOTS = {
     "fusion_core.config.Config": "Settings",
     "fusion_core.results.Result": "Results",
@@ -117,12 +118,12 @@ def reference_page(member: Member) -> str:
     """The Markdown of a package's reference, in the words of mkdocstrings."""
     listed = groups(member)
     first = _once(name for names in listed.values() for name in names)
-    lines = [f"# {member.name}: API reference", "", f"::: {member.module}", *_options(1, members=False)]
+    lines = [f"# {member.name}: API reference", "", f"::: {member.module}", *_options(1, **_BARE)]
     for heading, names in listed.items():
         module = heading if heading.startswith(f"{member.module}.") else None
         lines += ["", f"## {heading}" if module is None else f"## `{heading}`", ""]
         if module is not None:
-            lines += [f"::: {module}", *_options(2, members=False, show_root_heading=False)]
+            lines += [f"::: {module}", *_options(2, **_BARE)]
         package = loaded()[member.module]
         again: list[str] = []
         for name in names:
