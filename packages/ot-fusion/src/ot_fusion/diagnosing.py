@@ -78,11 +78,10 @@ def diagnose(
 
     Returns:
         A report with one row per map, and a verdict: more than 95 % of neurons matched with themselves means
-            that plain
-        averaging, task arithmetic or TIES are the tools to use.
+        that plain averaging, task arithmetic or TIES are the tools to use.
 
     Raises:
-        As :func:`ot_fusion.fuse`.
+        InputError, SpecError, ShapeError, DataError: as in :func:`ot_fusion.fuse`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -359,7 +359,7 @@ def align(
         The aligned model and the maps.
 
     Raises:
-        As :func:`fuse`.
+        InputError, SpecError, ShapeError, DataError: as in :func:`fuse`.
 
     Example:
         >>> a = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
