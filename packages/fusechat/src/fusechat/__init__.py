@@ -32,18 +32,19 @@ __all__ = [
     "merge",
 ]
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "FusionBatch": "targets",
-        "FusionCollator": "collate",
-        "FusionLoss": "objective",
-        "FusionTrainer": "trainer",
-        "LossOutput": "objective",
-        "Targets": "targets",
-        "TopKStore": "store",
-        "align": "align",
-        "collect": "collecting",
-        "merge": "merge",
-    },
-)
+if not TYPE_CHECKING:  # which would let a type checker take any name
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "FusionBatch": "targets",
+            "FusionCollator": "collate",
+            "FusionLoss": "objective",
+            "FusionTrainer": "trainer",
+            "LossOutput": "objective",
+            "Targets": "targets",
+            "TopKStore": "store",
+            "align": "align",
+            "collect": "collecting",
+            "merge": "merge",
+        },
+    )
