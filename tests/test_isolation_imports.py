@@ -1,4 +1,4 @@
-"""``import package`` in a fresh process: what it loads, and (reported, not asserted) what it costs."""
+"""What an import loads, in a fresh process; ``.ci/isolation.py`` measures what it costs."""
 
 import json
 import subprocess
@@ -9,30 +9,32 @@ import pytest
 from workspace import CORE, HEAVY, Member, members
 
 CODE = """
-import json, sys, time
-if {torch}:
-    import torch
-start = time.perf_counter()
-import {module}
-print(json.dumps([time.perf_counter() - start, sorted({{name.partition(".")[0] for name in sys.modules}})]))
+import json, sys
+import {modules}
+print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
 """
 
 
-def load(module: str, cwd: Path, *, torch: bool) -> tuple[float, list[str]]:
-    code = CODE.format(module=module, torch=torch)
+def loaded(cwd: Path, *modules: str) -> set[str]:
+    code = CODE.format(modules=", ".join(modules))
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True)
-    seconds, names = json.loads(done.stdout)
-    return seconds, names
+    return set(json.loads(done.stdout))
 
 
 @pytest.mark.parametrize("member", members(), ids=lambda member: member.name)
-def test_import_loads_nothing_heavy(member: Member, tmp_path: Path, record_property) -> None:
-    seconds, names = load(member.module, tmp_path, torch=True)
-    record_property("seconds_beside_torch", seconds)
-    print(f"import {member.module}: {seconds:.3f} s beside torch")
-    assert not set(HEAVY) & set(names)
+def test_import_loads_nothing_heavy(member: Member, tmp_path: Path) -> None:
+    names = loaded(tmp_path, member.module)
+    assert member.module in names
+    assert not set(HEAVY) & names
 
 
 def test_the_core_does_not_even_load_torch(tmp_path: Path) -> None:
-    _, names = load(CORE.module, tmp_path, torch=False)
-    assert not {"torch", "numpy", "rich", "typer", "pydantic"} & set(names)
+    assert not {"torch", "numpy", "rich", "typer", "pydantic"} & loaded(tmp_path, CORE.module)
+
+
+def test_the_command_and_reports_do_without_torch(tmp_path: Path) -> None:
+    names = loaded(
+        tmp_path, "fusion_core.command", "fusion_core.report", "fusion_core.bench", "fusion_core.config"
+    )
+    assert "rich" in names
+    assert "torch" not in names

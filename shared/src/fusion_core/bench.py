@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_core.checkpoint import atomic_write
+from fusion_core.atomic import atomic_write
 from fusion_core.demo import package_version
 from fusion_core.errors import ConfigError, FusionError, InputError
 from fusion_core.results import dump_json
