@@ -34,7 +34,8 @@ TUTORIALS = ROOT / "docs" / "tutorials"
 SHIM = "https://unpkg.com/iframe-worker/shim"
 
 _LINK = re.compile(
-    r"^(?P<indent> *)```(?!`).*?^(?P=indent)```|`[^`\n]+`|(?P<text>\]\()(?P<target>[^)\s]+)(?=\))", re.M | re.S
+    r"^(?P<indent> *)```(?!`).*?^(?P=indent)```|`[^`\n]+`|(?P<text>\]\()(?P<target>[^)\s]+)(?=\))",
+    re.M | re.S,
 )
 
 

@@ -1,4 +1,7 @@
+import os
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -60,6 +63,21 @@ def test_kill_when_kills_once_the_file_is_there(tmp_path):
 
 def test_kill_when_returns_the_code_of_a_process_that_ended_before(tmp_path):
     assert kill_when([sys.executable, "-c", "raise SystemExit(7)"], tmp_path / "never") == 7
+
+
+def _write(path, then):
+    path.write_text(os.environ["WORD"])
+    if then:
+        raise SystemExit(then)
+    time.sleep(60)
+
+
+def test_kill_when_takes_a_function_and_its_arguments(tmp_path):
+    mark, env = tmp_path / "mark.txt", {"WORD": "here"}
+    assert kill_when([_write, mark, 0], mark, env=env) == -signal.SIGKILL
+    assert mark.read_text() == "here"
+    assert "WORD" not in os.environ
+    assert kill_when([_write, mark, 7], tmp_path / "never", env=env) == 7
 
 
 def test_kill_when_gives_up_in_time(tmp_path):

@@ -1,9 +1,5 @@
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fusion_core.checkpoint import load_tensors
 from fusion_core.errors import CheckpointError, ConfigError, FusionError, InputError
-from fusion_core.testing import heed_ctrl_c, spawn
+from fusion_core.testing import spawn
 from fusion_core.training import Loop
 
 
@@ -171,38 +167,30 @@ def test_another_run_is_not_overwritten_and_not_continued(tmp_path):
     loop(tmp_path, model(), overwrite=True, steps=2).run(data(), step)
 
 
-SCRIPT = """
-import sys, time
-sys.path.insert(0, {here!r})
-import test_training as t
-def slow(net, batch):
-    open({flag!r}, "w").close()
-    time.sleep(0.05)
-    return t.step(net, batch)
-t.loop({out!r}, t.model(), steps=10_000, save_every=10_000).run(t.data(), slow)
-"""
+@pytest.fixture
+def heeded():
+    """Ctrl-C raises, although background jobs inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
-    flag, out = tmp_path / "flag", tmp_path / "run"
-    script = SCRIPT.format(here=str(Path(__file__).parent), flag=str(flag), out=str(out))
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c, text=True
-    )
-    try:
-        while not flag.exists():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert "KeyboardInterrupt" in errors
-    assert process.returncode != 0
-    resumed = loop(out, model(), resume=True, steps=10_000)
-    assert resumed.at.step >= 1
-    assert lines(out)[-1]["step"] == resumed.at.step
+def test_ctrl_c_finishes_the_step_and_saves(heeded, tmp_path):
+    finished = []
+
+    def interrupted(net, batch):
+        if not finished:
+            signal.raise_signal(signal.SIGINT)
+        finished.append(step(net, batch))
+        return finished[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(tmp_path, model(), steps=10_000, save_every=10_000).run(data(), interrupted)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = loop(tmp_path, model(), resume=True, steps=10_000)
+    assert resumed.at.step == 1
+    assert len(finished) == 2  # the step takes two batches
+    assert lines(tmp_path)[-1]["step"] == 1
 
 
 def _distributed(rank, out):

@@ -14,7 +14,7 @@ from fusion_core.errors import FusionError
 def main(name: str, out: str, seed: str, mode: str) -> None:
     """Run the demo of the installed method ``name`` into ``out``."""
     try:
-        run_demo(discover({}, name)[name], out, full=mode == "full", seed=int(seed))
+        run_demo(discover({}, [name])[name], out, full=mode == "full", seed=int(seed))
     except FusionError as error:  # a missing extra: the remedy says it all
         sys.stderr.write(f"{error}\n")
         sys.exit(2)

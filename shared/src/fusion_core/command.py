@@ -21,6 +21,7 @@ from fusion_core.demo import (
     Method,
     check_own,
     discover,
+    method_names,
     result_document,
     result_page,
     show,
@@ -147,16 +148,16 @@ def demo(
     quiet: cli.Quiet = False,
 ) -> None:
     """Run the demos, each in its own process, and put them on one page. Example: fusion demo -o results."""
-    from fusion_core.checkpoint import atomic_directory
+    from fusion_core.atomic import atomic_directory
     from fusion_core.results import dump_json
 
     broken: dict[str, str] = {}
-    methods = discover(broken)
-    known = sorted({*methods, *broken})
+    known = method_names()
     unknown = [name for name in names or [] if name not in known]
     if unknown:
         raise InputError(f"no method {', '.join(unknown)} is installed, only: {', '.join(known) or 'none'}")
     check_own(out, SCHEMA)
+    methods = discover(broken, names or None)
     with atomic_directory(out, overwrite=True) as place:
         results: list[dict[str, Any]] = []
         for name in track(list(dict.fromkeys(names or known)), "demos", enabled=False if quiet else None):

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -95,19 +95,24 @@ def package_version(package: str) -> str:
         return "not installed"
 
 
-def discover(broken: dict[str, str] | None = None, only: str | None = None) -> dict[str, Method]:
+def method_names() -> list[str]:
+    """The names of the installed methods, sorted; none is loaded."""
+    return sorted({entry.name for entry in entry_points(group=GROUP)})
+
+
+def discover(broken: dict[str, str] | None = None, only: Collection[str] | None = None) -> dict[str, Method]:
     """The installed methods by name, sorted.
 
     Args:
-        only: load this one and no other.
         broken: takes name -> reason of entry points that do not load; without it they are warned of.
+        only: load these and no others.
 
     Example:
         >>> all(isinstance(method, Method) for method in discover({}).values())
         True
     """
     found: dict[str, Method] = {}
-    entries = entry_points(group=GROUP, name=only) if only else entry_points(group=GROUP)
+    entries = [entry for entry in entry_points(group=GROUP) if only is None or entry.name in only]
     for entry in sorted(entries, key=lambda entry: entry.name):
         try:
             method = entry.load()
@@ -180,7 +185,7 @@ def write_result(
     Raises:
         DataError: a picture is not in ``out``.
     """
-    from fusion_core.checkpoint import atomic_write
+    from fusion_core.atomic import atomic_write
     from fusion_core.results import dump_json
 
     for figure in demo.figures:
@@ -220,7 +225,7 @@ def run_demo(
     Raises:
         InputError: ``out`` holds something else.
     """
-    from fusion_core.checkpoint import atomic_directory
+    from fusion_core.atomic import atomic_directory
     from fusion_core.results import dump_json
 
     check_own(out, SCHEMA)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fusion_core.checkpoint import atomic_directory, atomic_write
+from fusion_core.atomic import atomic_directory, atomic_write
 from fusion_core.comparison import Cell, Comparison, Metric, data_console
 from fusion_core.errors import InputError, MissingExtraError
 from fusion_core.results import dump_json, plain

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion_core.checkpoint import atomic_directory, atomic_write
+from fusion_core.atomic import atomic_directory, atomic_write
 from fusion_core.errors import InputError
 from fusion_core.stats import Interval
 

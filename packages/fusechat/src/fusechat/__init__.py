@@ -36,21 +36,22 @@ __all__ = [
     "merge",
 ]
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "AlignmentError": "errors",
-        "FusionBatch": "targets",
-        "FusionCollator": "collate",
-        "FusionLoss": "objective",
-        "FusionTrainer": "trainer",
-        "IncompatibleCheckpoints": "errors",
-        "LossOutput": "objective",
-        "Targets": "targets",
-        "TopKStore": "store",
-        "UnsupportedTokenizer": "errors",
-        "align": "align",
-        "collect": "collecting",
-        "merge": "merge",
-    },
-)
+if not TYPE_CHECKING:  # which would let a type checker take any name
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "AlignmentError": "errors",
+            "FusionBatch": "targets",
+            "FusionCollator": "collate",
+            "FusionLoss": "objective",
+            "FusionTrainer": "trainer",
+            "IncompatibleCheckpoints": "errors",
+            "LossOutput": "objective",
+            "Targets": "targets",
+            "TopKStore": "store",
+            "UnsupportedTokenizer": "errors",
+            "align": "align",
+            "collect": "collecting",
+            "merge": "merge",
+        },
+    )

@@ -49,24 +49,25 @@ __all__ = [
     "merge_task_vectors",
 ]
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "ContextLengthError": "errors",
-        "EmptySupportError": "errors",
-        "Expert": "member",
-        "FusedCache": "cache",
-        "FusedModel": "model",
-        "FusionConfig": "config",
-        "FusionLogitsProcessor": "processor",
-        "FusionStep": "fuse",
-        "FusionTrace": "trace",
-        "NonFiniteLogitsError": "errors",
-        "Scores": "score",
-        "UnpairedExpertWarning": "errors",
-        "VocabularyMismatchError": "errors",
-        "check_vocabulary": "vocab",
-        "fuse_logits": "fuse",
-        "merge_task_vectors": "task_vectors",
-    },
-)
+if not TYPE_CHECKING:  # which would let a type checker take any name
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "ContextLengthError": "errors",
+            "EmptySupportError": "errors",
+            "Expert": "member",
+            "FusedCache": "cache",
+            "FusedModel": "model",
+            "FusionConfig": "config",
+            "FusionLogitsProcessor": "processor",
+            "FusionStep": "fuse",
+            "FusionTrace": "trace",
+            "NonFiniteLogitsError": "errors",
+            "Scores": "score",
+            "UnpairedExpertWarning": "errors",
+            "VocabularyMismatchError": "errors",
+            "check_vocabulary": "vocab",
+            "fuse_logits": "fuse",
+            "merge_task_vectors": "task_vectors",
+        },
+    )

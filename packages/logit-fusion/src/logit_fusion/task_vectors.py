@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,50 @@ from fusion_core.shards import ShardReader, ShardWriter
 __all__ = ["merge_task_vectors"]
 
 State = Mapping[str, Tensor]
-Source = nn.Module | State | str | os.PathLike[str]
+Folder = str | os.PathLike[str]
+Source = nn.Module | State | Folder
+Model = TypeVar("Model", bound=nn.Module)
+Scales = float | Sequence[float]
+
+
+@overload
+def merge_task_vectors(
+    base: Model,
+    experts: Sequence[nn.Module] | Mapping[str, nn.Module],
+    lam: Scales = 0.3,
+    *,
+    out: None = None,
+    shard_bytes: int = ...,
+    progress: bool | None = None,
+) -> Model: ...
+@overload
+def merge_task_vectors(
+    base: State,
+    experts: Sequence[State] | Mapping[str, State],
+    lam: Scales = 0.3,
+    *,
+    out: None = None,
+    shard_bytes: int = ...,
+    progress: bool | None = None,
+) -> dict[str, Tensor]: ...
+@overload
+def merge_task_vectors(
+    base: Folder,
+    experts: Sequence[Folder] | Mapping[str, Folder],
+    lam: Scales = 0.3,
+    *,
+    out: Folder,
+    shard_bytes: int = ...,
+    progress: bool | None = None,
+) -> Path: ...
 
 
 def merge_task_vectors(
     base: Source,
     experts: Sequence[Source] | Mapping[str, Source],
-    lam: float | Sequence[float] = 0.3,
+    lam: Scales = 0.3,
     *,
-    out: str | os.PathLike[str] | None = None,
+    out: Folder | None = None,
     shard_bytes: int = 5 * 10**9,
     progress: bool | None = None,
 ) -> Any:

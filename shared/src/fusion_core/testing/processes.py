@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+_Reference = tuple[str, str | None, str]
+
 
 @dataclass(frozen=True, slots=True)
 class Completed:
@@ -71,7 +73,7 @@ def heed_ctrl_c() -> None:
 
 
 def kill_when(
-    command: Sequence[str | os.PathLike[str]],
+    command: Sequence[Any],
     file_exists: str | os.PathLike[str],
     *,
     timeout: float = 60.0,
@@ -80,7 +82,8 @@ def kill_when(
     """Start a process and kill it, without a chance to clean up, once a file is there.
 
     Args:
-        command: the program and its arguments.
+        command: the program and its arguments; or a function at the top of a module and its arguments, which
+            pickle can carry: it runs in a process that has PyTorch loaded from the start.
         file_exists: path or glob pattern to wait for.
         timeout: seconds until the process is killed anyway.
         env: added to the environment.
@@ -91,7 +94,11 @@ def kill_when(
     Raises:
         TimeoutError: the file did not appear in time.
     """
-    process = subprocess.Popen([os.fspath(word) for word in command], env={**os.environ, **(env or {})})  # noqa: S603
+    if callable(command[0]):
+        process = _Forked(_reference(command[0]), tuple(command[1:]), dict(env or {}))
+    else:
+        words = [os.fspath(word) for word in command]
+        process = subprocess.Popen(words, env={**os.environ, **(env or {})})  # noqa: S603
     end = time.monotonic() + timeout
     try:
         while process.poll() is None:
@@ -102,8 +109,33 @@ def kill_when(
             time.sleep(0.002)
     finally:
         process.kill()
-        process.wait()
-    return process.returncode
+        code = process.wait()
+    return code
+
+
+class _Forked:
+    """A function in a process of its own, with the methods of ``Popen`` that are needed here."""
+
+    def __init__(self, fn: _Reference, args: tuple[Any, ...], env: dict[str, str]) -> None:
+        import torch.multiprocessing as multiprocessing
+
+        self._process = _context(multiprocessing).Process(target=_called, args=(fn, args, env), daemon=True)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _called(fn: _Reference, args: tuple[Any, ...], env: dict[str, str]) -> None:
+    os.environ.update(env)
+    _found(*fn)(*args)
 
 
 def spawn(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -132,7 +164,7 @@ def spawn(fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: floa
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         context = _context(multiprocessing)
-        job = ((fn.__module__, inspect.getsourcefile(fn), fn.__qualname__), world_size, port, folder, args)
+        job = (_reference(fn), world_size, port, folder, args)
         processes: list[Any] = [
             context.Process(target=_member, args=(rank, *job), daemon=True) for rank in range(world_size)
         ]
@@ -174,6 +206,10 @@ def _context(multiprocessing: Any) -> Any:
     return context
 
 
+def _reference(fn: Callable[..., Any]) -> _Reference:
+    return fn.__module__, inspect.getsourcefile(fn), fn.__qualname__
+
+
 def _found(module: str, file: str | None, name: str) -> Callable[..., Any]:
     """A function by its module's name, or by its file: pytest gives modules names that only it can import."""
     try:
@@ -188,7 +224,7 @@ def _found(module: str, file: str | None, name: str) -> Callable[..., Any]:
 
 
 def _member(
-    rank: int, fn: tuple[str, str | None, str], world_size: int, port: int, folder: str, args: tuple[Any, ...]
+    rank: int, fn: _Reference, world_size: int, port: int, folder: str, args: tuple[Any, ...]
 ) -> None:
     import torch
     import torch.distributed as distributed
