@@ -1,8 +1,8 @@
 """Docstrings as the site shows them: a Griffe extension for roles and examples.
 
-Docstrings name other objects by roles (``:class:`Config```), which are no Markdown. A role becomes a link where
-its target has a place in the reference, and plain code elsewhere. ``Example:`` becomes ``Examples:``, which Griffe
-shows as code.
+Docstrings name other objects by roles (``:class:`Config```), which are no Markdown. A role becomes a link
+where its target has a place in the reference, and plain code elsewhere. ``Example:`` becomes ``Examples:``,
+which Griffe shows as code.
 """
 
 from __future__ import annotations

@@ -4,14 +4,16 @@
     uv run --group docs python .ci/pages.py --out site --serve    and show it on this machine
 
 Every page is made at build time, of a file that readers of the repository see as well, or of docstrings. The
-generator is Material for MkDocs, which gets fixes until May 2027. Its authors' successor, Zensical, reads the same
-settings, and no plugin or hook of ours would have to move: everything of our own happens before and after the
-generator. It stays away for now because its releases from 0.0.74 on cannot be installed from every registry.
+generator is Material for MkDocs, which gets fixes until May 2027. Its authors' successor, Zensical, reads the
+same settings, and no plugin or hook of ours would have to move: everything of our own happens before and
+after the generator. It stays away for now because its releases from 0.0.74 on cannot be installed from every
+registry.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import http.server
 import os
@@ -31,7 +33,7 @@ from workspace import CORE, ROOT, Member, packages
 
 SETTINGS = ROOT / "docs" / "mkdocs.yml"
 TUTORIALS = ROOT / "docs" / "tutorials"
-SHIM = "https://unpkg.com/iframe-worker/shim"
+SHIM = re.compile(r"https://[^\s\"'<>]+/iframe-worker/shim")
 
 _LINK = re.compile(
     r"^(?P<indent> *)```(?!`).*?^(?P=indent)```|`[^`\n]+`|(?P<text>\]\()(?P<target>[^)\s]+)(?=\))",
@@ -221,7 +223,7 @@ def localize(site: Path) -> None:
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
         own = posixpath.relpath("assets/worker.js", path.parent.relative_to(site).as_posix())
-        path.write_text(text.replace(SHIM, own), encoding="utf-8")
+        path.write_text(SHIM.sub(own, text), encoding="utf-8")
     shutil.copyfile(ROOT / "docs" / "worker.js", site / "assets" / "worker.js")
 
 
@@ -269,10 +271,8 @@ def serve(folder: Path, port: int) -> None:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
         print(f"http://127.0.0.1:{port}/  (Ctrl-C ends it)")
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            pass
 
 
 def main() -> int:

@@ -1,9 +1,10 @@
-"""What READMEs and tutorials show works: snippets run and print what is shown, options are those of ``--help``.
+"""What READMEs and tutorials show works: snippets run and print what is shown, options are in ``--help``.
 
 The snippets of one file share a namespace and an empty working directory, in order. A fence that says
-```` ```python no-run REASON ```` is left out; what a snippet prints is compared with the ```` ```text output ````
-after it, see ``.ci/fences.py``. Of a command line that starts with one of our console scripts the verb must
-exist and its help must name every long option that the line uses.
+```` ```python no-run REASON ```` is left out; what a snippet prints is compared with the
+```` ```text output ```` after it, see ``.ci/fences.py``. Of a command line that
+starts with one of our console scripts the verb must exist and its help must name every long option that the
+line uses.
 """
 
 import contextlib

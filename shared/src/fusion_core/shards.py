@@ -117,7 +117,7 @@ def read_header(path: PathLike) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if length > size - 8:
                 raise CheckpointError(f"{path} is not a safetensors file")
             header: dict[str, Any] = json.loads(handle.read(length))
-        metadata: dict[str, str] = dict(header.pop("__metadata__", {}))
+        metadata: dict[str, Any] = dict(header.pop("__metadata__", {}))
         if not all(isinstance(text, str) for text in metadata.values()):
             raise TypeError("metadata")
         found: dict[str, TensorInfo] = {}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusion_core.atomic import PathLike
 from fusion_core.errors import FusionError, InputError, require_extra
 from fusion_core.onnx import export_onnx as core_export
+from fusion_core.results import Result
 from gvdepth.camera import Camera
 from gvdepth.modeling import GVDepth
 

@@ -275,9 +275,14 @@ class TrainConfig(Config):
             fusion: which of the paper's networks.
             **changes: fields to set anew.
         """
-        made: dict[str, Any] = {"model": FusionConfig.official(fusion), "augment": "official", "seed": 1}
+        made: dict[str, Any] = {
+            "model": FusionConfig.official(fusion),
+            "augment": "official",
+            "seed": 1,
+            "mixed_precision": "fp16",
+        }
         made |= {"lr": 1e-4, "epochs": 60} if fusion == "late" else {}
-        return cls(**({"mixed_precision": "fp16"} | made | changes))
+        return cls(**(made | changes))
 
 
 def dropout_chances(config: TrainConfig) -> Mapping[str, float]:

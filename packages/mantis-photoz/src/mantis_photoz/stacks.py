@@ -45,7 +45,7 @@ def windows() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         seen = match_psf(flux, (_SHARP,), float(np.mean(survey.psf_fwhm)), SCALE)
         target = Tan.centered(ra, dec, pixels=survey.pixels, scale=survey.pixel_scale)
         rows = [torch.tensor([tan.row()], dtype=torch.float64) for tan in (source, target)]
-        images[name] = resample(seen, rows[0], rows[1], (survey.pixels,) * 2, outside=0.0)
+        images[name] = resample(seen, rows[0], rows[1], (survey.pixels, survey.pixels), outside=0.0)
         places[name] = rows[1]
     return images, places
 
