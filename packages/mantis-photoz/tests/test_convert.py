@@ -133,3 +133,24 @@ def test_what_the_authors_do_not_have_is_refused() -> None:
     config = FusionConfig.official("late", encoders=encoders, missing="mask")
     with pytest.raises(CheckpointError, match="no fusion 'late' with missing 'mask'"):
         to_official({}, config)
+
+
+class _Trap:
+    """What a pickle can do when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_of_a_checkpoint_is_run(tmp_path: Path) -> None:
+    """B20: the authors unpickle their weights; here a file with more than tensors is refused."""
+    torch.save(
+        {"state_dict": {"fc0.weight": torch.zeros(2, 2)}, "more": _Trap(tmp_path / "was run")},
+        tmp_path / "x.pt",
+    )
+    with pytest.raises(CheckpointError):
+        load_official(tmp_path / "x.pt")
+    assert not (tmp_path / "was run").exists()

@@ -106,6 +106,10 @@ def test_everything_comes_once(tmp_path):
         assert (found.files, found.fetched, found.failures) == (28, 28, {})
         assert max(asked(server).values()) == 1
         assert len(server.requests) == found.requests == 29  # one table for all positions (bug B6)
+        scales = {
+            parse_qs(urlsplit(r.path).query)["pixscale"][0] for r in server.requests if "unwise" in r.path
+        }
+        assert scales == {"2.75"}  # bug B4: 1.5 in the authors' live service
         agents = {request.headers["user-agent"] for request in server.requests}
         assert all(agent.startswith("mantis-photoz/") for agent in agents)
         again = run(server, catalog, tmp_path / "c", resume=True)

@@ -257,6 +257,17 @@ def test_official_settings() -> None:
         assert FusionConfig.from_dict(made.to_dict()) == made
 
 
+def test_the_inputs_are_those_of_the_fusion() -> None:
+    """Section 5.1's example says nothing of inputs: late fusion keeps the pixels that early fusion crops."""
+    encoders = {"ps1": "small-4", "galex": "small-4", "unwise": "small-4"}
+    late = FusionConfig(fusion="late", encoders=encoders, align="native")
+    assert late.inputs == FusionConfig.official("late").inputs
+    assert FusionConfig().inputs["galex"].side == 22
+    own = late.replace(inputs={name: one.to_dict() for name, one in FusionConfig().inputs.items()})
+    assert own.inputs["galex"].side == 22
+    assert FusionConfig.from_dict({"fusion": "late", "encoders": encoders, "align": "native"}) == late
+
+
 def test_official_training() -> None:
     """Section 2.6: what the authors' launch scripts say."""
     early, late = TrainConfig.official(), TrainConfig.official("late", epochs=2)

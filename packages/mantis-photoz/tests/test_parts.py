@@ -14,7 +14,13 @@ from fusion_core.seeding import generator
 from mantis_photoz import attribution, losses, photometry, shapley
 from mantis_photoz.errors import CheckpointError, DataError
 from mantis_photoz.grid import grid_nodes, training_edges
-from mantis_photoz.ood import OutOfDistribution, energy_score, neighbour_distance, view_disagreement
+from mantis_photoz.ood import (
+    OutOfDistribution,
+    energy_score,
+    neighbour_distance,
+    neighbour_rank,
+    view_disagreement,
+)
 from mantis_photoz.pdf import BinnedPDF
 from mantis_photoz.samplers import WeightedSampler, cell_labels, class_weights, sampler_weights
 
@@ -216,6 +222,28 @@ def test_photometry_of_planes():
     assert features[0, 6:8].tolist() == [0.1, 0.2]
 
 
+def test_what_sep_cannot_measure_is_forced(monkeypatch):
+    """B15: where a routine of SEP fails the authors return NaN, and call a forced flux none."""
+    sep = pytest.importorskip("sep")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32] - 16.0
+    plane = 50 * np.exp(-(x**2 + y**2) / 8) + rng.normal(0, 0.5, (32, 32))
+    assert not photometry.measure_plane(plane)[1]
+
+    def fails(*_, **__):
+        raise Exception("internal pixel buffer full")
+
+    for name in ("extract", "kron_radius", "sum_ellipse"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sep, name, fails)
+            flux, forced = photometry.measure_plane(plane)
+        assert forced, name
+        assert flux == pytest.approx(50 * 2 * np.pi * 4, rel=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sep, "sum_ellipse", lambda *_: (np.array([np.nan]), None, None))
+        assert photometry.measure_plane(plane)[1]
+
+
 def test_photometry_names_its_extra(monkeypatch):
     import builtins
 
@@ -261,6 +289,11 @@ def test_out_of_distribution():
     logits = torch.tensor([[0.0, 0.0], [5.0, 5.0]])
     assert energy_score(logits)[0] > energy_score(logits)[1]
     assert neighbour_distance(features[:2], features, k=1).abs().max() < 1e-5
+    ranks = neighbour_rank(
+        features[:300] + 0.01, features[300:], k=5
+    )  # as near to the others as those to each other
+    assert float(ranks.mean()) == pytest.approx(0.5, abs=0.06)
+    assert neighbour_rank(features[:5] + 100, features, k=5).tolist() == [1.0] * 5
     edges = np.linspace(0, 1, 3)
     pair = [BinnedPDF(edges, np.array([[1.0, 0.0]])), BinnedPDF(edges, np.array([[0.0, 1.0]]))]
     assert view_disagreement(pair)[0] == pytest.approx(0.25)

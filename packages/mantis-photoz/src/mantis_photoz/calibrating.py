@@ -30,6 +30,7 @@ __all__ = [
     "check_place",
     "feature_source",
     "fit",
+    "parse_widths",
     "save",
 ]
 
@@ -164,6 +165,22 @@ def fit(
         )
     near = {"features": given, "neighbours": max(2, min(200, len(data.z) // 4)), "source": data.source}
     return calibrate.fit(data.pdf, data.z, kinds, nearest=near)
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Widths by commas.
+
+    Raises:
+        ConfigError: not one or more numbers above 0.
+
+    Example:
+        >>> parse_widths("64,32")
+        (64, 32)
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(f"--hidden is {text!r}, wanted widths such as 128,128")
+    return tuple(map(int, parts))
 
 
 def check_place(path: str | os.PathLike[str], kinds: Sequence[str]) -> None:

@@ -120,6 +120,9 @@ def calibrate(
         typer.Option("--features", help="Of nearest and calpit: Kron fluxes (needs SEP), or a hidden layer."),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Of calpit, at most.")] = 100,
+    hidden: Annotated[
+        str, typer.Option("--hidden", help="Widths of calpit; the authors' are 1024,1024,1024,1024.")
+    ] = "128,128,128",
     tta: Tta = "none",
     batch_size: cli.BatchSize = 64,
     limit: cli.Limit = None,
@@ -142,6 +145,7 @@ def calibrate(
     calibrating.check_kinds(kinds)
     calibrating.check_place(out, kinds)
     source = calibrating.feature_source(kinds, features)
+    widths = calibrating.parse_widths(hidden)
     if out.exists() and not overwrite:
         raise InputError(f"--out {out} is there already; pass --overwrite, or name another file")
     place = needed(cutouts)
@@ -157,7 +161,7 @@ def calibrate(
     )
     if data.left_out:
         sys.stderr.write(f"{data.left_out} objects left out: no finite {truth}, or no density\n")
-    made = calibrating.fit(data, kinds, epochs=epochs, seed=seed, progress=bar)
+    made = calibrating.fit(data, kinds, epochs=epochs, hidden=widths, seed=seed, progress=bar)
     facts: dict[str, Any] = {"objects": len(data.z), "kinds": kinds, "features": source}
     calibrating.save(made, out, **facts, model=photoz.name, catalogue=catalog.name, truth=truth)
     pits = {"raw": data.pdf.pit(data.z), "recalibrated": made(data.pdf, data.features).pit(data.z)}

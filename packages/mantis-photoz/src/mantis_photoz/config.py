@@ -69,7 +69,7 @@ class FusionConfig(Config):
             ``"hybrid"`` (an encoder each, attention between their feature maps), ``"report"`` (early, with
             the
             report's head).
-        inputs: survey -> its input, in the order of the channels.
+        inputs: survey -> its input, in the order of the channels; the authors' of this fusion by default.
         encoders: survey, or ``"early"``, -> ``"small-WIDTH"`` (ours), ``"resnet50-report"``, or a timm model.
         bins: classes K of the density.
         z_max: nodes are k z_max / K.
@@ -97,7 +97,7 @@ class FusionConfig(Config):
     """
 
     fusion: Fusion = "early"
-    inputs: dict[str, SurveyInput] = field(default_factory=lambda: official_inputs(EARLY))
+    inputs: dict[str, SurveyInput] = field(default_factory=lambda: _OfficialInputs())
     encoders: dict[str, str] = field(default_factory=lambda: {EARLY: "convnext_large"})
     bins: int = 400
     z_max: float = 1.6
@@ -118,6 +118,8 @@ class FusionConfig(Config):
     data: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.inputs, _OfficialInputs):
+            object.__setattr__(self, "inputs", official_inputs(self.fusion))
         if not self.inputs:
             raise ConfigError("inputs is empty, wanted at least one survey")
         if min(self.bins, self.hidden, self.size, self.attention_layers, self.attention_width) < 1:
@@ -180,6 +182,10 @@ class FusionConfig(Config):
         if fusion == "report":
             made |= {"encoders": {EARLY: "resnet50-report"}, "bins": 200, "z_max": 1.0, "hidden": 1024}
         return cls(**(made | changes))
+
+
+class _OfficialInputs(dict[str, SurveyInput]):
+    """Stands for the authors' inputs of whatever fusion the settings say."""
 
 
 def official_inputs(fusion: Fusion) -> dict[str, SurveyInput]:

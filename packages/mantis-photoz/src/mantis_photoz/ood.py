@@ -14,7 +14,7 @@ from mantis_photoz.arrays import Array, as_tensor, quantile, to_numpy, wide
 from mantis_photoz.errors import CheckpointError, DataError
 from mantis_photoz.pdf import BinnedPDF
 
-__all__ = ["OutOfDistribution", "energy_score", "neighbour_distance", "view_disagreement"]
+__all__ = ["OutOfDistribution", "energy_score", "neighbour_distance", "neighbour_rank", "view_disagreement"]
 
 _RANKS = 1001  # training distances are kept as this many quantiles
 
@@ -30,6 +30,18 @@ def neighbour_distance(
     """Distance to the k-th nearest training object in feature space; higher is stranger."""
     check_range("k", k, 1, max(len(training), 1))
     return torch.cdist(wide(features), wide(training)).kthvalue(k, dim=-1).values
+
+
+def neighbour_rank(
+    features: Float[Tensor, "batch features"], training: Float[Tensor, "n features"], k: int = 10
+) -> Float[Tensor, " batch"]:
+    """Share of training objects that lie nearer to their own k-th neighbour; 1 = stranger than all of them."""
+    check_range("k", k, 1, max(len(training) - 1, 1))
+    own = (
+        neighbour_distance(training, training, k + 1).sort().values
+    )  # the first neighbour is the object itself
+    found = neighbour_distance(features, training, k)
+    return torch.searchsorted(own, found, right=True).to(found) / len(own)
 
 
 def view_disagreement(views: list[BinnedPDF]) -> Any:
