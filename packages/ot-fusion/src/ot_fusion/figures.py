@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fusion_core.atomic import PathLike
+from fusion_core.atomic import PathLike, atomic_write
 from fusion_core.errors import require_extra
 from fusion_core.report import Figure, Report
 from ot_fusion.metrics import Curve
@@ -32,6 +32,12 @@ def _sorted(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return matrix[np.argsort(centre, kind="stable")]
 
 
+def _save(figure: Any, path: Path) -> None:
+    """Write a picture, whole or not at all."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
 def map_figure(maps: Mapping[str, Plan], path: Path, *, most: int = 3) -> Figure:
     """Heat maps of some maps, as they are and with the source's neurons sorted by their partners.
 
@@ -51,7 +57,7 @@ def map_figure(maps: Mapping[str, Plan], path: Path, *, most: int = 3) -> Figure
             axes[row][column].set_xlabel("anchor neuron")
             axes[row][column].set_ylabel("source neuron")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
     plt.close(figure)
     return Figure(
         path,
@@ -77,7 +83,7 @@ def barrier_figure(curves: Mapping[str, Curve], path: Path, label: str) -> Figur
     ax.legend()
     ax.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
     plt.close(figure)
     return Figure(
         path,
@@ -101,7 +107,7 @@ def cost_figure(rows: list[dict[str, Any]], path: Path) -> Figure:
     ax.invert_yaxis()
     ax.set_xlabel("transport cost (of the normalised ground cost)")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
     plt.close(figure)
     return Figure(
         path, "Transport cost of every map", "Low: the two models' layers hold much the same features."
