@@ -16,7 +16,10 @@ TEMPORARY = re.compile(r"(^|/)\.[^/]+\.(tmp|old)(/|$)|\.partial(/|$)|-(wal|shm|j
 """Names of work under way: a temporary sibling, a shard without its name, SQLite's own files."""
 APPENDED = ("manifest.jsonl", "metrics.jsonl")
 """Lists that grow line by line; their readers drop a last line that was cut off."""
-TIMES = (rb'("(?:seconds|date|created|started|finished|ours_s|reference_s|train_runtime)": )[^,\n}]+',)
+TIMES = (
+    rb'("seconds": )\{[^}]*\}',
+    rb'("(?:seconds|date|created|started|finished|ours_s|reference_s|train_runtime)": )[^,\n}]+',
+)
 """What differs between two runs of any command."""
 
 

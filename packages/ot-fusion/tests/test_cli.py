@@ -143,6 +143,20 @@ def test_verify_spec_and_its_gate(place, tmp_path):
     assert "Heads" in traced.stdout
 
 
+def test_a_curve_that_was_cut_off_is_not_there(place, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def stops(self, file, **_):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", stops)
+    words = ["--steps", "2", "--plain", "--data", place / "labelled.npz", "--out", tmp_path / "curve.png"]
+    done = run_cli(main, "interpolate", place / "a", place / "b", *words)
+    assert done.code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_interpolate(place, tmp_path):
     done = run_cli(
         main,
