@@ -143,7 +143,7 @@ def test_depth_files(tmp_path):
 
 def test_data_by_name(tmp_path):
     assert open_data("simulated:A").count == 32
-    assert (open_data("simulated:F:5:9").count, open_data("simulated:F:5:9").size) == (5, 1.3)
+    assert (open_data("simulated:F:5:9").count, open_data("simulated:F:5:9").object_size) == (5, 1.3)
     assert isinstance(open_data("simulated:A:9", limit=2), Subset)
     for spec in ("simulated:Z", "simulated:A:x", "kitti:", "video:x", "nowhere"):
         with pytest.raises(InputError, match="wanted"):

@@ -35,7 +35,7 @@ def neighbour_distance(
 def neighbour_rank(
     features: Float[Tensor, "batch features"], training: Float[Tensor, "n features"], k: int = 10
 ) -> Float[Tensor, " batch"]:
-    """Share of training objects that lie nearer to their own k-th neighbour; 1 = stranger than all of them."""
+    """Share of training objects nearer to their own k-th neighbour; 1 = stranger than all of them."""
     check_range("k", k, 1, max(len(training) - 1, 1))
     own = (
         neighbour_distance(training, training, k + 1).sort().values

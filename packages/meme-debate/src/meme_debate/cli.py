@@ -108,9 +108,7 @@ def debate(
     on_error: OnError = "skip",
     device: cli.Device = "auto",
     limit: cli.Limit = None,
-    shard: Annotated[
-        str | None, typer.Option("--shard", help="i/n: only this share of the memes, counted from 0.")
-    ] = None,
+    shard: cli.Shard = None,
     resume: cli.Resume = False,
     overwrite: cli.Overwrite = False,
     json: cli.Json = False,
