@@ -5,21 +5,26 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
-from fusion_core.errors import CheckpointError, MissingExtraError
+from fusion_core.errors import CheckpointError, FusionError, MissingExtraError
 from meme_debate import demo_claims as words
 from meme_debate import experiment as demonstration
-from meme_debate import prompts, stand_in
+from meme_debate import prompts, stand_in_memes
 from meme_debate.demo_pages import choose_cards, reliability
 from meme_debate.detection import detect
+from meme_debate.encoding import pixels_of
 from meme_debate.fused import score_memes
 from meme_debate.policy import Policy
-from meme_debate.shipped import load_judges, save_judges
-from meme_debate.stand_in import HELD_OUT, KNOWN, debater, make_memes, read_pixels
+from meme_debate.shipped import checkpoint, load_judges, save_judges, shipped_tokenizer
+from meme_debate.stand_in import make_judge
+from meme_debate.stand_in_memes import HELD_OUT, KNOWN, PIXELS, make_memes
 from meme_debate.stand_in_server import BIG_WORDS, LARGE, REFUSAL, Script, view
+from meme_debate.stand_in_work import SCALES, Worker
 
 pytest.importorskip("skimage", reason="needs the extra demo")
 pytest.importorskip("matplotlib", reason="needs the extra demo")
@@ -44,7 +49,7 @@ def test_the_label_is_the_pair_and_neither_half_tells_it(tmp_path):
 
 
 def test_scikit_image_is_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(stand_in, "find_spec", lambda name: None)
+    monkeypatch.setattr(stand_in_memes, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r'pip install "meme-debate\[demo\]"'):
         make_memes(tmp_path, 4)
 
@@ -79,39 +84,36 @@ def test_the_server_answers_the_real_prompts():
     script = Script({digest: "rocket"})
     said = view("rocket", "what a giant", digest, 3)
     for side in ("harmful", "harmless"):
-        status, document = script.answer(messages(prompts.stance(side, Policy())))
-        assert status == 200
+        document = script.answer(messages(prompts.stance(side, Policy())))
         text = document["choices"][0]["message"]["content"]
         assert text == (REFUSAL if side == said.refuses else said.statements[side])
     for a, b in (("harmful", "harmless"), ("harmless", "harmful")):
         task = prompts.verdict(said.statements[a], said.statements[b])
-        _, document = script.answer(messages(task))
+        document = script.answer(messages(task))
         better = json.loads(document["choices"][0]["message"]["content"])["better"]
         assert (a if better == "A" else b) == said.better
 
 
 @pytest.fixture(scope="module")
-def seed(tmp_path_factory):
-    """One seed of the quick demo, over HTTP."""
-    folder = tmp_path_factory.mktemp("demo")
-    scale = demonstration.SCALES["quick"]
-    made = demonstration._memes(folder, scale, 0)
-    pixels = {name: read_pixels(part) for name, part in made.items()}
-    with debater([each for part in made.values() for each in part], folder) as url:
-        sets, report = demonstration._debates(folder, url, made, pixels, 0)
-        again = demonstration._debates(folder, url, made, pixels, 0)[1]
-    rows, judge = demonstration.run_seeds({0: sets}, scale)[0]
-    return sets, report, again, rows, judge
+def judged(tmp_path_factory):
+    """One seed of the quick demo, over HTTP, as the demo itself runs it."""
+    with Worker(tmp_path_factory.mktemp("demo"), SCALES["quick"], [0]) as worker:
+        found = demonstration.run_seeds(worker)[0]
+        reports = worker.report(0), worker.report(0, again=True)
+    return (*found, *reports)
 
 
 @pytest.mark.slow
-def test_one_seed_shows_what_the_demo_claims(seed, tmp_path):
-    sets, report, again, rows, judge = seed
-    assert report.calls == report.memes * 3  # a refused side is asked twice, and then there is no verdict
-    assert report.transport["retries"] > 0
-    assert again.cached == again.calls == report.calls
+def test_one_seed_shows_what_the_demo_claims(judged, tmp_path):
+    rows, judge, sets, report, again = judged
+    assert (
+        report["calls"] == report["memes"] * 3
+    )  # a refused side is asked twice, and then there is no verdict
+    assert report["transport"]["retries"] > 0
+    assert again["cached"] == again["calls"] == report["calls"]
     labels = sets["test"].labels
     accuracy = {name: demonstration._accuracy(scores["test"], labels) for name, scores in rows.items()}
+    assert list(accuracy) == words.order(SCALES["quick"].fusions)
     assert 0.42 <= accuracy[words.without_debate("none")] <= 0.58
     assert accuracy[words.without_debate("layerwise")] >= 0.70
     ours = accuracy[words.with_debate("layerwise")]
@@ -123,31 +125,63 @@ def test_one_seed_shows_what_the_demo_claims(seed, tmp_path):
         tmp_path, judge, sets["test"], rows[words.with_debate("layerwise")]["test"]
     )
     assert {figure.path for figure in figures} == {"calibration.png", "cards.png"}
-    assert (tmp_path / "cards.html").read_text().count("<article") >= 3
+    page = (tmp_path / "cards.html").read_text()
+    assert page.count("<article") >= 3
+    assert page.count("<mark") >= 3
     assert {"right", "wrong", "left to a person"} <= set(choose_cards(cards))
-    notes = words.notes(demonstration.SCALES["quick"], [report], again, cards)
+    notes = words.notes(SCALES["quick"], [report], again, cards)
     assert all(isinstance(note, str) for note in notes)
     some = list(detect(sets["test"].memes[:3], sets["test"].debates[:3], judge))
     assert [card.id for card in some] == [meme.id for meme in sets["test"].memes[:3]]
 
 
-@pytest.mark.slow
-def test_trained_judges_come_back_from_their_file(seed, tmp_path):
-    sets = {
-        name: demonstration.Set(part.items[:48], part.debates[:48], part.pixels[:48])
-        for name, part in seed[0].items()
-    }
-    scale = demonstration.SCALES["quick"]._replace(steps=2)
-    judges = demonstration.train_seeds({0: sets}, scale)[0]
-    save_judges(judges, tmp_path / "judges.safetensors")
-    again = demonstration._prepare(sets, scale, 0).judges
-    load_judges(again, tmp_path / "judges.safetensors")
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A few memes with debates, whose judges are trained here."""
+    scale = SCALES["quick"]._replace(train=48, test=16, seeds=1, steps=2)
+    tower = partial(demonstration.train_tower, steps=3)
+    with Worker(tmp_path_factory.mktemp("few"), scale, [7]) as worker, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demonstration, "train_tower", tower)
+        return scale, dict(demonstration.seed_sets(worker))[7], demonstration.train_seeds(worker)[7]
+
+
+def test_trained_judges_come_back_from_their_file(few, tmp_path):
+    scale, sets, judges = few
+    path = tmp_path / "judges.safetensors"
+    save_judges(judges, path)
+    again = {fusion: make_judge(shipped_tokenizer(path), fusion, 99) for fusion in scale.fusions}
+    load_judges(again, path)
     memes, said = sets["test"].memes[:4], list(sets["test"].debates[:4])
     for fusion, judge in judges.items():
+        assert again[fusion].tokenizer.get_vocab() == judge.tokenizer.get_vocab()
         before, after = (score_memes(each, memes, said) for each in (judge, again[fusion]))
         np.testing.assert_allclose(after, before, atol=2e-2)  # float16
     with pytest.raises(CheckpointError, match="does not fit"):
-        load_judges({"final": judges["none"]}, tmp_path / "judges.safetensors")
+        load_judges({"final": judges["none"]}, path)
+    with pytest.raises(CheckpointError, match=r"nowhere.safetensors holds no judges of the demo"):
+        shipped_tokenizer(tmp_path / "nowhere.safetensors")
+
+
+def test_pixels_of_the_worker_are_the_judges(few):
+    _, sets, _ = few
+    for name, part in sets.items():
+        assert part.pixels.shape == (len(part.items), 3, PIXELS, PIXELS)
+        assert torch.equal(part.pixels[3], pixels_of(part.items[3].meme.image, PIXELS)), name
+
+
+def test_shipped_words_are_those_of_the_demos_memes():
+    for seed in range(SCALES["quick"].seeds):
+        vocabulary = shipped_tokenizer(checkpoint(seed)).get_vocab()
+        assert {"giant", "crumb", "rocket", "jibe", "harmless"} <= set(vocabulary)
+        assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
+
+
+def test_a_worker_that_fails_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Worker, "memes_seed", lambda self, seed: seed)
+    scale = SCALES["quick"]._replace(train=-1)
+    told = pytest.raises(FusionError, match=r"second process ended: .+")
+    with Worker(tmp_path, scale, [0]) as worker, told:
+        worker.parts(0)
 
 
 def test_reliability_counts_every_meme():

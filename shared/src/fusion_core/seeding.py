@@ -6,10 +6,12 @@ import hashlib
 import random
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # numpy's streams do not need it
+    import torch
 
 Key = int | str
 
@@ -29,6 +31,8 @@ def generator(seed: int, *key: Key, device: str | torch.device = "cpu") -> torch
         >>> bool(first == again)
         True
     """
+    import torch
+
     return torch.Generator(device=device).manual_seed(_entropy(seed, key))
 
 
@@ -40,6 +44,8 @@ def rng(seed: int, *key: Key) -> np.random.Generator:
 @contextmanager
 def deterministic() -> Generator[None, None, None]:
     """Run the block with deterministic algorithms only; the former settings come back afterwards."""
+    import torch
+
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -56,6 +62,8 @@ def deterministic() -> Generator[None, None, None]:
 
 def rng_state() -> dict[str, Any]:
     """The state of the global generators of python, numpy, torch and every CUDA device."""
+    import torch
+
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002 - the global state is what is being saved
@@ -66,6 +74,8 @@ def rng_state() -> dict[str, Any]:
 
 def restore_rng(state: dict[str, Any]) -> None:
     """Put back what :func:`rng_state` returned."""
+    import torch
+
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])

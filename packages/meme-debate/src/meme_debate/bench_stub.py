@@ -5,13 +5,14 @@ It prints its port, reads whole requests and gives one of four fixed replies; it
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+
+from .loopback import answer, serve
 
 STATEMENT = (
     "The picture shows a thing on a plain ground, and the words call it by a name that does not fit, "
@@ -22,62 +23,25 @@ _TAIL = 6_000
 
 def reply(content: str) -> bytes:
     """A whole HTTP answer."""
-    body = json.dumps(
-        {
-            "id": "stub",
-            "object": "chat.completion",
-            "choices": [
-                {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
-            ],
-            "usage": {"prompt_tokens": 1200, "completion_tokens": 160},
-        }
-    ).encode()
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    message = {"role": "assistant", "content": content}
+    document = {
+        "id": "stub",
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 1200, "completion_tokens": 160},
+    }
+    return answer(json.dumps(document).encode())
 
 
 _HARMFUL, _HARMLESS = reply("Against: " + STATEMENT), reply("For: " + STATEMENT)
 _A, _B = reply('{"better": "A"}'), reply('{"better": "B"}')
 
 
-class _Connection(asyncio.Protocol):
-    def __init__(self) -> None:
-        self.buffer = bytearray()
-        self.transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        buffer = self.buffer
-        buffer += data
-        while (end := buffer.find(b"\r\n\r\n", 0, 4096)) >= 0:
-            head = bytes(buffer[:end]).lower()
-            at = head.find(b"content-length:")
-            length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
-            whole = end + 4 + length
-            if len(buffer) < whole:
-                return
-            tail = bytes(buffer[max(end + 4, whole - _TAIL) : whole])
-            del buffer[:whole]
-            assert self.transport is not None
-            self.transport.write(_answer(tail))
-
-
-def _answer(tail: bytes) -> bytes:
+def _answer(body: bytes) -> bytes:
+    tail = body[-_TAIL:]
     if (at := tail.find(b"Statement A:")) >= 0:  # the side whose words begin with "Against" is always better
         return _A if b"Against" in tail[at : at + 100] else _B
     return _HARMLESS if b"does not fall under the policy. Speak" in tail else _HARMFUL
-
-
-async def _serve() -> None:
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(_Connection, "127.0.0.1", 0, backlog=512)
-    sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
-    sys.stdout.flush()
-    await loop.run_in_executor(None, sys.stdin.read)
-    server.close()
 
 
 @contextmanager
@@ -95,4 +59,4 @@ def stub_process() -> Generator[str, None, None]:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve())
+    serve(_answer)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from fusion_core.demo import Demo, Method
+from fusion_core.errors import require_extra
+from fusion_core.lazy import collector_paused
 
 __all__ = ["demo", "method"]
 
@@ -25,9 +28,17 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
     Raises:
         MissingExtraError: scikit-image or matplotlib is not installed.
     """
-    from .experiment import experiment
+    from .stand_in_memes import photographs_folder
+    from .stand_in_work import SCALES, Worker
 
-    return experiment(out, full=full, seed=seed)
+    require_extra("matplotlib", "demo", "meme-debate")
+    photographs_folder()
+    scale = SCALES["full" if full else "quick"]
+    seeds = range(seed, seed + scale.seeds)
+    with tempfile.TemporaryDirectory() as place, Worker(Path(place), scale, seeds) as worker:
+        with collector_paused():  # meanwhile the worker makes memes and holds debates
+            from .experiment import experiment
+        return experiment(out, worker)
 
 
 method = Method(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusion_core.comparison import Comparison
@@ -116,13 +116,15 @@ def _unseen(rows: dict[str, dict[str, Any]], ours: str, layer: str) -> Claim:
     )
 
 
-def notes(scale: Any, reports: Sequence[Any], again: Any, cards: Sequence[Any]) -> list[str]:
+def notes(
+    scale: Any, reports: Sequence[Mapping[str, Any]], again: Mapping[str, Any], cards: Sequence[Any]
+) -> list[str]:
     """Plain sentences about data, calls and limits."""
-    calls = sum(report.calls for report in reports)
-    tokens = sum(report.prompt_tokens + report.completion_tokens for report in reports)
-    seconds = sum(report.seconds for report in reports)
-    retries = sum(int(report.transport.get("retries", 0)) for report in reports)
-    refused = sum(report.flags.get("refused_harmful", 0) for report in reports)
+    calls = sum(report["calls"] for report in reports)
+    tokens = sum(report["prompt_tokens"] + report["completion_tokens"] for report in reports)
+    seconds = sum(report["seconds"] for report in reports)
+    retries = sum(int(report["transport"].get("retries", 0)) for report in reports)
+    refused = sum(report["flags"].get("refused_harmful", 0) for report in reports)
     tested = [card for card in cards if card.faithfulness]
     flips = sum(bool(card.faithfulness["flips"]) for card in tested)
     left = sum(card.decision == "abstain" for card in cards)
@@ -139,8 +141,8 @@ def notes(scale: Any, reports: Sequence[Any], again: Any, cards: Sequence[Any]) 
         "cache are those of real use.",
         f"{calls} calls, {tokens} tokens (as the server counts), {retries} retries after 503, {refused} "
         f"refused "
-        f"sides, {seconds:.1f} s; a second run over the first seed's memes took {again.cached} of "
-        f"{again.calls} "
+        f"sides, {seconds:.1f} s; a second run over the first seed's memes took {again['cached']} of "
+        f"{again['calls']} "
         "replies from the cache.",
         f"Of {len(cards)} calibrated cards {left} are left to a person; deleting the case that was "
         f"decided for "

@@ -22,6 +22,7 @@ from .reasons import Patches, Word
 from .text_judge import TextJudge
 
 if TYPE_CHECKING:  # a light judge needs no transformers
+    from .features import Features
     from .judge import Judge
 
 __all__ = ["AnyJudge", "Card", "detect", "load_judge", "score"]
@@ -143,14 +144,30 @@ def score(
     first: First = "verdict",
     calibrated: bool = True,
     batch_size: int = 32,
+    features: Features | None = None,
 ) -> Floats:
-    """Scores (N,) of memes by either kind of judge."""
+    """Scores (N,) of memes by either kind of judge.
+
+    Args:
+        judge: a fitted :class:`TextJudge` or a trained :class:`Judge`.
+        memes: N memes.
+        debates: N debates, None = without.
+        first: see :func:`meme_debate.composing.order`.
+        calibrated: whether the judge's temperature is applied.
+        batch_size: memes a forward pass.
+        features: states of the N pictures; None computes them where the judge looks.
+
+    Raises:
+        InputError: no judge, or a picture that cannot be read.
+    """
     if isinstance(judge, TextJudge):
         return judge.score_memes(memes, debates, first=first, calibrated=calibrated)
     fused = check_judge(judge)
     from .fused import score_memes
 
-    return score_memes(fused, memes, debates, first=first, calibrated=calibrated, batch_size=batch_size)
+    return score_memes(
+        fused, memes, debates, first=first, calibrated=calibrated, batch_size=batch_size, features=features
+    )
 
 
 def detect(
@@ -236,10 +253,13 @@ def _cards(
     }
     for start in range(0, len(memes), CHUNK):
         part, heard = memes[start : start + CHUNK], debates[start : start + CHUNK]
-        scores = np.round(score(judge, part, heard, batch_size=batch_size), _DIGITS)
+        seen = _states(judge, part, batch_size)
+        scores = np.round(score(judge, part, heard, batch_size=batch_size, features=seen), _DIGITS)
         decisions = [decide(float(value), level, band) for value in scores]
-        without = _without(judge, part, heard, decisions, batch_size) if faithful else {}
-        explained = explain(judge, part, heard, top=words, batch_size=batch_size) if words else None
+        without = _without(judge, part, heard, decisions, seen, batch_size) if faithful else {}
+        explained = None
+        if words:
+            explained = explain(judge, part, heard, top=words, batch_size=batch_size, features=seen)
         for at, (meme, debate) in enumerate(zip(part, heard, strict=True)):
             decision, spoken = decisions[at], said.get(meme.id)
             side = None if decision == "abstain" or debate is None else decision
@@ -269,11 +289,21 @@ def _cards(
             )
 
 
+def _states(judge: AnyJudge, memes: Sequence[Meme], batch_size: int) -> Features | None:
+    """The tower's states of the pictures, where the judge looks: scores and reasons need each three times."""
+    if judge.kind == "text" or judge.fusion == "none" or not judge.settings.image:
+        return None
+    from .features import image_features
+
+    return image_features(judge, [meme.image for meme in memes], batch_size=batch_size)
+
+
 def _without(
     judge: AnyJudge,
     memes: list[Meme],
     debates: list[Debate | None],
     decisions: Sequence[str],
+    seen: Features | None,
     batch_size: int,
 ) -> dict[int, float]:
     """Scores without the explanation, by row."""
@@ -283,7 +313,8 @@ def _without(
         if debate is not None and decision != "abstain" and getattr(debate, decision)
     ]
     cut = [replace(debates[i], **{decisions[i]: ""}) for i in rows]  # type: ignore[type-var]
-    found = score(judge, [memes[i] for i in rows], cut, batch_size=batch_size)
+    part = None if seen is None else seen.part(rows)
+    found = score(judge, [memes[i] for i in rows], cut, batch_size=batch_size, features=part)
     return {i: round(float(value), _DIGITS) for i, value in zip(rows, found, strict=True)}
 
 

@@ -17,16 +17,12 @@ from fusion_core.images import read_image
 
 from .composing import compose_parts
 from .meme import MAX_PIXELS
+from .pixels import normalized_square
 from .truncate import keep
 
-__all__ = ["NORMALIZE", "Encoded", "collate", "encode_fields", "locate", "pixels_of", "stack_pixels"]
+__all__ = ["Encoded", "collate", "encode_fields", "locate", "pixels_of", "stack_pixels"]
 
 
-NORMALIZE = {
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-GRAY = 128  # stands in for a picture that is not there
 Parts = Sequence[tuple[str, str]]
 
 
@@ -183,25 +179,13 @@ def pixels_of(source: Any, size: int, normalize: str = "clip") -> Float[Tensor, 
     Args:
         source: whatever :func:`fusion_core.images.read_image` reads; None gives a plain gray picture.
         size: of the square.
-        normalize: a key of :data:`NORMALIZE`.
+        normalize: a key of :data:`meme_debate.pixels.NORMALIZE`.
 
     Raises:
         InputError: unreadable, cut off, or over 50 million pixels; the file is named.
     """
-    if source is None:
-        image = Image.new("RGB", (size, size), (GRAY, GRAY, GRAY))
-    else:
-        image = Image.fromarray(read_image(source, max_pixels=MAX_PIXELS))
-    width, height = image.size
-    scale = size / min(width, height)
-    long = max(size, int(max(width, height) * scale))
-    target = (size, long) if width <= height else (long, size)
-    if image.size != target:
-        image = image.resize(target, Image.Resampling.BICUBIC)
-    left, top = (target[0] - size) // 2, (target[1] - size) // 2
-    square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255
-    mean, deviation = (np.array(each, np.float32) for each in NORMALIZE[normalize])
-    return torch.from_numpy(np.ascontiguousarray(((square - mean) / deviation).transpose(2, 0, 1)))
+    image = None if source is None else Image.fromarray(read_image(source, max_pixels=MAX_PIXELS))
+    return torch.from_numpy(normalized_square(image, size, normalize))
 
 
 def stack_pixels(sources: Sequence[Any], size: int, normalize: str = "clip") -> Tensor:

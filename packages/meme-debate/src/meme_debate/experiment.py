@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo
 from fusion_core.device import threads
-from fusion_core.errors import require_extra
 from fusion_core.report import Figure, Page
 
 from . import demo_claims as words
 from .ablations import judge_text
+from .batches import JudgeBatches, JudgeTrainConfig
 from .calibrate import calibrate, scale_scores
-from .debate import Debater
 from .demo_pages import calibration_figure, cards_figure, cards_page, choose_cards
 from .detection import Card, detect
 from .encoding import pixels_of
@@ -33,42 +31,18 @@ from .fused import score_memes
 from .judge import Fusion, Judge
 from .meme import Debate, Meme
 from .scoring import metrics
-from .shipped import checkpoint, load_judges
-from .stand_in import (
-    HELD_OUT,
-    StandIn,
-    debater,
-    make_judge,
-    make_memes,
-    read_pixels,
-    train_tower,
-)
-from .text_judge import TextJudge
-from .training import JudgeBatches, JudgeTrainConfig, decay_groups, linear_schedule
+from .shipped import checkpoint, load_judges, shipped_tokenizer
+from .stand_in import make_judge, train_tower
+from .stand_in_memes import StandIn
+from .stand_in_work import LIGHT, SCALES, TEXT_ONLY, VERDICT, Scale, Worker
+from .tokens import word_tokenizer
+from .training import decay_groups, linear_schedule
 
 Floats = NDArray[np.float64]
-
-
-class Scale(NamedTuple):
-    """How much of everything."""
-
-    train: int
-    test: int
-    unseen: int
-    seeds: int
-    steps: int
-    lr: float
-    fusions: tuple[Fusion, ...]
-    new_memes: bool
-
-
-SCALES = {
-    "quick": Scale(768, 400, 0, 3, 160, 3e-3, ("none", "layerwise"), False),
-    "full": Scale(1024, 512, 256, 5, 400, 2e-3, ("none", "final", "layerwise"), True),
-}
 ACCURACY = "accuracy"
 UNSEEN = "unseen photographs"
 WORKERS = 2
+_ROWS = {words.TEXT_ONLY: TEXT_ONLY, words.VERDICT: VERDICT, words.LIGHT: LIGHT}
 
 
 @dataclass
@@ -88,36 +62,6 @@ class Set:
     def labels(self) -> NDArray[np.int64]:
         """(N,) 1 = a jibe."""
         return np.array([each.meme.label for each in self.items], np.int64)
-
-
-def _memes(folder: Path, scale: Scale, seed: int) -> dict[str, list[StandIn]]:
-    parts = {"train": scale.train, "test": scale.test}
-    found = {
-        name: make_memes(folder / f"{seed}", count, seed=seed, split=name) for name, count in parts.items()
-    }
-    if scale.unseen:
-        found["unseen"] = make_memes(
-            folder / f"{seed}", scale.unseen, seed=seed, split="unseen", things=HELD_OUT
-        )
-    return found
-
-
-def _debates(
-    folder: Path,
-    url: str,
-    parts: dict[str, list[StandIn]],
-    pixels: dict[str, Tensor],
-    seed: int,
-) -> tuple[dict[str, Set], Any]:
-    """Debates over HTTP by the real client, with a cache; and its report."""
-    who = Debater(url, f"stand-in-{seed}", cache=folder / f"debates-{seed}.sqlite", swap=False)
-    everything = [each.meme for part in parts.values() for each in part]
-    found = who.run(everything, 32, progress=False)
-    by_id = {debate.id: debate for debate in found}
-    sets = {
-        name: Set(part, [by_id[each.meme.id] for each in part], pixels[name]) for name, part in parts.items()
-    }
-    return sets, found.report
 
 
 def fit(judge: Judge, data: Set, features: Features, scale: Scale, seed: int) -> None:
@@ -154,28 +98,6 @@ def _accuracy(scores: Floats, labels: NDArray[np.int64]) -> float:
     return metrics(np.clip(scores, 0, 1), labels)["accuracy"]
 
 
-def _picture_only(features: dict[str, Features], sets: dict[str, Set]) -> dict[str, Floats]:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    def rows(name: str) -> Any:
-        return features[name][np.arange(len(features[name]))][:, 0].numpy()
-
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    model.fit(rows("train"), sets["train"].labels)
-    return {name: model.predict_proba(rows(name))[:, 1] for name in sets if name != "train"}
-
-
-def _light(sets: dict[str, Set], *, debate: bool) -> dict[str, Floats]:
-    def texts(part: Set) -> list[str]:
-        pairs = zip(part.memes, part.debates, strict=True)
-        return [judge_text(meme, said if debate else None) for meme, said in pairs]
-
-    judge = TextJudge(min_df=2).fit(texts(sets["train"]), sets["train"].labels)
-    return {name: judge.predict_proba(texts(part)) for name, part in sets.items() if name != "train"}
-
-
 @torch.no_grad()
 def _states(judge: Judge, part: Set) -> Features:
     """The tower's states of a part's pictures, and of the gray one where a picture is withheld."""
@@ -195,10 +117,14 @@ class Prepared:
     features: dict[str, Features]
 
 
-def _prepare(sets: dict[str, Set], scale: Scale, seed: int, shipped: bool = False) -> Prepared:
+def _prepare(sets: dict[str, Set], scale: Scale, seed: int, *, shipped: bool = False) -> Prepared:
     train = sets["train"]
-    texts = [judge_text(meme, said) for meme, said in zip(train.memes, train.debates, strict=True)]
-    judges: dict[Fusion, Judge] = {fusion: make_judge(texts, fusion, seed) for fusion in scale.fusions}
+    if shipped:
+        tokenizer = shipped_tokenizer(checkpoint(seed))
+    else:
+        pairs = zip(train.memes, train.debates, strict=True)
+        tokenizer = word_tokenizer([judge_text(meme, said) for meme, said in pairs])
+    judges: dict[Fusion, Judge] = {fusion: make_judge(tokenizer, fusion, seed) for fusion in scale.fusions}
     first = judges["layerwise"]
     if shipped:
         load_judges(judges, checkpoint(seed))
@@ -228,134 +154,99 @@ def _fused(made: Prepared, fusion: Fusion) -> dict[str, dict[str, Floats]]:
     return found
 
 
-def _others(made: Prepared) -> dict[str, dict[str, Floats]]:
-    """Scores of the judges that need no network."""
-    return {
-        words.TEXT_ONLY: _light(made.sets, debate=False),
-        words.PICTURE_ONLY: _picture_only(made.features, made.sets),
-        words.VERDICT: {
-            name: np.array([0.5 if d.verdict is None else d.verdict for d in part.debates], np.float64)
-            for name, part in made.sets.items()
-            if name != "train"
-        },
-        words.LIGHT: _light(made.sets, debate=True),
-    }
-
-
-def _is_shipped(seeds: Sequence[int], scale: Scale) -> bool:
+def is_shipped(seeds: Sequence[int], scale: Scale) -> bool:
     """Whether trained judges for these seeds come with the package: the quick demo's own."""
     return scale == SCALES["quick"] and seeds[0] == 0 and all(checkpoint(seed).exists() for seed in seeds)
 
 
-def _train(
-    sets: Mapping[int, dict[str, Set]], scale: Scale, pool: ThreadPoolExecutor, *, shipped: bool
-) -> dict[int, Prepared]:
-    """Every seed's judges, trained here unless they are shipped."""
-    seeds = list(sets)
-    prepare = partial(_prepare, scale=scale, shipped=shipped)
-    made = dict(zip(seeds, pool.map(lambda seed: prepare(sets[seed], seed=seed), seeds), strict=True))
-    if not shipped:
-        jobs = [(seed, fusion) for seed in seeds for fusion in scale.fusions]
-
-        def train(job: tuple[int, Fusion]) -> None:
-            seed, fusion = job
-            one = made[seed]
-            fit(one.judges[fusion], one.sets["train"], one.features["train"], scale, seed)
-
-        list(pool.map(train, jobs))
-    return made
+def seed_sets(worker: Worker) -> Iterator[tuple[int, dict[str, Set]]]:
+    """Memes, debates and pixels of each seed, as soon as the worker has them."""
+    pixels: dict[int, dict[str, Tensor]] = {}
+    for seed in worker.seeds:
+        parts = worker.parts(seed)
+        known = worker.memes_seed(seed)
+        if known not in pixels:
+            pixels[known] = {name: torch.from_numpy(each) for name, each in worker.pixels(seed).items()}
+        yield seed, {name: Set(*part, pixels[known][name]) for name, part in parts.items()}
 
 
 @threads()
-def train_seeds(sets: Mapping[int, dict[str, Set]], scale: Scale) -> dict[int, dict[Fusion, Judge]]:
+def train_seeds(worker: Worker) -> dict[int, dict[Fusion, Judge]]:
     """Train the judges of every seed: what :mod:`meme_debate.train_checkpoints` writes."""
+    found: dict[int, dict[Fusion, Judge]] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
-        return {seed: one.judges for seed, one in _train(sets, scale, pool, shipped=False).items()}
+        jobs: list[Future[None]] = []
+        for seed, sets in seed_sets(worker):
+            made = _prepare(sets, worker.scale, seed)
+            found[seed] = made.judges
+            how = sets["train"], made.features["train"], worker.scale, seed
+            jobs += [pool.submit(fit, judge, *how) for judge in made.judges.values()]
+        for job in jobs:
+            job.result()
+    return found
 
 
 @threads()
-def run_seeds(
-    sets: Mapping[int, dict[str, Set]], scale: Scale
-) -> dict[int, tuple[dict[str, dict[str, Floats]], Judge]]:
-    """Scores of every judge on every part by the row's name, and the layer-wise judge, for each seed.
+def run_seeds(worker: Worker) -> dict[int, tuple[dict[str, dict[str, Floats]], Judge, dict[str, Set]]]:
+    """Scores of every judge on every part by the row's name, the layer-wise judge, and the memes, by seed.
 
     Torch runs on one thread; seeds and fusions are shared by two, which tiny networks use better.
     """
-    seeds = list(sets)
-    jobs = [(seed, fusion) for seed in seeds for fusion in scale.fusions]
+    scale, shipped = worker.scale, is_shipped(worker.seeds, worker.scale)
+
+    def judged(made: Prepared, fusion: Fusion, seed: int) -> dict[str, dict[str, Floats]]:
+        if not shipped:
+            fit(made.judges[fusion], made.sets["train"], made.features["train"], scale, seed)
+        return _fused(made, fusion)
+
+    made: dict[int, Prepared] = {}
+    jobs: dict[int, list[Future[dict[str, dict[str, Floats]]]]] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
-        made = _train(sets, scale, pool, shipped=_is_shipped(seeds, scale))
-        found = list(pool.map(lambda job: _fused(made[job[0]], job[1]), jobs))
-    scores: dict[int, dict[str, dict[str, Floats]]] = {seed: _others(made[seed]) for seed in seeds}
-    for (seed, _), rows in zip(jobs, found, strict=True):
-        scores[seed] |= rows
-    order = words.order(scale.fusions)
-    return {
-        seed: ({name: scores[seed][name] for name in order}, made[seed].judges["layerwise"]) for seed in seeds
-    }
+        pool.submit(import_module, "matplotlib.figure")  # which the pictures need, while the networks compute
+        for seed, sets in seed_sets(worker):
+            made[seed] = one = _prepare(sets, scale, seed, shipped=shipped)
+            jobs[seed] = [pool.submit(judged, one, fusion, seed) for fusion in scale.fusions]
+            states = {name: part[np.arange(len(part))][:, 0].numpy() for name, part in one.features.items()}
+            worker.ask_pictures(seed, states)
+    found: dict[int, tuple[dict[str, dict[str, Floats]], Judge, dict[str, Set]]] = {}
+    for seed, one in made.items():
+        light = worker.light(seed)
+        rows = {name: light[key] for name, key in _ROWS.items()}
+        rows[words.PICTURE_ONLY] = worker.pictures(seed)
+        for job in jobs[seed]:
+            rows |= job.result()
+        found[seed] = (
+            {name: rows[name] for name in words.order(scale.fusions)},
+            one.judges["layerwise"],
+            one.sets,
+        )
+    return found
 
 
-def _debated(
-    folder: Path, scale: Scale, seeds: Sequence[int]
-) -> tuple[dict[int, dict[str, Set]], list[Any], Any]:
-    """The seeds' memes with debates, the debater's report of each, and that of a second run of the first."""
-    made: dict[int, dict[str, list[StandIn]]] = {}
-    pixels: dict[int, dict[str, Tensor]] = {}
-    for each in seeds:
-        if scale.new_memes or each == seeds[0]:
-            made[each] = _memes(folder, scale, each)
-            pixels[each] = {name: read_pixels(part) for name, part in made[each].items()}
-        else:
-            made[each], pixels[each] = made[seeds[0]], pixels[seeds[0]]
-    known = [item for each in seeds for part in made[each].values() for item in part]
-    sets: dict[int, dict[str, Set]] = {}
-    reports: list[Any] = []
-    with debater(known, folder) as url:
-        for each in seeds:
-            sets[each], report = _debates(folder, url, made[each], pixels[each], each)
-            reports.append(report)
-        again = _debates(folder, url, made[seeds[0]], pixels[seeds[0]], seeds[0])[1]
-    return sets, reports, again
-
-
-def quick_sets(folder: Path, scale: Scale) -> dict[int, dict[str, Set]]:
-    """Memes and debates of the quick demo's seeds."""
-    return _debated(folder, scale, list(range(scale.seeds)))[0]
-
-
-def experiment(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
-    """Debates over HTTP, then every judge on held-out stand-in memes.
+def experiment(out: Path, worker: Worker) -> Demo:
+    """Every judge on held-out stand-in memes, whose debates a worker holds.
 
     Args:
         out: gets the pictures and ``cards.html``.
-        full: five seeds with memes of their own, longer training, all fusions, and unseen photographs.
-        seed: first of the seeds.
-
-    Raises:
-        MissingExtraError: scikit-image or matplotlib is not installed.
+        worker: started already, so that it works while this module is loaded.
     """
-    require_extra("matplotlib", "demo", "meme-debate")
-    scale = SCALES["full" if full else "quick"]
-    seeds = list(range(seed, seed + scale.seeds))
+    scale, seeds = worker.scale, worker.seeds
     shown: dict[str, Any] = {ACCURACY: {"better": "higher", "percent": True}}
     if scale.unseen:
         shown[UNSEEN] = {"better": "higher", "percent": True}
     title = "Stand-in memes: teasing, told from words, picture and debate"
     table = Comparison(shown, words.LIGHT, seeds, title)
-    with tempfile.TemporaryDirectory() as place:
-        sets, reports, again = _debated(Path(place), scale, seeds)
-        first: tuple[Judge, Set, Floats] | None = None
-        abstained: list[float] = []
-        for each, (rows, judge) in run_seeds(sets, scale).items():
-            _add(table, rows, sets[each], each)
-            scores = rows[words.with_debate("layerwise")]
-            if first is None:
-                first = judge, sets[each]["test"], scores["test"]
-            if "unseen" in scores:
-                abstained.append(_abstention(scores, sets[each]["test"].labels))
-        assert first is not None
-        cards, figures = _show(out, *first)
-    notes = words.notes(scale, reports, again, cards)
+    abstained: list[float] = []
+    judged = run_seeds(worker)
+    for seed, (rows, _, sets) in judged.items():
+        _add(table, rows, sets, seed)
+        scores = rows[words.with_debate("layerwise")]
+        if "unseen" in scores:
+            abstained.append(_abstention(scores, sets["test"].labels))
+    rows, judge, sets = judged[seeds[0]]
+    cards, figures = _show(out, judge, sets["test"], rows[words.with_debate("layerwise")]["test"])
+    reports = [worker.report(seed) for seed in seeds]
+    notes = words.notes(scale, reports, worker.report(seeds[0], again=True), cards)
     if abstained:
         notes.append(words.abstention(abstained))
     return Demo(
@@ -363,7 +254,7 @@ def experiment(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         claims=words.claims(table, scale.fusions, unseen=bool(scale.unseen)),
         figures=figures,
         notes=notes,
-        settings={**scale._asdict(), "debate_dropout": 0.5, "shipped judges": _is_shipped(seeds, scale)},
+        settings={**scale._asdict(), "debate_dropout": 0.5, "shipped judges": is_shipped(seeds, scale)},
         seeds=seeds,
     )
 
@@ -392,8 +283,13 @@ def _show(out: Path, judge: Judge, test: Set, scores: Floats) -> tuple[Sequence[
     after = scale_scores(scores[half:], judge.calibration.temperature)
     figures = [calibration_figure(out, scores[half:], after, labels[half:], judge.calibration)]
     memes = test.memes[half:]
-    cards = list(detect(memes, test.debates[half:], judge, words=12, batch_size=64))
+    cards = list(detect(memes, test.debates[half:], judge, words=0, batch_size=64))
     chosen = choose_cards(cards)
+    wanted = {card.id for card in chosen.values()}
+    few = [meme for meme in memes if meme.id in wanted]
+    said = [debate for debate in test.debates[half:] if debate.id in wanted]
+    whole = {card.id: card for card in detect(few, said, judge, words=12)}  # with words and patches
+    chosen = {name: whole[card.id] for name, card in chosen.items()}
     page: Page = cards_page(chosen)
     page.save(out / "cards.html")
     figures.append(cards_figure(out, chosen, {each.meme.id: each for each in test.items}))

@@ -38,6 +38,10 @@ class Features:
     def __len__(self) -> int:
         return len(self.place)
 
+    def part(self, rows: Sequence[int]) -> Features:
+        """The states of some memes' pictures, not copied."""
+        return Features(self.states, self.place[np.asarray(rows, np.int64)])
+
     def __getitem__(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
         wanted = self.place[np.asarray(rows, np.int64)]
         if isinstance(self.states, ShardStore):

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +17,11 @@ from fusion_core.checkpoint import load_tensors, save_tensors
 from fusion_core.errors import CheckpointError
 
 from .judge import Fusion, Judge
+from .tokens import vocabulary_tokenizer
 
 FOLDER = Path(__file__).parent / "checkpoints"
 _TOWER = "image_transformer."
+_SPECIAL = 3  # tokens before the words
 
 
 def checkpoint(seed: int) -> Path:
@@ -26,7 +30,7 @@ def checkpoint(seed: int) -> Path:
 
 
 def save_judges(judges: Mapping[Fusion, Judge], path: Path) -> None:
-    """Write judges that share one vision tower: the tower once, tied weights once, float16.
+    """Write judges that share vision tower and words: the tower once, tied weights once, float16.
 
     Args:
         judges: by their fusion.
@@ -40,7 +44,25 @@ def save_judges(judges: Mapping[Fusion, Judge], path: Path) -> None:
             if value.data_ptr() not in seen and name not in state:
                 state[name] = value.detach().to(torch.float16, copy=True)
             seen.add(value.data_ptr())
-    save_tensors(path, state)
+    numbers: dict[str, int] = next(iter(judges.values())).tokenizer.get_vocab()
+    words = sorted((word for word in numbers if numbers[word] >= _SPECIAL), key=numbers.__getitem__)
+    save_tensors(path, state, {"words": json.dumps(words)})
+
+
+def shipped_tokenizer(path: Path) -> Any:
+    """The tokenizer of a file's judges; its words are in the file, as their numbers belong to the weights.
+
+    Raises:
+        CheckpointError: the file has none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            words = json.loads(file.metadata()["words"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path.name} holds no judges of the demo: {error}") from error
+    return vocabulary_tokenizer(words)
 
 
 def load_judges(judges: Mapping[Fusion, Judge], path: Path) -> None:

@@ -2,15 +2,14 @@
 
 It looks a picture up by the digest of the bytes it was sent and takes the words from the fence. It errs: it
 sees the wrong kind of thing in a fifth of the pictures, and its own verdict is noisy. All it says follows
-from
-picture, words and the model's name, whose number is the seed, so no order and no concurrency changes a reply.
+from picture, words and the model's name, whose number is the seed, so no order and no concurrency changes a
+reply.
 
 Started by the demo as ``python -m meme_debate.stand_in_server PICTURES.json``; prints its port.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import json
@@ -19,8 +18,11 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from .loopback import answer, serve
 
 LARGE = ("rocket", "galaxy", "motorcycle")
 SMALL = ("cat", "coffee", "clock")
@@ -47,6 +49,7 @@ class View:
     refuses: str | None
 
 
+@lru_cache(maxsize=4096)
 def view(thing: str, words: str, picture: str, seed: int) -> View:
     """What the debater says about a meme, drawn from the seed and the meme alone.
 
@@ -101,8 +104,8 @@ class Script:
         self.calls = 0
         self._digests: dict[str, str] = {}
 
-    def answer(self, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Status and document for one request's body."""
+    def answer(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The document that answers one request's."""
         self.calls += 1
         seed = int(str(body.get("model", "0")).rpartition("-")[2] or 0)
         user = next(m for m in body["messages"] if m["role"] == "user")["content"]
@@ -112,7 +115,7 @@ class Script:
         said = view(self.pictures.get(digest, "thing"), self._words(texts), digest, seed)
         reply = self._reply("\n".join(texts[1:]) or texts[0], said)
         tokens = {"prompt_tokens": 576 + sum(map(len, texts)) // 4, "completion_tokens": len(reply) // 4}
-        return 200, {
+        return {
             "choices": [
                 {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
             ],
@@ -140,44 +143,17 @@ class Script:
         side = "harmless" if "does not fall under the policy" in task else "harmful"
         return REFUSAL if side == said.refuses else said.statements[side]
 
-
-async def _serve(script: Script) -> None:
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-                length = int(re.search(r"content-length: *(\d+)", head)[1])  # type: ignore[index]
-                body = json.loads(await reader.readexactly(length))
-                if script.calls and script.calls % round(1 / BUSY) == 0:  # now and then it is busy
-                    script.calls += 1
-                    status, document = 503, {"error": {"message": "busy"}}
-                else:
-                    status, document = script.answer(body)
-                data = json.dumps(document).encode()
-                wait = "Retry-After: 0\r\n" if status == 503 else ""
-                writer.write(
-                    f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\n{wait}"
-                    f"Content-Length: {len(data)}\r\n\r\n".encode()
-                    + data
-                )
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(talk, "127.0.0.1", 0, limit=1 << 20)
-    sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
-    sys.stdout.flush()
-    ended = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # the demo closes it, or dies
-    async with server:
-        await ended
+    def reply(self, body: bytes) -> bytes:
+        """A whole HTTP answer to a request's body; now and then the server is busy."""
+        if self.calls and self.calls % round(1 / BUSY) == 0:
+            self.calls += 1
+            return answer(b'{"error": {"message": "busy"}}', 503, "Retry-After: 0\r\n")
+        return answer(json.dumps(self.answer(json.loads(body))).encode())
 
 
 def main() -> None:
     """Serve until standard input ends."""
-    pictures = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    asyncio.run(_serve(Script(pictures)))
+    serve(Script(json.loads(Path(sys.argv[1]).read_text("utf-8"))).reply)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fusion_core.checkpoint import atomic_directory, digest, load_tensors, save_tensors
@@ -245,6 +244,8 @@ class TextJudge:
         Raises:
             InputError: not fitted yet, or the folder is there and not empty without ``overwrite``.
         """
+        import torch
+
         vocabulary = self.vocabulary
         words = sorted(vocabulary, key=vocabulary.__getitem__)
         config = {

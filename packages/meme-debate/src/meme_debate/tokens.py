@@ -8,7 +8,7 @@ from typing import Any
 
 from fusion_core.errors import InputError
 
-__all__ = ["word_tokenizer"]
+__all__ = ["vocabulary_tokenizer", "word_tokenizer"]
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
@@ -32,25 +32,41 @@ def word_tokenizer(texts: Iterable[str], *, min_count: int = 1, max_words: int =
         >>> word_tokenizer(["a cat, a dog"])("A cat!")["input_ids"]
         [3, 5, 2, 1]
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    splitter = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(behavior="isolated")]
-    )
     counts: Counter[str] = Counter()
+    splitter = _splitter()
     for text in texts:
         counts.update(word for word, _ in splitter.pre_tokenize_str(text.lower()))
     words = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
     if not words:
         raise InputError("texts holds no word that is frequent enough, wanted texts to make tokens of")
-    vocabulary = {word: i for i, word in enumerate([PAD, END, UNKNOWN, *words[:max_words]])}
+    return vocabulary_tokenizer(words[:max_words])
+
+
+def vocabulary_tokenizer(words: Iterable[str]) -> Any:
+    """The tokenizer of :func:`word_tokenizer` for words that are known, the first of them with the number 3.
+
+    Example:
+        >>> vocabulary_tokenizer(["a", "cat"])("A cat!")["input_ids"]
+        [3, 4, 2, 1]
+    """
+    from tokenizers import Tokenizer, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate([PAD, END, UNKNOWN, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = splitter
+    tokenizer.pre_tokenizer = _splitter()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {END}", special_tokens=[(END, vocabulary[END])]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN
+    )
+
+
+def _splitter() -> Any:
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(behavior="isolated")]
     )

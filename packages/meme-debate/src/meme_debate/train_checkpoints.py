@@ -10,8 +10,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from .experiment import SCALES, quick_sets, train_seeds
+from .experiment import train_seeds
 from .shipped import FOLDER, checkpoint, save_judges
+from .stand_in_work import SCALES, Worker
 
 
 def main() -> None:
@@ -21,10 +22,9 @@ def main() -> None:
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     scale = SCALES["quick"]
-    with tempfile.TemporaryDirectory() as place:
-        sets = quick_sets(Path(place), scale)
-    for seed, judges in train_seeds(sets, scale).items():
-        save_judges(judges, out / checkpoint(seed).name)
+    with tempfile.TemporaryDirectory() as place, Worker(Path(place), scale, range(scale.seeds)) as worker:
+        for seed, judges in train_seeds(worker).items():
+            save_judges(judges, out / checkpoint(seed).name)
 
 
 if __name__ == "__main__":

@@ -219,9 +219,7 @@ class _Validation:
         if self._features is None and judge.fusion != "none" and judge.settings.image:
             self._features = image_features(judge, [meme.image for meme in self.memes])
         rows = share_of_rank(len(self.memes))
-        part = None if self._features is None else Features(
-            self._features.states, self._features.place[rows]
-        )  # fmt: skip
+        part = None if self._features is None else self._features.part(rows)
         found = score_memes(
             judge,
             [self.memes[i] for i in rows],

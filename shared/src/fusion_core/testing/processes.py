@@ -201,7 +201,10 @@ def _context(multiprocessing: Any) -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    slow = ("torch.distributed", "accelerate", "transformers", "transformers.trainer")
+    slow = (
+        "torch.distributed", "accelerate", "transformers", "transformers.modeling_utils",
+        "transformers.trainer",
+    )  # fmt: skip
     context.set_forkserver_preload([name for name in slow if name == slow[0] or name in sys.modules])
     return context
 
