@@ -27,6 +27,7 @@ CLIENTS = {
 }  # fmt: skip
 """64 clients at once, by what they do."""
 GOOD = ("good", "reconnecting", "slow", "health")
+PACE = 0.1
 LIMIT = 8 << 20
 GROWTH = 2 << 20
 """What the memory may grow by in the second half, in bytes: more is a leak at any load worth serving."""
@@ -80,10 +81,13 @@ class Client:
         kind: of :data:`CLIENTS`.
         number: of the client, for its draws.
         told: takes the answers.
+        pace: seconds between two bytes of a slow client.
     """
 
-    def __init__(self, server: Server, port: int, kind: str, number: int, told: Told) -> None:
-        self.server, self.port, self.kind, self.told = server, port, kind, told
+    def __init__(
+        self, server: Server, port: int, kind: str, number: int, told: Told, pace: float = PACE
+    ) -> None:
+        self.server, self.port, self.kind, self.told, self.pace = server, port, kind, told, pace
         self.draw = random.Random(number)
         self.reader: asyncio.StreamReader | None = None
         self.writer: asyncio.StreamWriter | None = None
@@ -169,17 +173,18 @@ class Client:
         await asyncio.sleep(0.2)
 
     async def _slow(self) -> None:
-        """A byte each tenth of a second; the answer is read so, too."""
+        """A byte each tenth of a second; the answer's first line is read so, too."""
         reader, writer = await self._connected()
-        for byte in self._message(self._body()):
+        body = min((self._body() for _ in range(8)), key=len)
+        for byte in self._message(body):
             writer.write(bytes([byte]))
             await writer.drain()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(self.pace)
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             head += await asyncio.wait_for(reader.readexactly(1), 60)
             if len(head) < 20:
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(self.pace)
         status = head.split()[1].decode()
         self.told.note(self.kind, status)
         if status != "200" and not (status in ("429", "503") and b"retry-after" in head.lower()):
@@ -260,7 +265,8 @@ class Client:
 async def _all(server: Server, port: int, pid: int, seconds: float, seed: int) -> Told:
     told, end = Told(), time.monotonic() + seconds
     kinds = [kind for kind, count in CLIENTS.items() for _ in range(count)]
-    clients = [Client(server, port, kind, seed * 1000 + n, told) for n, kind in enumerate(kinds)]
+    pace = PACE * min(1.0, seconds / 60)
+    clients = [Client(server, port, kind, seed * 1000 + n, told, pace) for n, kind in enumerate(kinds)]
 
     async def watch() -> None:
         start = time.monotonic()
