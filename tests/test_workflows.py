@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from matrix import RESOLUTIONS
 from release_check import disagreements
 from workspace import CORE, ROOT, Member, members, packages
 
@@ -71,7 +72,7 @@ def test_every_member_has_a_workflow_that_its_changes_start(member: Member) -> N
 
 
 def test_no_workflow_is_left_of_a_package_that_is_gone() -> None:
-    general = {"_package.yml", "faults.yml", "lint.yml", "release.yml"}
+    general = {"_package.yml", "faults.yml", "lint.yml", "matrix.yml", "release.yml"}
     assert {path.name for path in FILES} == general | {caller(member).name for member in members()}
 
 
@@ -86,6 +87,20 @@ def test_a_package_is_tested_on_both_ends_of_python_on_three_systems_alone_and_a
     assert "--resolution lowest-direct" in commands["lowest"]
     assert ".ci/isolation.py" in commands["isolation"]
     assert "tests/test_docs.py" in commands["docs"]
+
+
+def test_the_matrix_has_every_member_at_both_ends_of_versions_and_python() -> None:
+    workflow = read(WORKFLOWS / "matrix.yml")
+    assert set(workflow["on"]) == {"schedule", "workflow_dispatch"}
+    matrix = workflow["jobs"]["versions"]["strategy"]["matrix"]
+    assert matrix["package"] == [member.name for member in members()]
+    assert (
+        matrix["python"] == read(WORKFLOWS / "_package.yml")["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    )
+    assert set(matrix["resolution"]) == set(RESOLUTIONS)
+    commands = {name: job["steps"][-1]["run"] for name, job in workflow["jobs"].items()}
+    assert ".ci/matrix.py versions" in commands["versions"]
+    assert ".ci/consumer.py" in commands["consumer"]
 
 
 def test_the_lint_workflow_calls_steps_that_ci_run_has() -> None:

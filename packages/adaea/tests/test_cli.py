@@ -1,5 +1,4 @@
 import json
-import sys
 
 import pytest
 
@@ -65,7 +64,7 @@ def test_the_gate_ends_with_3(tmp_path):
 def test_an_audit_that_was_killed_goes_on_to_the_same_numbers(tmp_path):
     words = [*AUDIT, *QUICK, "--batch-size", 2, "--steps", 8, "--json"]
     whole = run_cli(main, *words, "--out", tmp_path / "whole")
-    command = [sys.executable, "-m", "adaea.cli", *map(str, words), "--out", str(tmp_path / "cut")]
+    command = [run_cli, main, *words, "--out", tmp_path / "cut"]
     shard = tmp_path / "cut" / "adv" / ".work" / "*" / "shard-00001.safetensors"
     assert kill_when(command, shard) != 0
     assert not (tmp_path / "cut" / "asr.json").exists()

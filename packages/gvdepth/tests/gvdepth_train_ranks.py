@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 
 def small_model(seed=0, **settings):
     import torch
@@ -83,11 +80,3 @@ def train(out, resume=False, progress=False, slow=0.0, **changes):
         small_model(), samples, recipe(**changes), out=out, resume=resume, device="cpu", progress=progress
     )
     return trainer.fit()
-
-
-if __name__ == "__main__":  # a run that the test kills
-    import torch
-
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(__file__).parent))
-    train(sys.argv[1], slow=0.05)

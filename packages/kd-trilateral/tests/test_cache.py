@@ -1,8 +1,8 @@
 """The teacher cache: exact, resumable, fingerprinted."""
 
 import json
-import subprocess
-import sys
+import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from torch import nn
 import kd_trilateral as kdt
 from fusion_core.errors import DataError, FusionWarning, StoreError
 from fusion_core.testing import kill_when
+from kd_trilateral import cache as cache_module
 
 
 def problem(rows=50, classes=5, seed=0):
@@ -86,25 +87,24 @@ def test_resumes_where_it_stopped(tmp_path, monkeypatch):
     torch.testing.assert_close(cache.logits(slice(None)), teacher(data[0]).detach(), rtol=1e-3, atol=1e-3)
 
 
+def build_in_small_shards(place, pause=0.0):
+    real = cache_module._shard
+    with mock.patch.multiple(
+        cache_module, _SHARD_ROWS=4, _shard=lambda *words: (time.sleep(pause), real(*words))[1]
+    ):
+        torch.manual_seed(0)
+        teacher, x = nn.Linear(4, 3).eval(), torch.arange(160.0).reshape(40, 4) / 100
+        kdt.TeacherCache.build(teacher, (x, torch.arange(40) % 3), place).verify()
+
+
 def test_survives_a_kill(tmp_path):
-    code = (
-        "import torch, time, kd_trilateral.cache as c\n"
-        "c._SHARD_ROWS = 4\n"
-        "torch.manual_seed(0)\n"
-        "t = torch.nn.Linear(4, 3).eval()\n"
-        "x = torch.arange(160.).reshape(40, 4) / 100\n"
-        f"c.TeacherCache.build(t, (x, torch.arange(40) % 3), {str(tmp_path / 't.kdc')!r}).verify()\n"
-    )
-    slow = code.replace(
-        "torch.manual_seed",
-        "real = c._shard\nc._shard = lambda *a: (time.sleep(0.2), real(*a))[1]\ntorch.manual_seed",
-    )
-    assert kill_when([sys.executable, "-c", slow], tmp_path / "t.kdc" / "shard-00002.safetensors") != 0
-    manifest = json.loads((tmp_path / "t.kdc" / "manifest.json").read_text())
+    place = tmp_path / "t.kdc"
+    assert kill_when([build_in_small_shards, place, 0.2], place / "shard-00002.safetensors") != 0
+    manifest = json.loads((place / "manifest.json").read_text())
     assert not manifest["complete"]
-    assert manifest["rows"] < 40
-    subprocess.run([sys.executable, "-c", code], check=True)  # the same program, not killed
-    assert len(kdt.TeacherCache.open(tmp_path / "t.kdc")) == 40
+    assert 0 < manifest["rows"] < 40
+    build_in_small_shards(place)
+    assert len(kdt.TeacherCache.open(place)) == 40
 
 
 def test_another_teacher_or_data_is_refused_by_name(tmp_path):
