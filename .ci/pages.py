@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,6 +34,7 @@ from workspace import CORE, ROOT, Member, packages
 
 SETTINGS = ROOT / "docs" / "mkdocs.yml"
 TUTORIALS = ROOT / "docs" / "tutorials"
+BLOCKS = ("h1", "h2", "h3", "h4", "li", "ol", "ul", "pre", "table", "td", "blockquote", "img")
 SHIM = re.compile(r"https://[^\s\"'<>]+/iframe-worker/shim")
 
 _LINK = re.compile(
@@ -53,12 +55,14 @@ class Site:
         folder: where the pages are written.
         pages: file of the repository -> page, relative to ``folder``, with slashes.
         files: other files of the repository that a page links to -> place.
+        folders: folder of the repository -> the page that lists what is in it.
         under: page -> what is put under its title.
     """
 
     folder: Path
     pages: dict[Path, str] = field(default_factory=dict[Path, str])
     files: dict[Path, str] = field(default_factory=dict[Path, str])
+    folders: dict[Path, str] = field(default_factory=dict[Path, str])
     under: dict[str, str] = field(default_factory=dict[str, str])
 
     def page(self, source: Path, target: str) -> str:
@@ -73,12 +77,16 @@ class Site:
             PageError: a link to a file that is not there.
         """
         for source, target in self.pages.items():
-            text = plain_fences(self.turned(source.read_text(encoding="utf-8"), source, target))
-            title, rest = text.split("\n", 1)
-            self.put(target, f"{title}\n\n{self.under[target]}\n{rest}" if target in self.under else text)
+            self.put(target, self.text(source, target))
         for source, target in self.files.items():
             (self.folder / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, self.folder / target)
+
+    def text(self, source: Path, target: str) -> str:
+        """The Markdown of a page."""
+        text = plain_fences(self.turned(source.read_text(encoding="utf-8"), source, target))
+        title, rest = text.split("\n", 1)
+        return f"{title}\n\n{self.under[target]}\n{rest}" if target in self.under else text
 
     def put(self, target: str, text: str) -> None:
         """Write a page."""
@@ -101,6 +109,8 @@ class Site:
     def place(self, source: Path, path: str) -> str:
         """Where a link in a file leads to, relative to the pages' folder."""
         wanted = (source.parent / path).resolve()
+        if wanted in self.folders:
+            return self.folders[wanted]
         if wanted.is_dir():
             wanted /= "README.md"
         if wanted in self.pages:
@@ -134,6 +144,7 @@ def gather(site: Site) -> list[dict[str, Any]]:
             {"Changelog": site.page(member.directory / "CHANGELOG.md", f"{folder}/changelog.md")},
         ]
 
+    site.folders[TUTORIALS] = "tutorials/index.md"
     home = site.page(ROOT / "README.md", "index.md")
     tutorials = [
         {member.name: site.page(TUTORIALS / f"{member.name}.md", f"tutorials/{member.name}.md")}
@@ -213,7 +224,11 @@ def build(out: Path) -> None:
         if subprocess.run(command, cwd=scratch, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}).returncode:
             raise PageError("the generator is not content, see above")
         localize(made)
-        check(made, anchors())
+        texts = {
+            f"{target.removesuffix('.md')}.html": site.text(source, target)
+            for source, target in site.pages.items()
+        }
+        check(made, anchors(), texts)
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(made, out)
 
@@ -228,12 +243,14 @@ def localize(site: Path) -> None:
 
 
 class _Looker(HTMLParser):
-    """Finds the anchors of a page and what it loads from other places."""
+    """Finds the anchors of a page, what it loads from other places, and how many blocks its text has."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, article: bool = True) -> None:
         super().__init__()
         self.ids: set[str] = set()
         self.loads: list[str] = []
+        self.blocks = Counter[str]()
+        self._inside = not article
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Called for every tag."""
@@ -243,25 +260,46 @@ class _Looker(HTMLParser):
         loaded = given.get("src") or (given.get("href") if tag == "link" else None)
         if loaded and re.match(r"(https?:)?//", loaded) and given.get("rel") != "canonical":
             self.loads.append(loaded)
+        self._inside |= tag == "article"
+        if self._inside and tag in BLOCKS:
+            self.blocks[tag] += 1
+
+    def handle_endtag(self, tag: str) -> None:
+        """Called for every closing tag."""
+        self._inside &= tag != "article"
 
 
-def check(site: Path, wanted: dict[str, list[str]]) -> None:
+def look(html: str, *, article: bool = True) -> _Looker:
+    """What a page consists of; ``article=False`` for HTML without the frame of the site."""
+    found = _Looker(article=article)
+    found.feed(html)
+    return found
+
+
+def check(site: Path, wanted: dict[str, list[str]], texts: dict[str, str]) -> None:
     """Look at the built pages.
 
     Args:
         site: the built site.
         wanted: page -> names that have to have an anchor there.
+        texts: page -> its Markdown, which has to give the same blocks as on a host of repositories.
 
     Raises:
-        PageError: a name is missing, or a page loads something from another place.
+        PageError: a name is missing, a list or a table fell apart, or a page loads something from elsewhere.
     """
+    from markdown_it import MarkdownIt
+
+    common = MarkdownIt("commonmark").enable("table")
     wrong: list[str] = []
     for path in sorted(site.rglob("*.html")):
-        page = _Looker()
-        page.feed(path.read_text(encoding="utf-8"))
         name = path.relative_to(site).as_posix()
+        page = look(path.read_text(encoding="utf-8"))
         wrong += [f"{name} loads {url}" for url in page.loads]
         wrong += [f"{name} lacks {entry}" for entry in wanted.get(name, []) if entry not in page.ids]
+        if name in texts:
+            other = look(common.render(texts[name]), article=False).blocks
+            if other != page.blocks:
+                wrong.append(f"{name} has {dict(page.blocks)}, CommonMark gives {dict(other)}")
     if wrong:
         raise PageError("\n".join(wrong))
 

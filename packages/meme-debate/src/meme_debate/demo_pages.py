@@ -17,7 +17,7 @@ from .calibrate import Calibration
 from .cards import card_html
 from .detection import Card
 from .scoring import metrics
-from .stand_in import StandIn
+from .stand_in_memes import StandIn
 
 Floats = NDArray[np.float64]
 NAMES = ("fits, no jibe", "a jibe")
