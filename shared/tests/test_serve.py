@@ -1,3 +1,4 @@
+import json
 import re
 import signal
 import socket
@@ -15,7 +16,11 @@ from fusion_core.serve import secure, serve
 APP = """
 import time
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
 from fusion_core.serve import secure, serve
+
+class Words(BaseModel, extra="forbid"):
+    words: list[str]
 
 app = secure(FastAPI(), max_body=1000, gauges=lambda: {"cards_total": 7})
 
@@ -25,6 +30,10 @@ async def size(name: str, request: Request):
 
 @app.post("/json")
 def read_json(body: dict):
+    return body
+
+@app.post("/words")
+def words(body: Words):
     return body
 
 @app.get("/slow")
@@ -76,6 +85,24 @@ def test_limits_health_metrics(server):
     assert 'http_requests_total{route="other",status="404"} 2' in text
     assert "http_requests_in_flight 0" in text
     assert "cards_total 7" in text
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"words": "\\ud800"}', "valid list"),
+        (b'{"words": NaN}', "valid list"),
+        (b'{"words": [], "x": Infinity}', "not permitted"),
+        (b'{"words": [], "\\udfff": 1}', "raw data as a unicode string"),
+        (b'{"words": [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3]}', "valid string"),
+    ],
+)
+def test_a_body_that_does_not_fit_is_told_so_and_not_sent_back(server, body, words):
+    code, text = get(server + "/words", body, {"Content-Type": "application/json"})
+    assert (code, words in text) == (422, True), text
+    found = json.loads(text)["detail"]
+    assert all(entry.keys() == {"type", "loc", "msg"} for entry in found)
+    assert len(found) <= 20
 
 
 def test_unannounced_body_is_limited_too(server):

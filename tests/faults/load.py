@@ -218,6 +218,8 @@ class Client:
             self._message(b"[" * 100_000),
             self._message(b'{"memes": ' + b"9" * 5000 + b"}"),
             self._message(b'{"x": "\\ud800"}'),
+            self._message(b'{"memes": NaN}'),
+            self._message(b'{"memes": [{"text": "\\ud800", "id": 1e999}]}'),
             b"POST " + self.server.path.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
             b"GET /%00%ff/../.. HTTP/1.1\r\nHost: x\r\n\r\n",
             b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: " + b"b" * 70_000 + b"\r\n\r\n",

@@ -22,6 +22,7 @@ MAX_BODY = 8 << 20
 HEALTH = ("/health", "/healthz")
 METRICS = "/metrics"
 _RETRY_SECONDS = 1
+_MISFITS = 20
 _CONNECTIONS = 16  # for each request at once: idle and slow ones are held, a flood is not
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -159,6 +160,10 @@ def secure(
 ) -> ServedApp:
     """Give an application limits, ``GET /health`` (alias ``/healthz``) and ``GET /metrics``.
 
+    A body that does not fit its model gets 422 with place and reason of each misfit, without what was sent:
+    it may be large, and what JSON can carry but not say (NaN, half a surrogate pair) would make the answer
+    itself fail.
+
     Args:
         app: a FastAPI or Starlette application, changed in place.
         max_body: largest request body in bytes; a larger one gets 413, announced or not.
@@ -172,7 +177,15 @@ def secure(
     """
     check_range("max_body", max_body, 1, float("inf"))
     app.add_middleware(Guard, max_body=max_body, gauges=gauges)
+    exceptions: Any = require_extra("fastapi.exceptions", "serve", "fusion-core")
+    app.add_exception_handler(exceptions.RequestValidationError, _misfit)
     return app
+
+
+async def _misfit(_: Any, error: Any) -> Any:
+    responses: Any = require_extra("fastapi.responses", "serve", "fusion-core")
+    found = [{key: entry[key] for key in ("type", "loc", "msg")} for entry in error.errors()[:_MISFITS]]
+    return responses.Response(json.dumps({"detail": found}), 422, media_type="application/json")
 
 
 def serve(app: Any, host: str = "127.0.0.1", port: int = 8000, concurrency: int = 64) -> None:
