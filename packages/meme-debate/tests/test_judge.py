@@ -10,12 +10,14 @@ import torch
 from judges import TEXT, VISION, make_judge, make_memes
 from torch import nn
 
+from fusion_core.checkpoint import load_tensors
 from fusion_core.errors import CheckpointError, ConfigError, InputError, ShapeError
 from fusion_core.testing import spawn
 from meme_debate.fused import gather, score_memes, share_of_rank
 from meme_debate.fusion import CrossAttention, cross_attention
 from meme_debate.judge import FUSIONS, Judge
 from meme_debate.settings import JudgeSettings
+from meme_debate.training import JudgeTrainConfig, train_judge
 
 
 @pytest.fixture(scope="module")
@@ -193,18 +195,38 @@ def test_batches_do_not_change_scores():
     assert ((whole >= 0) & (whole <= 1)).all()
 
 
-def share(rank):
+def trained(out, fusion, accumulate):
+    """The weights of a small training; with two processes each batch of a step is another one's."""
+    judge = make_judge(fusion, max_length=64)
+    memes, debates = make_memes(24)
+    config = JudgeTrainConfig(steps=3, batch_size=4, lr=1e-2, accumulate=accumulate)
+    held = make_memes(11, seed=5)
+    result = train_judge(judge, memes, debates, config, out=out, device="cpu", validation=held,
+                         features=out.with_suffix(".states"))  # fmt: skip
+    return result.best, load_tensors(out / "model.safetensors")
+
+
+def share(rank, folder):
     judge = make_judge()
     memes, debates = make_memes(7)
     rows = share_of_rank(7)
     mine = score_memes(judge, [memes[i] for i in rows], [debates[i] for i in rows], batch_size=1)
-    return rows, gather(mine, 7)
+    scores = gather(mine, 7)
+    return rows, scores, [trained(folder / fusion, fusion, 1) for fusion in ("layerwise", "none")]
 
 
 @pytest.mark.slow
-def test_two_processes_score_each_meme_once_and_the_same():
+def test_two_processes_give_what_one_gives(tmp_path):
+    """Each meme is scored once, and a step over two batches is the step of two processes."""
     one = score_memes(make_judge(), *make_memes(7), batch_size=1)
-    ranks = spawn(share, 2, timeout=240)
+    ranks = spawn(share, 2, tmp_path / "two", timeout=240)
     assert sorted(ranks[0][0] + ranks[1][0]) == list(range(7))
-    for _, scores in ranks:
+    for _, scores, _ in ranks:
         assert np.array_equal(scores, one)
+    for place, fusion in enumerate(("layerwise", "none")):
+        best, weights = trained(tmp_path / fusion, fusion, 2)
+        for _, _, runs in ranks:
+            assert runs[place][0] == pytest.approx(best, abs=1e-6)
+            for name, value in weights.items():
+                assert torch.allclose(value, runs[place][1][name], atol=1e-6), (fusion, name)
+        assert (tmp_path / "two" / fusion / "judge" / "config.json").is_file()

@@ -153,6 +153,17 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         self.image_transformer.eval()
         return self
 
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the loss does not depend on: cross-attention that the fusion leaves out, T5's head.
+
+        They are part of the state dict whatever the fusion.
+        """
+        encoder: Any = self.text_transformer.encoder
+        head: Any = self.text_transformer.lm_head.weight
+        used = {"layerwise": len(encoder.ca_block), "final": 1, "none": 0}[self.fusion]
+        idle = [weight for block in encoder.ca_block[used:] for weight in block.parameters()]
+        return idle if head is self.text_transformer.shared.weight else [*idle, head]
+
     def image_states(self, pixel_values: Float[Tensor, "batch 3 height width"]) -> Tensor:
         """The tower's states of all patches, CLS first: what ``forward`` takes as ``image_features``.
 

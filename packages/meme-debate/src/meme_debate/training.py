@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -90,6 +91,8 @@ def train_judge(
 ) -> LoopResult:
     """Train a fused judge; the tower stays frozen and sees each picture once.
 
+    On several processes (``accelerate launch``) every one of them ends with the same judge; the first writes.
+
     Writes into ``out``: ``train.json`` (all settings), the loop's ``metrics.jsonl`` and checkpoints, and the
     finished judge as ``judge/``.
 
@@ -122,8 +125,8 @@ def train_judge(
     labels = check_labels(labels_of(rows))
     if len(np.unique(labels)) < 2:
         raise DataError("memes holds one class only; a judge learns from harmless and harmful memes")
-    for parameter in judge.image_transformer.parameters():
-        parameter.requires_grad_(False)
+    for parameter in (*judge.image_transformer.parameters(), *judge.idle_parameters()):
+        parameter.requires_grad_(False)  # else several processes would wait for its gradient
     optimizer = AdamW(decay_groups(judge, config.weight_decay), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
     per_epoch = math.ceil(len(rows) / config.batch_size)
     processes = _processes()
@@ -150,9 +153,9 @@ def train_judge(
         states = None
         if judge.fusion != "none" and judge.settings.image and not config.augment:
             images = [meme.image for meme in rows]
-            states = image_features(
-                judge, images, features, progress=progress is not False and sys.stderr.isatty()
-            )
+            bar = progress is not False and sys.stderr.isatty()
+            with loop.accelerator.main_process_first() if features else contextlib.nullcontext():
+                states = image_features(judge, images, features, progress=bar)  # one writes, the others read
         batches = JudgeBatches(
             judge,
             rows,
@@ -168,12 +171,16 @@ def train_judge(
         validate = None if validation is None else _Validation(judge, *validation, config.metric)
         result = loop.run(batches, step, validate)
     judge.eval()
+    for parameter in judge.idle_parameters():
+        parameter.requires_grad_(True)
+    loop.accelerator.wait_for_everyone()  # the first process has written the chosen weights; all take them
+    load_strict(judge, load_tensors(Path(out) / "model.safetensors"))
+    judge.to(loop.accelerator.device)
+    if validate is not None:
+        judge.calibration = calibrate(validate.scores(judge), validate.labels, **(costs or {}))
     if main:
-        load_strict(judge, load_tensors(Path(out) / "model.safetensors"))
-        judge.to(loop.accelerator.device)
-        if validate is not None:
-            judge.calibration = calibrate(validate.scores(judge), validate.labels, **(costs or {}))
         save_judge(judge, Path(out) / "judge", overwrite=True)
+    loop.accelerator.wait_for_everyone()
     return result
 
 
