@@ -250,7 +250,7 @@ class _Looker(HTMLParser):
         self.ids: set[str] = set()
         self.loads: list[str] = []
         self.blocks = Counter[str]()
-        self._inside = not article
+        self._inside = self._always = not article
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Called for every tag."""
@@ -266,7 +266,7 @@ class _Looker(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         """Called for every closing tag."""
-        self._inside &= tag != "article"
+        self._inside &= tag != "article" or self._always
 
 
 def look(html: str, *, article: bool = True) -> _Looker:

@@ -27,6 +27,7 @@ def generator(seed: int, *key: Key, device: str | torch.device = "cpu") -> torch
     The same arguments give the same stream whatever else was drawn before, on any rank and in any order.
 
     Example:
+        >>> import torch
         >>> first, again = (torch.rand(1, generator=generator(0, "noise", 3)) for _ in range(2))
         >>> bool(first == again)
         True
