@@ -97,7 +97,10 @@ def files(found: Distribution) -> list[Path]:
 
 
 def strays(packages: Path) -> list[str]:
-    """Names in the environment's directory that no installed distribution owns; a clean one has none."""
+    """Names in the environment's directory that no installed distribution owns; a clean one has none.
+
+    Empty folders do not count: some wheels bring one (``pyerfa.libs``), and a record lists files only.
+    """
     own = {
         file.parts[0]
         for found in distributions(path=[str(packages)])
@@ -105,7 +108,11 @@ def strays(packages: Path) -> list[str]:
         if file.parts[0] != ".."
     }
     known = own | {"__pycache__", "_virtualenv.py", "_virtualenv.pth"}
-    return sorted(path.name for path in packages.iterdir() if path.name not in known)
+    return sorted(
+        path.name
+        for path in packages.iterdir()
+        if path.name not in known and (path.is_file() or any(each.is_file() for each in path.rglob("*")))
+    )
 
 
 def measure(environment: Environment, target: Member) -> Cost:
