@@ -64,7 +64,7 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         full: train the three models here, on 3000 galaxies; else those that ship are measured.
         seed: of the test galaxies, and of the training in full mode.
     """
-    for module in ("matplotlib", "skimage.data"):
+    for module in ("matplotlib", "skimage"):
         require_extra(module, "demo", "mantis-photoz")
     mode = "full" if full else "quick"
     with tempfile.TemporaryDirectory() as name:

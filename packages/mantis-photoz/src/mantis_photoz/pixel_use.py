@@ -25,6 +25,7 @@ from fusion_core.report import Figure
 from fusion_core.results import plain
 from fusion_core.seeding import generator as seeded
 from mantis_photoz import attribution, plots
+from mantis_photoz.arrays import wide
 from mantis_photoz.band_use import Players, Value, check_players, players_of, scorer, truths
 from mantis_photoz.drawn import DrawnReport
 from mantis_photoz.errors import ConfigError
@@ -135,7 +136,7 @@ def pixel_use(
                 maps = attribution.integrated_gradients(scalar, planes, steps=steps)
             else:
                 maps = attribution.expected_gradients(scalar, planes, others, samples=steps, generator=draw)
-            channels = {n: a.abs().sum((-2, -1)) for n, a in _unpack(maps.double(), layout).items()}
+            channels = {n: a.abs().sum((-2, -1)) for n, a in _unpack(wide(maps), layout).items()}
             sums.append(torch.stack([_total(channels, part) for part in parts]))
             with torch.no_grad():
                 means.append(replace(scalar, score=scorer(config, "z_mean"))(planes))

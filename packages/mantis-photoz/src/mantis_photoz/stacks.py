@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_core.errors import require_extra
+from fusion_core.images import read_image
 from mantis_photoz import inputs, plots
 from mantis_photoz.config import FusionConfig
 from mantis_photoz.surveys import SURVEYS
@@ -33,7 +35,8 @@ def windows() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     Raises:
         MissingExtraError: scikit-image is not installed (extra ``demo``).
     """
-    picture = np.asarray(require_extra("skimage.data", "demo", "mantis-photoz").hubble_deep_field())
+    folder = Path(str(require_extra("skimage", "demo", "mantis-photoz").__file__)).parent
+    picture = read_image(folder / "data" / "hubble_deep_field.jpg")
     side = min(picture.shape[:2])
     top, left = ((size - side) // 2 for size in picture.shape[:2])
     gray = picture[top : top + side, left : left + side].mean(-1, dtype=np.float32) / 255
