@@ -222,8 +222,7 @@ class ReplyCache:
         """Move the log into the file now and then, beside the run: readers and writers do not wait for it."""
         self._since += rows
         if self._since >= _CHECKPOINT_ROWS and (self._tidier is None or not self._tidier.is_alive()):
-            self._since, self._looked, self._version = 0, 0.0, 0
-            self._keys: set[bytes] | None = None
+            self._since = 0
             self._tidier = threading.Thread(target=_checkpoint, args=(self.path,), daemon=True)
             self._tidier.start()
 

@@ -37,4 +37,4 @@ def normalized_square(image: Any, size: int, normalize: str = "clip") -> NDArray
     left, top = (target[0] - size) // 2, (target[1] - size) // 2
     square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255
     mean, deviation = (np.array(each, np.float32) for each in NORMALIZE[normalize])
-    return np.ascontiguousarray(((square - mean) / deviation).transpose(2, 0, 1))
+    return np.ascontiguousarray(((square - mean) / deviation).transpose(2, 0, 1), np.float32)
