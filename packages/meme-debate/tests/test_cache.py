@@ -137,6 +137,7 @@ def test_the_log_is_moved_into_the_file_beside_the_run(tmp_path, monkeypatch):
             cache._tidier.join()
     before = (tmp_path / "c.sqlite").stat().st_size
     assert before > 2 * 4096, "the file holds replies although nothing was closed"
+    assert len(cache._keys) == 120
     assert len(cache) == 120
     cache.close()
     assert ReplyCache(tmp_path / "c.sqlite").get(KEYS[119]) == reply(119)

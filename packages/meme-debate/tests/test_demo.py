@@ -15,7 +15,7 @@ from fusion_core.errors import CheckpointError, FusionError, MissingExtraError
 from meme_debate import demo_claims as words
 from meme_debate import experiment as demonstration
 from meme_debate import prompts, stand_in_memes
-from meme_debate.demo_pages import choose_cards, reliability
+from meme_debate.demo_pages import choose_cards
 from meme_debate.detection import detect
 from meme_debate.encoding import pixels_of
 from meme_debate.fused import score_memes
@@ -182,12 +182,3 @@ def test_a_worker_that_fails_is_told(tmp_path, monkeypatch):
     told = pytest.raises(FusionError, match=r"second process ended: .+")
     with Worker(tmp_path, scale, [0]) as worker, told:
         worker.parts(0)
-
-
-def test_reliability_counts_every_meme():
-    scores = np.linspace(0, 1, 50)
-    labels = (scores > 0.5).astype(np.int64)
-    _, share, count = reliability(scores, labels)
-    assert count.sum() == 50
-    assert (share[:3] == 0).all()
-    assert (share[-3:] == 1).all()

@@ -87,7 +87,7 @@ def train(
     about = _about(out.name, policy)
     costs = {"miss": miss, "alarm": alarm, "coverage": coverage, "max_error": max_error}
     if kind == "text":
-        report = _train_text(rows, heard, out, costs, about, seed, overwrite)
+        report = _train_text(rows, heard, out, costs, about, seed, overwrite, False if quiet else None)
     elif kind == "fused":
         options = {"out": out, "resume": resume, "overwrite": overwrite, "device": device,
                    "progress": False if quiet else None, "features": features, "costs": costs,
@@ -114,23 +114,28 @@ def _about(name: str, policy: Path | None) -> Any:
 
 
 def _train_text(
-    rows: Any, heard: Any, out: Path, costs: dict[str, Any], about: Any, seed: int, overwrite: bool
+    rows: Any,
+    heard: Any,
+    out: Path,
+    costs: dict[str, Any],
+    about: Any,
+    seed: int,
+    overwrite: bool,
+    progress: bool | None,
 ) -> dict[str, Any]:
     from meme_debate.scoring import metrics
     from meme_debate.text_judge import TextJudge
 
     judge = TextJudge(settings=about.replace(image=False))
-    judge.fit_memes(rows, heard, seed=seed, **costs)
+    judge.fit_memes(rows, heard, seed=seed, progress=progress, **costs)
     judge.save(out, overwrite=overwrite)
     report: dict[str, Any] = {"kind": "text", "memes": len(rows), "debates": len(heard)}
-    if judge.calibration.calibrated:
-        from meme_debate.ablations import labels_of, paired
-
-        texts = judge.texts(rows, paired(rows, heard))
-        found = metrics(judge.cross_scores(texts, labels_of(rows), seed=seed), labels_of(rows))
+    made = judge.calibration
+    if judge.held_out is not None:
+        found = metrics(judge.held_out, [meme.label for meme in rows])
         report |= {f"held_out_{name}": value for name, value in found.items()}
-        report |= {"temperature": judge.calibration.temperature, "threshold": judge.calibration.threshold,
-                   "band": judge.calibration.band, "coverage": judge.calibration.coverage}  # fmt: skip
+        report |= {"temperature": made.temperature, "threshold": made.threshold, "band": made.band,
+                   "coverage": made.coverage}  # fmt: skip
     return report
 
 

@@ -16,7 +16,7 @@ from fusion_core.report import Figure, Page
 from .calibrate import Calibration
 from .cards import card_html
 from .detection import Card
-from .scoring import metrics
+from .plots import plot_reliability
 from .stand_in_memes import StandIn
 
 Floats = NDArray[np.float64]
@@ -28,29 +28,16 @@ def _pyplot() -> Any:
     return require_extra("matplotlib.figure", "demo", "meme-debate").Figure
 
 
-def reliability(scores: Floats, labels: NDArray[np.int64], bins: int = 8) -> tuple[Floats, Floats, Floats]:
-    """Mean score, share of harmful and number of memes in each bin that has any."""
-    place = np.minimum((scores * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
-    kept = count > 0
-    sums = [np.bincount(place, weights=w, minlength=bins)[kept] for w in (scores, labels.astype(float))]
-    return sums[0] / count[kept], sums[1] / count[kept], count[kept].astype(np.float64)
-
-
 def calibration_figure(
     out: Path, before: Floats, after: Floats, labels: NDArray[np.int64], calibration: Calibration
 ) -> Figure:
     """Score against the share of jibes, before and after the temperature; band and threshold."""
-    figure = _pyplot()(figsize=(7.5, 3.6), layout="constrained")
+    figure = _pyplot()(figsize=(7.5, 3.6))
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.14, top=0.9, wspace=0.25)
     axes = figure.subplots(1, 2)
     for scores, name, color in ((before, "as trained", "#888888"), (after, "calibrated", "#1f6fb4")):
-        x, y, count = reliability(scores, labels)
-        ece = metrics(scores, labels)["ece"]
-        axes[0].plot(x, y, "o-", color=color, label=f"{name}, ECE {ece:.3f}", markersize=4)
-        del count
-    axes[0].plot([0, 1], [0, 1], ":", color="black", linewidth=1)
-    axes[0].set(xlabel="score", ylabel="share of jibes", xlim=(0, 1), ylim=(0, 1), title="Reliability")
-    axes[0].legend(fontsize=8)
+        plot_reliability(scores, labels, axes[0], name=name, color=color)
+    axes[0].set(ylabel="share of jibes", title="Reliability")
     edges = np.linspace(0, 1, 21)
     for label, color in ((0, "#2e7dbe"), (1, "#d64541")):
         axes[1].hist(after[labels == label], edges, alpha=0.6, color=color, label=NAMES[label])

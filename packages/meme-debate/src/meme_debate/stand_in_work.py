@@ -146,9 +146,8 @@ class Worker:
             seed: whose labels it learns.
             states: (N, D) of each part's pictures.
         """
-        file = self.folder / f"states-{seed}.npz"
-        arrays: dict[str, Any] = dict(states)
-        np.savez(file, **arrays)
+        arrays: Any = dict(states)
+        np.savez(self.folder / f"states-{seed}.npz", **arrays)
         self._process.stdin.write(f"{seed}\n")
         self._process.stdin.flush()
 
@@ -263,7 +262,7 @@ def work(folder: Path, scale: Scale, seeds: Sequence[int], asked: Iterator[str])
     for group in groups:
         parts = make_parts(folder, scale, group[0])
         write_items(folder, group[0], parts)
-        seen: dict[str, Any] = {name: pixels_of_memes(part) for name, part in parts.items()}
+        seen: Any = {name: pixels_of_memes(part) for name, part in parts.items()}
         np.savez(folder / f"pixels-{group[0]}.npz", **seen)
         held: dict[int, dict[str, Part]] = {}
         with debater([each for part in parts.values() for each in part], folder) as url:

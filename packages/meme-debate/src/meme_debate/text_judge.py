@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fusion_core.checkpoint import atomic_directory, digest, load_tensors, save_tensors
 from fusion_core.errors import CheckpointError, DataError, InputError
+from fusion_core.progress import track
 from fusion_core.seeding import rng
 
 from .ablations import judge_text, labels_of, paired
@@ -57,6 +58,9 @@ class TextJudge:
         ngrams: longest run of words.
         settings: what the judge carries; see :class:`JudgeSettings`.
 
+    Attributes:
+        held_out: raw scores (N,) that the folds of :meth:`fit_memes` gave its memes, for plots; not saved.
+
     Raises:
         InputError: a number out of its range.
 
@@ -82,6 +86,7 @@ class TextJudge:
         self.c, self.min_df, self.ngrams = float(c), int(min_df), int(ngrams)
         self.settings = settings or JudgeSettings(name="text judge", image=False)
         self.calibration = Calibration()
+        self.held_out: Floats | None = None
         self.coef: Floats | None = None
         self.intercept = 0.0
         self._vectorizer: Any = None
@@ -127,7 +132,7 @@ class TextJudge:
         coef: Any = model.coef_
         intercept: Any = model.intercept_
         self.coef, self.intercept = np.asarray(coef[0], np.float64), float(intercept[0])
-        self.calibration = Calibration()
+        self.calibration, self.held_out = Calibration(), None
         return self
 
     def predict_proba(self, texts: Sequence[str]) -> Floats:
@@ -158,6 +163,7 @@ class TextJudge:
         *,
         calibration: bool = True,
         seed: int = 0,
+        progress: bool | None = None,
         **costs: Any,
     ) -> Self:
         """Learn from labeled memes and their debates, and calibrate on five held-out folds.
@@ -167,6 +173,7 @@ class TextJudge:
             debates: by id; memes without one are read without.
             calibration: False, or fewer than 10 memes of a class, leaves the scores as they are.
             seed: of the folds.
+            progress: None shows a bar on a terminal.
             **costs: ``miss``, ``alarm``, ``coverage``, ``max_error`` of
                 :func:`meme_debate.calibrate.calibrate`.
 
@@ -178,17 +185,24 @@ class TextJudge:
         texts = self.texts(rows, found)
         self.fit(texts, truth)
         if calibration and min(np.bincount(truth, minlength=2)) >= 10:
-            self.calibration = calibrate(self.cross_scores(texts, truth, seed=seed), truth, **costs)
+            self.held_out = self.cross_scores(texts, truth, seed=seed, progress=progress)
+            self.calibration = calibrate(self.held_out, truth, **costs)
         return self
 
     def cross_scores(
-        self, texts: Sequence[str], labels: ArrayLike, *, count: int = 5, seed: int = 0
+        self,
+        texts: Sequence[str],
+        labels: ArrayLike,
+        *,
+        count: int = 5,
+        seed: int = 0,
+        progress: bool | None = False,
     ) -> Floats:
         """Scores of each text by a judge of the same settings that learned from the other folds."""
         rows = _texts(texts)
         truth = check_labels(labels, len(rows))
         scores = np.zeros(len(rows))
-        for part in folds(truth, count, seed):
+        for part in track(folds(truth, count, seed), "folds", enabled=progress):
             rest = np.setdiff1d(np.arange(len(rows)), part)
             other = TextJudge(self.c, min_df=self.min_df, ngrams=self.ngrams, settings=self.settings)
             other.fit([rows[int(i)] for i in rest], truth[rest])
