@@ -196,7 +196,7 @@ class TextJudge:
         *,
         count: int = 5,
         seed: int = 0,
-        progress: bool | None = False,
+        progress: bool | None = None,
     ) -> Floats:
         """Scores of each text by a judge of the same settings that learned from the other folds."""
         rows = _texts(texts)
