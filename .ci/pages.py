@@ -85,6 +85,7 @@ class Site:
     def text(self, source: Path, target: str) -> str:
         """The Markdown of a page."""
         text = plain_fences(self.turned(source.read_text(encoding="utf-8"), source, target))
+        text = text.replace("\n<details>\n", '\n<details markdown="1">\n')  # or what is inside stays as it is
         title, rest = text.split("\n", 1)
         return f"{title}\n\n{self.under[target]}\n{rest}" if target in self.under else text
 
