@@ -118,7 +118,12 @@ def reference_page(member: Member) -> str:
     """The Markdown of a package's reference, in the words of mkdocstrings."""
     listed = groups(member)
     first = _once(name for names in listed.values() for name in names)
-    lines = [f"# {member.name}: API reference", "", f"::: {member.module}", *_options(1, **_BARE)]
+    lines = [
+        f"# {member.name}: API reference",
+        "",
+        f"::: {member.module}",
+        *_options(1, **_BARE, show_root_toc_entry=False),
+    ]
     for heading, names in listed.items():
         module = heading if heading.startswith(f"{member.module}.") else None
         lines += ["", f"## {heading}" if module is None else f"## `{heading}`", ""]

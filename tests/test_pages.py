@@ -64,6 +64,13 @@ def test_a_link_that_leads_nowhere_is_an_error(site: Site, target: str) -> None:
         site.turned(f"[x]({target})", ROOT / "README.md", "index.md")
 
 
+def test_what_stands_inside_details_is_markdown(site: Site, tmp_path: Path) -> None:
+    source = tmp_path / "page.md"
+    source.write_text("# x\n\n<details>\n<summary>y</summary>\n\n| a |\n| --- |\n| b |\n\n</details>\n")
+    assert '\n<details markdown="1">\n' in site.text(source, "page.md")
+    assert "md_in_html" in SETTINGS.read_text(encoding="utf-8")
+
+
 def test_a_package_leads_to_its_tutorial_and_reference(site: Site) -> None:
     member = packages()[0]
     text = site.text(member.directory / "README.md", f"{member.path}/index.md")
