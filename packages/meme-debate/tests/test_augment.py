@@ -13,7 +13,7 @@ from fusion_core.errors import ConfigError, InputError, MissingExtraError
 from meme_debate.augment import RandAugment
 from meme_debate.features import image_features
 from meme_debate.settings import JudgeSettings
-from meme_debate.training import JudgeBatches, JudgeTrainConfig, train_judge
+from meme_debate.training import JudgeBatches, JudgeTrainConfig, _Validation, train_judge
 
 pytest.importorskip("torchvision", reason="needs the extra augment")
 
@@ -76,6 +76,22 @@ def test_the_authors_settings_have_a_name():
         judge, memes, debates, JudgeTrainConfig.official().replace(augment=False, batch_size=2)
     )
     assert not any(dropped for _, dropped in whole.plan())
+
+
+def test_the_metric_that_chooses_the_best_epoch_is_an_option():
+    """Accuracy chooses in the authors' code, macro-F1 by default here; both are reported."""
+    judge = make_judge()
+    memes, debates = make_memes(12)
+    found = {}
+    for metric in ("accuracy", "macro_f1", "auroc"):
+        seen = _Validation(judge, memes, debates, metric)(judge)
+        assert seen["score"] == seen[metric]
+        found[metric] = seen
+    assert found["accuracy"] == {**found["macro_f1"], "score": found["accuracy"]["accuracy"]}
+    with pytest.raises(ConfigError, match="metric is 'loss', wanted one of"):
+        _Validation(judge, memes, debates, "loss")
+    with pytest.raises(ConfigError, match="metric"):
+        JudgeTrainConfig.from_dict({"metric": "loss"})
 
 
 def test_torchvision_is_asked_for(monkeypatch):

@@ -156,8 +156,7 @@ def abstain_band(
     """The band of scores around the threshold in which the judge leaves the decision to a person.
 
     Split conformal on the distance to the threshold: with memes exchangeable with those of the calibration,
-    at
-    least ``coverage`` of new ones are decided, or at most ``max_error`` of all new ones are decided wrongly.
+    at least ``coverage`` of new ones are decided, or at most ``max_error`` of all new ones decided wrongly.
 
     Args:
         scores: (N,) of memes that the judge did not learn from.

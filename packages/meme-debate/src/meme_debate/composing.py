@@ -61,8 +61,7 @@ def compose(meme: Meme, debate: Debate | None, first: First = "verdict") -> str:
     r"""The text that the judge reads (the authors' format).
 
     Lines ``Text:``, ``Caption:`` and both sides' ``Harmful:`` and ``Harmless:``, joined by a newline; an
-    empty
-    field keeps its line. A line inside a field that looks like a tag gets a backslash in front.
+    empty field keeps its line. A line inside a field that looks like a tag gets a backslash in front.
 
     Args:
         meme: its ``text`` and ``caption`` are used.

@@ -276,8 +276,7 @@ def convert(
     if not records:
         raise InputError(
             f"{place} holds no {known.title}; wanted a folder with {known.expects} (from {known.page}; "
-            f"nothing "
-            "is downloaded)"
+            "nothing is downloaded)"
         )
     counts: dict[str, int] = {}
     for record in records:

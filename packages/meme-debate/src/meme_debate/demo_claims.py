@@ -66,8 +66,7 @@ def claims(table: Comparison, fusions: Sequence[str], *, unseen: bool) -> list[C
             "ablation w/o MD",
             _all_above(rows, ours, layer),
             f"{mean[layer]:.3f} without and {mean[ours]:.3f} with the debate; debate without the picture "
-            f"gives "
-            f"{mean[blind]:.3f}.",
+            f"gives {mean[blind]:.3f}.",
         ),
         Claim(
             "The small judge beats the debating model's own verdict",
@@ -111,8 +110,7 @@ def _unseen(rows: dict[str, dict[str, Any]], ours: str, layer: str) -> Claim:
         bool(fused >= light),
         f"Over two photographs held out of everything, the fused judge has {fused:.3f} with and "
         f"{float(rows[layer]['mean']):.3f} without debate, the light judge {light:.3f}: a tower that "
-        f"knows six "
-        "photographs takes moon and coins for the wrong kind.",
+        "knows six photographs takes moon and coins for the wrong kind.",
     )
 
 
@@ -130,24 +128,17 @@ def notes(
     left = sum(card.decision == "abstain" for card in cards)
     return [
         "A stand-in, no data set of memes: photographs that ship with scikit-image, with words about the "
-        "size of "
-        "a thing or a pet written on them; teasing = the words do not fit the picture. No number here "
-        "compares "
-        "with the paper's.",
+        "size of a thing or a pet written on them; teasing = the words do not fit the picture. No number "
+        "here compares with the paper's.",
         "The debater is a script behind a local server of the chat-completions schema: it sees the wrong "
-        "kind of "
-        "thing in a fifth of the pictures and gives its own verdict with noise. The client, its retries "
-        "and its "
-        "cache are those of real use.",
+        "kind of thing in a fifth of the pictures and gives its own verdict with noise. The client, its "
+        "retries and its cache are those of real use.",
         f"{calls} calls, {tokens} tokens (as the server counts), {retries} retries after 503, {refused} "
-        f"refused "
-        f"sides, {seconds:.1f} s; a second run over the first seed's memes took {again['cached']} of "
-        f"{again['calls']} "
-        "replies from the cache.",
+        f"refused sides, {seconds:.1f} s; a second run over the first seed's memes took {again['cached']} "
+        f"of {again['calls']} replies from the cache.",
         f"Of {len(cards)} calibrated cards {left} are left to a person; deleting the case that was "
-        f"decided for "
-        f"changes {flips} of {len(tested)} decisions. cards.html shows one right, one wrong, one left to a "
-        "person, one with a refused side.",
+        f"decided for changes {flips} of {len(tested)} decisions. cards.html shows one right, one wrong, "
+        "one left to a person, one with a refused side.",
         f"{scale.train} training and {scale.test} test memes, {scale.steps} steps of 32, every second batch "
         "without a debate, so that one judge gives both rows.",
     ]
@@ -158,6 +149,5 @@ def abstention(shares: Sequence[float]) -> str:
     return (
         "With the band that leaves a fifth of the test memes to a person, the judge abstains on "
         f"{sum(shares) / len(shares):.0%} of the memes over unseen photographs: it does not notice that "
-        f"they are "
-        "new."
+        "they are new."
     )

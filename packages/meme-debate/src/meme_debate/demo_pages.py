@@ -50,8 +50,7 @@ def calibration_figure(
     return Figure(
         "calibration.png",
         "Left: score against the share of jibes before and after temperature scaling. Right: histograms "
-        "of the "
-        "calibrated score of both classes with the band that is left to a person.",
+        "of the calibrated score of both classes with the band that is left to a person.",
         "Temperature and band come from one half of the test memes, the plot shows the other half.",
     )
 
@@ -81,9 +80,8 @@ def cards_page(chosen: Mapping[str, Card]) -> Page:
     """The cards on one page."""
     page = Page("Stand-in memes: four cards")
     page.text(
-        "Stand-in memes over photographs of scikit-image; a jibe is praise or blame of size that does not "
-        "fit "
-        "the picture. A gray picture was withheld from the judge."
+        "Stand-in memes over photographs of scikit-image; a jibe is praise or blame of size that does "
+        "not fit the picture. A gray picture was withheld from the judge."
     )
     for name, card in chosen.items():
         page.heading(name)

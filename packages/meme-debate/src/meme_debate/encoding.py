@@ -128,9 +128,8 @@ def locate(parts: Parts, offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64],
 
     Returns:
         (L,) the field in which each place starts, a newline between two counting to the second; and (L, 2)
-        start
-        and end in that field's value, without the backslashes that compose puts in; a place inside a tag is
-        empty.
+        start and end in that field's value, without the backslashes that compose puts in; a place inside a
+        tag is empty.
     """
     sizes = [len(compose_parts([part])) + 1 for part in parts]
     ends = np.cumsum(sizes) - 1

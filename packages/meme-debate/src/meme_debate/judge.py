@@ -75,10 +75,8 @@ class Judge(nn.Module, PyTorchModelHubMixin):
 
     A T5 encoder whose blocks look at the states of a frozen CLIP tower; the decoder runs over the same tokens
     (causal, unshifted), its mean over the unpadded positions goes through one linear layer. The state dict
-    has
-    the same names for every fusion: ``image_transformer``, ``text_transformer`` (with
-    ``encoder.ca_block.i``),
-    ``clf``.
+    has the same names for every fusion: ``image_transformer``, ``text_transformer`` (with
+    ``encoder.ca_block.i``), ``clf``.
 
     Args:
         text_config: ``transformers.T5Config``, or its dictionary.
