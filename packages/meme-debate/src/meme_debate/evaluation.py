@@ -25,10 +25,11 @@ __all__ = ["ablation_names", "evaluate"]
 Floats = NDArray[np.float64]
 ALL, LIGHT, FOLDS = "all", "light judge, five folds of these memes", 5
 NOTE = (
-    "Published: every ablation hurts, w/o SLMJ and w/o MF most, w/o HlD more than w/o HfD. With a light judge "
-    "on the 354 Harm-C test memes (accuracy / macro-F1, three foldings): all .852 / .834, w/o LLMJ .852 / "
-    ".834, w/o HlD .839 / .819, w/o HfD .834 / .813, w/o UR .832 / .809, w/o MD .823 / .802: there the "
-    "harmful rationale carries the gain and the order none. One standard error of an accuracy is .019 there."
+    "Published: every ablation hurts, w/o SLMJ and w/o MF most, w/o HlD more than w/o HfD. With a light "
+    "judge on the 354 Harm-C test memes (accuracy / macro-F1, three foldings): all .852 / .834, w/o LLMJ "
+    ".852 / .834, w/o HlD .839 / .819, w/o HfD .834 / .813, w/o UR .832 / .809, w/o MD .823 / .802: there "
+    "the harmful rationale carries the gain and the order none. One standard error of an accuracy is .019 "
+    "there."
 )
 
 
