@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusion_core.bench import Row, check_target
 from fusion_core.errors import InputError, require_extra
@@ -52,8 +52,23 @@ def made_memes(folder: Path, count: int, size: int = 40_000, name: str = "m") ->
     return [Meme(f"{name}{i}", paths[i % PICTURES], f"{_WORDS} {name} {i}", _CAPTION) for i in range(count)]
 
 
-async def _hold(debater: Debater, memes: Sequence[Meme]) -> float:
-    """Seconds for all debates, the opening of session and cache not counted."""
+class Took(NamedTuple):
+    """Seconds of the clock, and of this process's processor time."""
+
+    clock: float
+    processor: float
+
+
+def _since(start: Took) -> Took:
+    return Took(time.perf_counter() - start.clock, time.process_time() - start.processor)
+
+
+def _now() -> Took:
+    return Took(time.perf_counter(), time.process_time())
+
+
+async def _hold(debater: Debater, memes: Sequence[Meme]) -> Took:
+    """What all debates took, the opening of session and cache not counted."""
     async with debater.open(CONCURRENCY) as session:
         left = iter(memes)
 
@@ -61,13 +76,13 @@ async def _hold(debater: Debater, memes: Sequence[Meme]) -> float:
             for meme in left:
                 await session.debate(meme)
 
-        start = time.perf_counter()
+        start = _now()
         await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
-        return time.perf_counter() - start
+        return _since(start)
 
 
-async def _bare(url: str, bodies: Sequence[bytes]) -> float:
-    """Seconds for the same posts by aiohttp alone, each answer read."""
+async def _bare(url: str, bodies: Sequence[bytes]) -> Took:
+    """What the same posts take by aiohttp alone, each answer read."""
     aiohttp: Any = require_extra("aiohttp", "http", "fusion-core")
     headers = {"Content-Type": "application/json"}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -78,9 +93,9 @@ async def _bare(url: str, bodies: Sequence[bytes]) -> float:
                 async with session.post(f"{url}/chat/completions", data=body, headers=headers) as answer:
                     await answer.read()
 
-        start = time.perf_counter()
+        start = _now()
         await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
-        return time.perf_counter() - start
+        return _since(start)
 
 
 async def _offered(debater: Debater, memes: Sequence[Meme], rate: float) -> list[float]:
@@ -135,29 +150,23 @@ def _picture(image: Any) -> Picture:
 
 def rate_rows(folder: Path, url: str, *, debates: int, repeats: int, size: int, swap: bool) -> list[Row]:
     """Debates per second with the cache on, and calls per second against aiohttp alone, in turn."""
-    ours: list[float] = []
-    bare: list[float] = []
-    busy: tuple[list[float], list[float]] = ([], [])
+    runs: tuple[list[Took], list[Took]] = ([], [])
     number = 4 if swap else 3
     for turn in range(repeats + 1):
         memes = made_memes(folder, debates, size, f"t{turn}-{size}-{number}-")
         debater = Debater(url, "stub", cache=folder / f"{turn}-{size}-{number}.sqlite", swap=swap)
         bodies = _bodies(memes, swap)
         jobs = [lambda d=debater, m=memes: _hold(d, m), lambda b=bodies: _bare(url, b)]
-        took = [0.0, 0.0]
         for which in ((0, 1), (1, 0))[turn % 2]:
-            start = time.process_time()
-            took[which] = asyncio.run(jobs[which]())
-            if turn:
-                busy[which].append(time.process_time() - start)
-        if turn:  # the first turn warms up
-            ours.append(took[0])
-            bare.append(took[1])
+            took = asyncio.run(jobs[which]())
+            if turn:  # the first turn warms up
+                runs[which].append(took)
+    ours, bare = ([took.clock for took in run] for run in runs)
+    cpu = [statistics.median(took.processor for took in run) / debates / number * 1e3 for run in runs]
     label = f"{size // 1000} kB pictures, {number} calls a debate, cache on"
     rate = debates / statistics.median(ours)
     each = [t / debates / number for t in (statistics.median(ours), statistics.median(bare))]
     ratios = sorted(b / a for a, b in zip(ours, bare, strict=True))
-    cpu = [statistics.median(seconds) / debates / number * 1e3 for seconds in busy]
     return [
         Row(
             name=f"debates/s, {label}", ratio=rate / RATE_TARGET, ours_s=1.0 / rate,
@@ -195,8 +204,8 @@ def cached_row(folder: Path, url: str, *, debates: int) -> Row:
     """Debates per second where every reply is in the cache; no target."""
     memes = made_memes(folder, debates, 40_000, "c")
     debater = Debater(url, "stub", cache=folder / "cached.sqlite")
-    first = asyncio.run(_hold(debater, memes))
-    second = asyncio.run(_hold(debater, memes))
+    first = asyncio.run(_hold(debater, memes)).clock
+    second = asyncio.run(_hold(debater, memes)).clock
     return Row(
         name="second run, all replies cached", ratio=first / second, ours_s=second / debates,
         reference_s=first / debates, reference="the first run", note=f"{debates / second:.0f} debates/s",

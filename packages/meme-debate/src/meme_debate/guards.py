@@ -125,5 +125,7 @@ def echoes_order(reply: str, text: str) -> bool:
 @lru_cache(maxsize=256)
 def _orders(text: str) -> tuple[str, ...]:
     """The words of each sentence that gives an order and is long enough not to be there by chance."""
+    if _ORDER.search(text) is None:
+        return ()
     found = [_WORD.findall(sentence.lower()) for sentence in _SENTENCE.split(text) if _ORDER.search(sentence)]
     return tuple(" ".join(words) for words in found if len(words) >= _ECHO_WORDS)

@@ -122,7 +122,10 @@ def fence(text: str) -> str:
         hello
         ===40ad41ff9e51===
     """
-    inside = clean(text)
+    return _between_fences(clean(text))
+
+
+def _between_fences(inside: str) -> str:
     tag = hashlib.sha256(f"{VERSION}\n{inside}".encode()).hexdigest()[:12]
     return f"==={tag}===\n{inside}\n==={tag}==="
 
@@ -151,9 +154,10 @@ def prefix(
         decided: words and label of similar memes that people decided, most similar first.
     """
     lines = [] if picture else [_NO_PICTURE]
-    lines.append(f"{_WORDS}\n{fence(text)}" if clean(text).strip() else _NO_WORDS)
-    if clean(caption).strip():
-        lines.append(f"{_CAPTION}\n{fence(caption)}")
+    words = clean(text)
+    lines.append(f"{_WORDS}\n{_between_fences(words)}" if words.strip() else _NO_WORDS)
+    if caption and (shown := clean(caption)).strip():
+        lines.append(f"{_CAPTION}\n{_between_fences(shown)}")
     if decided:
         lines.append(_SIMILAR)
         lines += [f"{_DECIDED[label]}\n{fence(words)}" for words, label in decided]

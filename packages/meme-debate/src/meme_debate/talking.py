@@ -84,6 +84,7 @@ class Session:
         self._backend, self._verdict_backend = backend, verdict_backend
         self._cache = cache
         self._system = prompts.system(settings.policy)
+        self._temperature = number(settings.temperature)
         self._digest = settings.policy.digest()
         self._stances = {side: prompts.stance(side, settings.policy) for side in ("harmful", "harmless")}
         self._key_tails: dict[tuple[int, float, int, int, bool], bytes] = {}
@@ -217,10 +218,8 @@ class Session:
         *, schema: dict[str, Any] | None = None, warm: bool = False,
     ) -> Reply:  # fmt: skip
         settings = self._settings
-        temperature = max(settings.temperature, _WARMER) if warm else settings.temperature
-        call = Call(
-            name, talk.prompt, suffix, max_tokens, number(temperature), settings.seed + int(warm), schema
-        )
+        temperature = max(self._temperature, _WARMER) if warm else self._temperature
+        call = Call(name, talk.prompt, suffix, max_tokens, temperature, settings.seed + int(warm), schema)
         reply = await self._reply(backend, talk, call, quoted)
         talk.calls += 1
         talk.prompt_tokens += reply.prompt_tokens
@@ -263,8 +262,9 @@ class Session:
             talk.key_head = prefixed(
                 ("" if shown is None else shown.digest, meme.text, meme.caption, self._digest)
             )
-        asked = prefixed((f"{call.name}:{quoted}{talk.decided_digest}",))
-        return sha256(talk.key_head + asked + self._key_tail(backend, call)).digest()
+        asked = f"{call.name}:{quoted}{talk.decided_digest}".encode()
+        length = len(asked).to_bytes(8, "little")  # as prefixed does
+        return sha256(b"".join((talk.key_head, length, asked, self._key_tail(backend, call)))).digest()
 
     def _key_tail(self, backend: Backend, call: Call) -> bytes:
         kind = (id(backend), call.temperature, call.seed, call.max_tokens, call.schema is not None)
@@ -301,7 +301,7 @@ class Session:
                 "model": self._backend.model,
                 "verdict_model": self._verdict_backend.model,
                 "sampling": {
-                    "temperature": number(settings.temperature),
+                    "temperature": self._temperature,
                     "seed": settings.seed,
                     "max_tokens": STANCE_TOKENS,
                 },

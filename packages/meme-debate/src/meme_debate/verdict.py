@@ -14,6 +14,7 @@ from meme_debate.prompts import Side
 
 _FENCED = re.compile(r"```[a-z]*\s*(.*?)```", re.IGNORECASE | re.DOTALL)
 _OBJECT = re.compile(r"\{[^{}]*\}")
+_ASKED_FOR: dict[str, Literal["A", "B"]] = {'{"better": "A"}': "A", '{"better": "B"}': "B"}
 _ALONE = re.compile(r"(?<![\w'\u2019])[AB](?![\w'\u2019])")
 
 
@@ -25,6 +26,8 @@ def parse_verdict(reply: str) -> Literal["A", "B"] | None:
         ('B', 'A', None)
     """
     text = strip_thinking(reply)
+    if (exact := _ASKED_FOR.get(text)) is not None:
+        return exact
     if (fenced := _FENCED.search(text)) is not None:
         text = fenced[1]
     said: set[str] = set()

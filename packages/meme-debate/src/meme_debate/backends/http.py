@@ -229,7 +229,7 @@ def reply_of(data: Any) -> Reply:
         return Reply(
             mend(text),
             str(choice.get("finish_reason") or "stop"),
-            mend(str(message.get("refusal") or "")),
+            mend(str(refusal)) if (refusal := message.get("refusal")) else "",
             int(usage.get("prompt_tokens") or 0),
             int(usage.get("completion_tokens") or 0),
             int(details.get("cached_tokens") or 0),
