@@ -338,6 +338,18 @@ def test_refused_and_missing_sides_are_told():
     assert "refused to put this case" in card_html(cards[0])
 
 
+def test_cards_and_their_table_use_the_words_of_the_judges_policy():
+    judge = make_judge(labels=("wanted", "spam"))
+    memes, debates = make_memes(2)
+    cards = list(detect(memes, debates, judge, threshold=0.0, words=0))
+    page = card_html(cards[0])
+    assert ": spam</h3>" in page
+    assert "The case that it is wanted" in page
+    assert "harmless" not in page.split("</style>")[1]
+    assert [row["what"] for row in card_report(cards).rows[:3]] == ["spam", "wanted", "abstain"]
+    assert cards[0].to_dict()["decision"] == "harmful"  # programs read one vocabulary
+
+
 def test_everything_on_a_card_is_escaped():
     nasty = '<script>alert(1)</script> rude "quoted" & <img src=x onerror=y> http://evil.example \u202e'
     meme = Meme("<b>id</b>", picture(), nasty, nasty, 1)

@@ -36,13 +36,19 @@ def _environment() -> Environment:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
-def card_html(card: Card, names: tuple[str, str] = NAMES) -> Markup:
+def _names(card: Card) -> Sequence[str]:
+    """The policy's words for a meme that does not fall under it, and for one that does."""
+    return card.judge.get("labels") or NAMES
+
+
+def card_html(card: Card, names: Sequence[str] | None = None) -> Markup:
     """One card as a piece of a page.
 
     Args:
         card: of :func:`meme_debate.detect`.
-        names: of the classes harmless and harmful.
+        names: of the classes harmless and harmful; None takes those of the judge's policy.
     """
+    names = _names(card) if names is None else names
     picture = _thumbnail(card.meme.image)
     overlay = None
     if picture is not None and card.patches is not None:
@@ -156,9 +162,10 @@ def card_report(cards: Sequence[Card], title: str = "Memes and reasons") -> Card
     if cards:
         title = f"{title}: {splits_of([card.meme for card in cards])}, policy {cards[0].judge['policy']}"
     rows: list[dict[str, Any]] = []
-    for decision in ("harmful", "harmless", "abstain"):
+    names = _names(cards[0]) if cards else NAMES
+    for decision, what in {"harmful": names[1], "harmless": names[0], "abstain": "abstain"}.items():
         count = sum(card.decision == decision for card in cards)
-        rows.append({"what": decision, "count": count, "share": count / total if total else None})
+        rows.append({"what": what, "count": count, "share": count / total if total else None})
     for flag in sorted({flag for card in cards for flag in card.flags}):
         count = sum(flag in card.flags for card in cards)
         rows.append({"what": f"flag: {flag}", "count": count, "share": count / total})

@@ -51,7 +51,7 @@ class Card:
         harmless: the harmless side's rationale.
         verdict: of the LLM judge.
         agreement: whether it gave the same verdict in both orders.
-        judge: kind, fusion, name, digest, policy, calibrated.
+        judge: kind, fusion, name, digest, policy, calibrated, and the policy's words for classes 0 and 1.
         inputs: what was read: text, image, caption, debate.
         words: the words that moved the score most.
         patches: what the patches of the picture did.
@@ -250,6 +250,7 @@ def _cards(
         "digest": judge.digest(),
         "policy": judge.settings.policy,
         "calibrated": judge.calibration.calibrated,
+        "labels": list(judge.settings.labels),
     }
     for start in range(0, len(memes), CHUNK):
         part, heard = memes[start : start + CHUNK], debates[start : start + CHUNK]

@@ -21,6 +21,7 @@ from .composing import First
 from .meme import Debate, Meme
 from .scoring import check_labels
 from .settings import JudgeSettings
+from .tfidf import WORD, TfIdf
 
 __all__ = ["TextJudge", "folds"]
 
@@ -50,7 +51,7 @@ def folds(labels: Sequence[int] | NDArray[Any], count: int = 5, seed: int = 0) -
 
 
 class TextJudge:
-    """A linear judge of words and word pairs (scikit-learn inside); it does not see the picture.
+    """A linear judge of words and word pairs (scikit-learn's regression); it does not see the picture.
 
     Args:
         c: inverse strength of the regularization.
@@ -89,16 +90,7 @@ class TextJudge:
         self.held_out: Floats | None = None
         self.coef: Floats | None = None
         self.intercept = 0.0
-        self._vectorizer: Any = None
-
-    def _new_vectorizer(self, vocabulary: Mapping[str, int] | None = None) -> Any:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
-        return TfidfVectorizer(
-            ngram_range=(1, self.ngrams),
-            min_df=self.min_df if vocabulary is None else 1,
-            vocabulary=vocabulary,
-        )
+        self._tfidf: TfIdf | None = None
 
     def fit(self, texts: Sequence[str], labels: ArrayLike) -> Self:
         """Learn from texts, such as :func:`meme_debate.compose` makes them.
@@ -121,14 +113,11 @@ class TextJudge:
         if len(np.unique(truth)) < 2:
             held = f"only class {int(truth[0])}" if len(truth) else "nothing"
             raise DataError(f"labels holds {held}; a judge learns from harmless and harmful memes")
-        vectorizer = self._new_vectorizer()
-        try:
-            matrix = vectorizer.fit_transform(rows)
-        except ValueError as error:
-            raise DataError(f"texts cannot be learned from: {error}") from error
+        tfidf = TfIdf(self.ngrams, self.min_df)
+        matrix = tfidf.fit_transform(rows)
         model = LogisticRegression(C=self.c, class_weight="balanced", max_iter=1000, solver="lbfgs")
         model.fit(matrix, truth)
-        self._vectorizer = vectorizer
+        self._tfidf = tfidf
         coef: Any = model.coef_
         intercept: Any = model.intercept_
         self.coef, self.intercept = np.asarray(coef[0], np.float64), float(intercept[0])
@@ -141,12 +130,11 @@ class TextJudge:
         Raises:
             InputError: not fitted yet.
         """
-        if self.coef is None:
-            raise InputError("the judge has learned nothing yet; call fit or fit_memes, or load one")
+        tfidf, coef = self._learned()
         rows = _texts(texts)
         if not rows:
             return np.zeros(0)
-        logits = self._vectorizer.transform(rows) @ self.coef + self.intercept
+        logits = tfidf.transform(rows) @ coef + self.intercept
         return np.exp(-np.logaddexp(0.0, -logits))
 
     def texts(
@@ -223,6 +211,11 @@ class TextJudge:
         scores = self.predict_proba(self.texts(memes, debates, first=first))
         return self.calibration.apply(scores) if calibrated else scores
 
+    def _learned(self) -> tuple[TfIdf, Floats]:
+        if self._tfidf is None or self.coef is None:
+            raise InputError("the judge has learned nothing yet; call fit or fit_memes, or load one")
+        return self._tfidf, self.coef
+
     @property
     def vocabulary(self) -> dict[str, int]:
         """Word or pair -> its column.
@@ -230,14 +223,16 @@ class TextJudge:
         Raises:
             InputError: not fitted yet.
         """
-        if self._vectorizer is None:
-            raise InputError("the judge has learned nothing yet; call fit or fit_memes, or load one")
-        return {str(word): int(place) for word, place in self._vectorizer.vocabulary_.items()}
+        return dict(self._learned()[0].columns)
 
     @property
     def idf(self) -> Floats:
-        """Weight of each column, (V,)."""
-        return np.asarray(self._vectorizer.idf_, np.float64)
+        """Weight of each column, (V,).
+
+        Raises:
+            InputError: not fitted yet.
+        """
+        return self._learned()[0].idf
 
     def digest(self) -> str:
         """Of words, weights and calibration: which judge it was."""
@@ -260,8 +255,7 @@ class TextJudge:
         """
         import torch
 
-        vocabulary = self.vocabulary
-        words = sorted(vocabulary, key=vocabulary.__getitem__)
+        words = self._learned()[0].terms
         config = {
             "schema": SCHEMA,
             "kind": self.kind,
@@ -305,9 +299,10 @@ class TextJudge:
         size = (len(words),)
         shapes: dict[str, tuple[int, ...]] = {"idf": size, "coef": size, "intercept": (1,)}
         arrays = load_tensors(place / WEIGHTS, shapes=shapes)
-        vectorizer = judge._new_vectorizer({word: place for place, word in enumerate(words)})
-        vectorizer.idf_ = arrays["idf"].numpy()
-        judge._vectorizer = vectorizer
+        try:
+            judge._tfidf = TfIdf.of(words, arrays["idf"].numpy(), judge.ngrams)
+        except DataError as error:
+            raise CheckpointError(f"{folder} holds no text judge: vocabulary: {error}") from error
         judge.coef, judge.intercept = arrays["coef"].numpy(), float(arrays["intercept"][0])
         if (place / CALIBRATION).is_file():
             judge.calibration = Calibration.load(place / CALIBRATION)
@@ -320,25 +315,21 @@ class TextJudge:
             (start, end, weight) of each word by character offsets; a pair's weight is shared by its words.
             The weights sum to the logit without its intercept.
         """
-        if self.coef is None:
-            raise InputError("the judge has learned nothing yet; call fit or fit_memes, or load one")
-        import re
-
-        spans = [match.span() for match in re.finditer(r"(?u)\b\w\w+\b", text)]
-        row = self._vectorizer.transform([text])
+        tfidf, coef = self._learned()
+        spans = [match.span() for match in WORD.finditer(text)]
+        row = tfidf.transform([text])
         counts: dict[int, list[tuple[int, ...]]] = {}
-        vocabulary = self._vectorizer.vocabulary_
         words = [text[a:b].lower() for a, b in spans]
         for size in range(1, self.ngrams + 1):
             for at in range(len(words) - size + 1):
-                column = vocabulary.get(" ".join(words[at : at + size]))
+                column = tfidf.columns.get(" ".join(words[at : at + size]))
                 if column is not None:
-                    counts.setdefault(int(column), []).append(tuple(range(at, at + size)))
+                    counts.setdefault(column, []).append(tuple(range(at, at + size)))
         weights = np.zeros(len(spans))
         for column, value in zip(row.indices, row.data, strict=True):
             places = counts.get(int(column), [])
             for place in places:
-                weights[list(place)] += value * self.coef[column] / len(places) / len(place)
+                weights[list(place)] += value * coef[column] / len(places) / len(place)
         return [(a, b, float(w)) for (a, b), w in zip(spans, weights, strict=True)]
 
 
