@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import torch
 
 from fusechat import FusionBatch, FusionLoss, Targets
 from fusechat.bench import alignment_rows, loss_rows, run
+from fusechat.bench_merging import measure
 from fusechat.plain import plain_loss
-from fusion_core.errors import ConfigError
+from fusion_core.errors import ConfigError, FusionError
 
 
 @pytest.mark.slow
@@ -42,3 +46,14 @@ def test_plain_loss_is_the_same_objective():
 def test_run_refuses():
     with pytest.raises(ConfigError, match="tokens is 3"):
         run(tokens=3)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_spawn"), reason="processes are measured on POSIX systems")
+def test_a_process_is_measured_without_the_one_that_started_it():
+    torch.ones(50_000_000)  # 200 MB: this process has had far more than the small one will
+    work = "import sys, time; sum(range(3_000_000)); time.sleep(0.2); print('x'); sys.exit({})"
+    cost = measure([sys.executable, "-S", "-c", work.format(0)])
+    assert 2**20 < cost.peak < 60 * 2**20
+    assert 0 < cost.cpu < cost.wall
+    with pytest.raises(FusionError, match="failed: no such thing"):
+        measure([sys.executable, "-S", "-c", "import sys; sys.exit('no such thing')"])

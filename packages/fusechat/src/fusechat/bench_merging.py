@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,25 +130,35 @@ class Cost:
     peak: int
 
 
+_LAUNCH = """
+import os, sys, time
+started = time.perf_counter()
+quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=quiet)
+_, status, usage = os.wait4(pid, 0)
+print(usage.ru_utime + usage.ru_stime, time.perf_counter() - started, usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status) and 1)
+"""
+"""A small process in between: Linux begins the peak of a new process with that of the one that started it."""
+
+
 def measure(command: list[str]) -> Cost:
     """Run a command to its end and measure it; one thread for torch and BLAS.
+
+    Args:
+        command: the path of a program, and its words.
 
     Raises:
         FusionError: it failed; its last words are told.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    started = time.perf_counter()
-    process = subprocess.Popen(  # noqa: S603
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-I", "-S", "-c", _LAUNCH, *command], env=environment, capture_output=True, text=True
     )
-    assert process.stderr is not None
-    words = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise FusionError(f"{Path(command[0]).name} failed: {words.strip()[-500:]}")
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Cost(usage.ru_utime + usage.ru_stime, time.perf_counter() - started, peak)
+    if done.returncode:
+        raise FusionError(f"{Path(command[0]).name} failed: {done.stderr.strip()[-500:]}")
+    cpu, wall, peak = map(float, done.stdout.split())
+    return Cost(cpu, wall, int(peak) * (1 if sys.platform == "darwin" else 1024))
 
 
 def mergekit_environment(folder: Path) -> Path:
