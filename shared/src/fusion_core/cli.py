@@ -55,7 +55,7 @@ Only = Annotated[list[str] | None, typer.Option("--only", help="Rows whose name 
 Memory = Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peaks of memory too.")]
 
 _OBJECTS = 20_000
-"""New objects before Python looks for cycles: imports make a million that stay, and it would look 1,500 times."""
+"""New objects before Python looks for cycles; at its 700 an import of PyTorch has it look time and again."""
 _EXPECTED = (InputError, CheckpointError, StoreError, MissingExtraError)
 
 
