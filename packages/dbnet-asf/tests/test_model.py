@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -195,6 +196,22 @@ def test_fused_equals_eager(settings):
     single = net.float().fuse()
     with torch.no_grad():
         torch.testing.assert_close(net(x.float()).prob, single(x.float()).prob, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"smooth": True}])
+def test_a_start_at_few_text_pixels(settings):
+    torch.manual_seed(0)
+    net, x = DBNet(TINY.replace(**settings)).eval(), picture(dtype=torch.float32)
+    with torch.no_grad():
+        before = net(x)
+        assert net.start_at(0.05) is net
+        after = net(x)
+    assert float(before.prob.mean()) > 0.2
+    assert float(after.prob_logit.mean()) == pytest.approx(math.log(0.05 / 0.95), abs=0.5)
+    assert float(after.prob_logit.std()) < 0.2 * float(before.prob_logit.std())
+    for wrong in (0.0, 1.0):
+        with pytest.raises(ConfigError, match="prior"):
+            net.start_at(wrong)
 
 
 def test_fused_resnet_equals_eager():

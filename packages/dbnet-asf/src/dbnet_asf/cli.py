@@ -180,6 +180,8 @@ def train(
 
         torch.manual_seed(settings.seed)
         net = DBNet(DBConfig.preset(preset))
+        if settings.prior is not None:
+            net.start_at(settings.prior)
     held_out = load(test) if test else None
     trainer = Trainer(net, load(data, format=format), held_out, config=settings, device=device)
     cli.emit(trainer.fit(out, resume=resume, overwrite=overwrite, progress=_bar(quiet)), json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from dbnet_asf.model.neck import Neck
 from fusion_core.atomic import PathLike, atomic_directory
 from fusion_core.checkpoint import load_strict, load_tensors, save_tensors
 from fusion_core.device import autocast, resolve_dtype
-from fusion_core.errors import CheckpointError, ConfigError, FusionWarning, ShapeError
+from fusion_core.errors import CheckpointError, ConfigError, FusionWarning, ShapeError, check_range
 from fusion_core.hub import CONFIG, WEIGHTS, model_file
 
+_LAST = (nn.Conv2d, nn.ConvTranspose2d)
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
 
@@ -173,6 +175,30 @@ class DBNet(
         device = next(self.parameters()).device
         made.compute_dtype = _compute_dtype(dtype, device)
         return made.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def start_at(self, prior: float = 0.05) -> Self:
+        """Let a network that is about to be trained say ``prior`` of nearly every pixel at first.
+
+        With the authors' start half of all pixels are text. Fresh heads on a trained backbone then learn
+        first to say less, and the shortest way is to close all gates of the scale fusion: their sigmoids
+        saturate, and nothing is learned any more. RetinaNet (section 4.1 of its paper) starts so too.
+
+        Args:
+            prior: the share of text pixels, in (0, 1).
+
+        Returns:
+            The network itself, with other weights of its last layer.
+
+        Raises:
+            ConfigError: a prior outside of (0, 1).
+        """
+        check_range("prior", prior, 0, 1, open=True)
+        *_, last = (part for part in self.head["prob"].modules() if isinstance(part, _LAST))
+        last.weight.mul_(0.1)
+        assert last.bias is not None
+        last.bias.fill_(math.log(prior / (1 - prior)))
+        return self
 
     def save_pretrained(self, save_directory: PathLike, **options: Any) -> str | None:
         """Write ``config.json``, ``model.safetensors`` and a model card; the directory appears whole.
