@@ -13,9 +13,8 @@ from fusion_core.testing import run_cli
 
 
 def test_demo_in_small(tmp_path, monkeypatch):
-    plain = demo_module.batches
-    monkeypatch.setattr(demo_module, "batches", lambda *args: plain(*args, steps=4))
-    monkeypatch.setattr(demo_module, "bits_per_character", lambda m, t, x: bits_per_character(m, t, x[:6]))
+    monkeypatch.setattr(demo_module, "STEPS", 4)
+    monkeypatch.setattr(demo_module, "HELD_OUT", 6)
     done = run_cli(main, "demo", "--out", tmp_path / "out", "--json")
     assert done.code == 0, done.stderr
     found = json.loads(done.stdout)

@@ -19,6 +19,7 @@ from fusion_core.demo import Demo, Method
 from fusion_core.device import threads
 from fusion_core.errors import require_extra
 from fusion_core.plotting import new_figure, save_figure
+from fusion_core.processes import second_process
 from fusion_core.report import Claim, Figure
 from fusion_core.seeding import generator
 from fusion_core.testing import tiny
@@ -30,6 +31,7 @@ PAPER = (
 METRIC = "bits_per_character"
 SFT = "fine-tuning only"
 STEPS, LR = 110, 2e-3
+HELD_OUT: int | None = None  # texts to count on; all
 SEEDS = {"quick": 2, "full": 5}
 TARGETS = {
     "source 1, lambda 0.9 (paper)": ("source1", 0.1),
@@ -51,12 +53,12 @@ NOTES = (
 )
 
 
-def _stores(texts: Sequence[str], folder: Path) -> dict[str, Any]:
+def _stores(texts: Sequence[str], folder: Path) -> None:
     """Top-10 distributions of the three models on the pivot's texts."""
     from fusechat.collecting import collect
 
-    return {
-        name: collect(
+    for name in ("pivot", "source1", "source2"):
+        collect(
             load_model(name),
             texts,
             out=folder / name,
@@ -64,8 +66,6 @@ def _stores(texts: Sequence[str], folder: Path) -> dict[str, Any]:
             max_length=256,
             progress=False,
         )
-        for name in ("pivot", "source1", "source2")
-    }
 
 
 def batches(
@@ -75,7 +75,7 @@ def batches(
 
     Args:
         texts: for the pivot.
-        stores: of :func:`_stores`.
+        stores: top-10 distributions by model.
         source: whose distributions.
         seed: of the draws; the same rows for every source.
         steps: how many.
@@ -133,6 +133,32 @@ def _merged(parents: Sequence[Any], base: Any) -> dict[str, Any]:
     return found
 
 
+def tune_and_merge(
+    folder: Path, number: int, targets: Sequence[str], steps: int, held_out: int | None
+) -> dict[str, float]:
+    """Held-out bits per character of all networks of one seed.
+
+    Args:
+        folder: of the stores.
+        number: the seed.
+        targets: of ``TARGETS``, the parents of the merges among them.
+        steps: of each tuning.
+        held_out: texts to count on; None takes all.
+    """
+    from fusechat.store import TopKStore
+
+    corpus, pivot = load_corpus(), load_tokenizer("pivot")
+    stores = {name: TopKStore(folder / name) for name in ("pivot", "source1", "source2")}
+    made = {name: batches(corpus.tuning, stores, name, number, steps) for name in stores}
+    models = {SFT: tuned(made["source1"], 0.0)}
+    for name in targets:
+        source, weight = TARGETS[name]
+        models[name] = tuned(made[source], weight)
+    models |= _merged([models[name] for name in PARENTS], load_model("pivot"))
+    texts = corpus.held_out[:held_out]
+    return {name: bits_per_character(model, pivot, texts) for name, model in models.items()}
+
+
 @threads()
 def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
     """Collect, fuse, merge, compare.
@@ -144,28 +170,32 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
     """
     require_extra("matplotlib", "demo", "fusechat")
     seeds = [seed + n for n in range(SEEDS["full" if full else "quick"])]
-    corpus, pivot = load_corpus(), load_tokenizer("pivot")
+    corpus = load_corpus()
+    texts = corpus.held_out[:HELD_OUT]
     table = Comparison({METRIC: {"better": "lower"}}, SFT, seeds, "Held-out bits per character")
-    alone = {
-        name: bits_per_character(load_model(name), load_tokenizer(name), corpus.held_out)
-        for name in ("source1", "source2", "pivot")
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        stores = _stores(corpus.tuning, Path(folder))
-        for number in seeds:
-            for name, value in alone.items():
-                label = "pivot before" if name == "pivot" else f"{name[:-1]} {name[-1]} (own tokenizer)"
-                table.add(label, METRIC, number, value)
-            made = {name: batches(corpus.tuning, stores, name, number) for name in stores}
-            plain = tuned(made["source1"], 0.0)
-            table.add(SFT, METRIC, number, bits_per_character(plain, pivot, corpus.held_out))
-            chosen = {name: entry for name, entry in TARGETS.items() if full or name not in SLOW}
-            if number > seed and not full:
-                chosen.pop(CONTROL)
-            targets = {name: tuned(made[source], weight) for name, (source, weight) in chosen.items()}
-            merged = _merged([targets[name] for name in PARENTS], load_model("pivot"))
-            for name, model in {**targets, **merged}.items():
-                table.add(name, METRIC, number, bits_per_character(model, pivot, corpus.held_out))
+    with tempfile.TemporaryDirectory() as folder, second_process() as start:
+        _stores(corpus.tuning, Path(folder))
+
+        def job(number: int) -> Any:
+            chosen = [
+                name for name in TARGETS if full or (name not in SLOW and (number == seed or name != CONTROL))
+            ]
+            return Path(folder), number, chosen, STEPS, HELD_OUT
+
+        # Tiny networks are mostly Python's work, which threads do not share: every other seed goes there.
+        beside = {number: start(tune_and_merge, *job(number)) for number in seeds[1::2]}
+        alone = {
+            name: bits_per_character(load_model(name), load_tokenizer(name), texts)
+            for name in ("source1", "source2", "pivot")
+        }
+        here = {number: tune_and_merge(*job(number)) for number in seeds[::2]}
+        found = here | {number: wait() for number, wait in beside.items()}
+    for number in seeds:
+        for name, value in alone.items():
+            label = "pivot before" if name == "pivot" else f"{name[:-1]} {name[-1]} (own tokenizer)"
+            table.add(label, METRIC, number, value)
+        for name, value in found[number].items():
+            table.add(name, METRIC, number, value)
     figures = [_bars(table, out / "bits.png"), _strip(corpus.held_out, out / "strip.png")]
     settings = {
         "steps": STEPS,

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import threading
-import warnings
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import active_children, get_context, parent_process
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +15,7 @@ from fusion_core.demo import Demo, Method
 from fusion_core.device import threads
 from fusion_core.errors import InputError, require_extra
 from fusion_core.plotting import clean_axes, new_figure, save_figure
+from fusion_core.processes import second_process
 from fusion_core.report import Claim, Figure
 from fusion_core.stats import Paired, paired_t, summary
 from kd_trilateral.comparing import METRICS, compare, judge
@@ -326,43 +321,7 @@ def _table(
     task: str, noise: tuple[float, float], val_noise: float, seeds: list[int], methods: Sequence[str]
 ) -> dict[str, Any]:
     """One table as plain values: what a second process computes."""
-    warnings.simplefilter("ignore", FutureWarning)  # torch's to itself, as in the command line
-    with threads():
-        return _Bench(task, noise, val_noise, seeds).run(methods, _title(task, noise, val_noise)).to_dict()
-
-
-@contextmanager
-def _second_process(wanted: bool) -> Generator[Callable[..., Callable[[], Comparison]], None, None]:
-    """Starts :func:`_table` beside this process where it pays, else when its result is asked for."""
-    if not wanted:
-        yield lambda *job: lambda: Comparison.from_dict(_table(*job))
-        return
-    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
-
-    def start(*job: Any) -> Callable[[], Comparison]:
-        future = pool.submit(_table, *job)
-        return lambda: Comparison.from_dict(future.result())
-
-    try:
-        yield start
-    except BaseException:  # Ctrl-C above all: do not wait for the tables still to come
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in active_children():
-            process.terminate()
-        raise
-    pool.shutdown()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent is gone, killed included, would otherwise work on and then wait for ever."""
-    parent = parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
+    return _Bench(task, noise, val_noise, seeds).run(methods, _title(task, noise, val_noise)).to_dict()
 
 
 def _demo(
@@ -372,16 +331,21 @@ def _demo(
     tables: list[Comparison] = []
     claims: list[Claim] = []
     notes: list[str] = []
-    with _second_process(task == "digits" and any(noise)) as start:
+    with second_process(task == "digits" and any(noise)) as start:
         if not any(noise):
             tables.append(main.run(CLEAN, _title(task, noise, val_noise)))
             claims.append(_clean_claim(tables[0]))
             audited = False
         else:
-            beside = start(task, clean, 0.0, seeds, CLEAN)
+            beside = start(_table, task, clean, 0.0, seeds, CLEAN)
             more = full and task == "digits"
             others = [
-                (name, start(name, faults, 0.0, seeds, ("alone", "const:0.5", "const:0.9", "wls", "tgeo")))
+                (
+                    name,
+                    start(
+                        _table, name, faults, 0.0, seeds, ("alone", "const:0.5", "const:0.9", "wls", "tgeo")
+                    ),
+                )
                 for name, faults in (("cancer", (0.3, 0.3)), ("ctr", clean))
                 if more
             ]
@@ -391,7 +355,7 @@ def _demo(
             title = _title(task, noise, val_noise) + "; everyone trains on the held-out rows too"
             tables.append(main.run(("const:0.5", "wls", "tgeo:refit"), title, all_rows=True))
             claims.append(_refit_claim(tables[1]))
-            tables.append(beside())
+            tables.append(Comparison.from_dict(beside()))
             claims.append(_clean_claim(tables[2]))
             if more:
                 methods = ("const:0.5", "wls", "tgeo:paper", "tgeo")
@@ -399,7 +363,7 @@ def _demo(
                 claims.append(_fragile_claim({"clean": tables[0], "spoilt": spoilt}))
                 tables.append(spoilt)
             for name, table in others:
-                tables.append(table())
+                tables.append(Comparison.from_dict(table()))
                 notes.extend(f"{name}: {sentence}" for sentence in judge(tables[-1]))
     accuracy = 100 * float(np.mean(main.teacher))
     notes = [
