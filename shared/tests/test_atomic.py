@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from fusion_core.atomic import UNDER_WAY, atomic_directory, atomic_write, occupied, resumable_directory
+from fusion_core.atomic import (
+    UNDER_WAY,
+    atomic_directory,
+    atomic_write,
+    entries,
+    occupied,
+    resumable_directory,
+    sweep,
+)
 from fusion_core.errors import InputError
 
 STEPS = [(tempfile, "mkstemp"), (os, "fdopen"), (os, "fsync"), (Path, "chmod"), (Path, "replace")]
@@ -150,6 +158,16 @@ def test_occupied(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     assert [occupied(tmp_path / name) for name in ("none", "empty", "file", "")] == [False, False, True, True]
+
+
+def test_what_a_killed_write_leaves_is_no_entry_and_is_swept(tmp_path):
+    for name in ("a.txt", ".a.txt.x1.tmp", ".hidden", "b.tmp"):
+        (tmp_path / name).write_text("x")
+    assert entries(tmp_path) == {"a.txt", ".hidden", "b.tmp"}
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", ".hidden", "b.tmp"}
+    assert entries(tmp_path / "none") == set()
+    sweep(tmp_path / "none")
 
 
 def test_resumable_directory_goes_on_and_appears_at_once(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +77,39 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, data, options):
     assert whole.metrics == resumed.metrics
     np.testing.assert_array_equal(whole.audit.alpha, resumed.audit.alpha)
     np.testing.assert_array_equal(whole.trace.rows().alpha, resumed.trace.rows().alpha)
+
+
+def test_stopped_at_any_file_a_run_ends_with_the_same_files(tmp_path, data, monkeypatch):
+    x, y, zt = data
+    settings = {"epochs": 2, "batch_size": 32, "every": 2, "test": (x, y), "teacher": zt, **FAST}
+    real, calls, stop_at = Path.replace, [], []
+
+    def replace(self, target):
+        calls.append(target)
+        if stop_at and len(calls) == stop_at[0]:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    fit(student(), (x, y), out=tmp_path / "whole", **settings)
+    wanted = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    count = len(calls)
+    assert count == 12  # settings, five files after each of two epochs, the final ratios
+    for number in range(1, count + 1):
+        out = tmp_path / f"{number}"
+        calls.clear()
+        stop_at[:] = [number]
+        with pytest.raises(KeyboardInterrupt):
+            fit(student(), (x, y), out=out, **settings)
+        stop_at.clear()
+        (out / ".metrics.jsonl.0.tmp").write_text("what a kill leaves")
+        fit(student(), (x, y), out=out, resume=True, **settings)
+        found = {file.name: file.read_bytes() for file in out.iterdir()}
+        state = torch.load(out / "optimizer.pt", weights_only=True)  # pickled in another order perhaps
+        assert (state["step"], state["phase"]) == (6, 0)
+        found["optimizer.pt"] = wanted["optimizer.pt"]
+        changed = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+        assert not changed, f"stopped at file {number}"
 
 
 def test_run_directory_is_guarded(tmp_path, data):

@@ -108,6 +108,24 @@ def occupied(path: PathLike) -> bool:
     return place.exists() and (not place.is_dir() or any(place.iterdir()))
 
 
+def _left(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def entries(directory: PathLike) -> set[str]:
+    """Names in a directory but for what a killed :func:`atomic_write` left; none where it is not there."""
+    place = Path(directory)
+    return {entry.name for entry in place.iterdir() if not _left(entry.name)} if place.is_dir() else set()
+
+
+def sweep(directory: PathLike) -> None:
+    """Remove what a killed :func:`atomic_write` left in a directory that nobody else writes in."""
+    place = Path(directory)
+    for entry in place.iterdir() if place.is_dir() else ():
+        if _left(entry.name):
+            entry.unlink(missing_ok=True)
+
+
 @contextmanager
 def resumable_directory(
     path: PathLike, fingerprint: str, *, overwrite: bool = False

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusion_core.atomic import entries, sweep
 from fusion_core.checkpoint import PathLike, atomic_write, load_strict, save_tensors
 from fusion_core.errors import CheckpointError, ConfigError, DataError, InputError, StoreError, reading
 from fusion_core.results import plain
@@ -51,11 +52,11 @@ def check_out(path: PathLike, *, resume: bool, overwrite: bool) -> None:
     place = Path(path)
     if place.exists() and not place.is_dir():
         raise InputError(f"out is {place}, which is a file; name a directory")
-    names = {entry.name for entry in place.iterdir()} if place.is_dir() else set[str]()
+    names = entries(place)
     if not names:
         return
     ours = STATE in names
-    if not ours and names == {CONFIG}:  # cut off before its first checkpoint
+    if not ours and CONFIG in names and names <= {*FILES, *REPORT}:  # cut off before its first checkpoint
         try:
             Config.load(place / CONFIG)
             ours = True
@@ -88,6 +89,7 @@ class RunDirectory:
     def __init__(self, path: PathLike, config: Config, data: str, *, resume: bool, overwrite: bool) -> None:
         self.path = Path(path)
         check_out(path, resume=resume, overwrite=overwrite)
+        sweep(self.path)
         self.fingerprint = {"rows": data, **{k: v for k, v in config.to_dict().items() if k != "device"}}
         if not resume:
             for name in (*FILES, *REPORT):
@@ -103,7 +105,7 @@ class RunDirectory:
         engine: Bilevel,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Write the state and the files made from it."""
+        """Write the files for other programs, then the state: a killed run makes anew what is ahead of it."""
         rows = progress.trace.rows()
         state = {
             "fingerprint": json.dumps(self.fingerprint),
@@ -117,13 +119,13 @@ class RunDirectory:
             "trace": {f.name: torch.from_numpy(getattr(rows, f.name)) for f in dataclasses.fields(rows)},
             "metrics": json.dumps(plain(progress.metrics)),
         }
-        with atomic_write(self.path / STATE) as file:
-            torch.save(state, file)
         save_tensors(self.path / STUDENT, student.state_dict())
         save_tensors(self.path / RATIO, loss.state_dict())
         progress.trace.save(self.path / TRACE)
         with atomic_write(self.path / METRICS, "w") as file:
             file.writelines(json.dumps(plain(row)) + "\n" for row in progress.metrics)
+        with atomic_write(self.path / STATE) as file:
+            torch.save(state, file)
 
     def load(
         self,
