@@ -19,6 +19,7 @@ APPENDED = ("manifest.jsonl", "metrics.jsonl")
 TIMES = (
     rb'("seconds": )\{[^}]*\}',
     rb'("(?:seconds|date|created|started|finished|ours_s|reference_s|train_runtime)": )[^,\n}]+',
+    rb"('seconds': )'[^']*'",  # in what is told of a training's state
 )
 """What differs between two runs of any command."""
 

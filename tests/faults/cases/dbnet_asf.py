@@ -108,11 +108,11 @@ DETECT = (
 )
 TRAIN = (
     "train",
+    "{in}/train.toml",
+    "--data",
     "icdar2015:{in}/ic15",
     "--model",
     "{in}/net",
-    "--config",
-    "{in}/train.toml",
     "--device",
     "cpu",
     "-q",
