@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -91,3 +93,29 @@ def test_every_command_of_every_package_has_its_place():
     kinds = {case.kind for case in cases.of("garbage")}
     assert kinds <= set(garbage.KINDS)
     assert sum(load.CLIENTS.values()) == 64
+
+
+def _leaf(case, words):
+    """The command that the words call, and those that follow its name."""
+    from typer.main import get_command
+
+    command = get_command(importlib.import_module(case.main.partition(":")[0]).app)
+    rest = list(words)
+    while rest and (below := getattr(command, "commands", None)):
+        command = below[rest.pop(0)]
+    return command, rest
+
+
+@pytest.mark.parametrize("verb", ["kill", "garbage"])
+def test_every_case_calls_a_verb_with_options_that_it_has(verb):
+    unknown = []
+    for case in cases.of(verb):
+        for words in (case.argv, getattr(case, "before", ()), getattr(case, "look", ())):
+            if not words:
+                continue
+            command, rest = _leaf(case, words)
+            known = {name for entry in command.params for name in (*entry.opts, *entry.secondary_opts)}
+            again = case.again if verb == "kill" and words is case.argv else ()
+            given = [word for word in (*rest, *again) if re.match(r"--?[a-z]", word)]
+            unknown += [f"{case.name}: {word}" for word in given if word not in known]
+    assert not unknown

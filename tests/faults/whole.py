@@ -74,7 +74,8 @@ def _told(path: Path) -> bytes:
 
 def _digest(value: Any, digest: Any) -> str:
     if isinstance(value, dict):
-        return str({str(name): _digest(entry, digest) for name, entry in value.items()})
+        # No command of ours draws from Python's own generator, so that nothing sets it to begin with.
+        return str({str(k): _digest(entry, digest) for k, entry in value.items() if k != "python"})
     if isinstance(value, list | tuple):
         return str([_digest(entry, digest) for entry in value[:700]])
     return repr(value)[:200] if not hasattr(value, "shape") else digest(value)[:16]

@@ -101,7 +101,7 @@ COMMANDS = [
             "{in}/pivot",
             "--tokenizer",
             "{in}/source1",
-            "--report",
+            "--out",
             "page",
         ),
     ),
@@ -224,6 +224,6 @@ READERS = [
     ),
     _reader("merge index.json", MERGE, "t1/model.safetensors.index.json", "json", "t1"),
     _reader(
-        "merge --config", ("merge", "--config", "{in}/recipe.yaml", "--out", "m", "-q"), "recipe.yaml", "yaml"
+        "merge --recipe", ("merge", "--recipe", "{in}/recipe.yaml", "--out", "m", "-q"), "recipe.yaml", "yaml"
     ),
 ]

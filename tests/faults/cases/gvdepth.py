@@ -56,7 +56,7 @@ def inputs(place: Path) -> None:
     from gvdepth.calib_io import write_camera
     from gvdepth.modeling import load_model
 
-    do(MAIN, "simulate", "--rig", "D", "--n", 3, "--out", place / "streets", "-q")
+    do(MAIN, "simulate", "--rig", "D", "--count", 3, "--out", place / "streets", "-q")
     camera = Camera.load(place / "streets" / "camera.json")
     for name, form in (("camera.json", "json"), ("camera.toml", "toml"), ("sensor_camera.json", "nuscenes")):
         write_camera(camera, place / name, format=form)
@@ -162,7 +162,6 @@ COMMANDS = [
         again=("--resume",),
         look=(
             "evaluate",
-            "--data",
             "folder:{in}/streets",
             "--model",
             "run",
@@ -178,7 +177,6 @@ COMMANDS = [
         make=inputs,
         argv=(
             "evaluate",
-            "--data",
             "folder:{in}/streets",
             "--model",
             "{in}/model",
@@ -193,15 +191,15 @@ COMMANDS = [
         name="gvdepth simulate",
         main=MAIN,
         make=inputs,
-        argv=("simulate", "--rig", "D", "--n", "3", "--out", "s", "-q"),
+        argv=("simulate", "--rig", "D", "--count", "3", "--out", "s", "-q"),
         together=True,
     ),
     Command(
         name="gvdepth simulate --overwrite",
         main=MAIN,
         make=inputs,
-        argv=("simulate", "--rig", "D", "--n", "3", "--out", "s", "--overwrite", "-q"),
-        before=("simulate", "--rig", "A", "--n", "2", "--out", "s", "-q"),
+        argv=("simulate", "--rig", "D", "--count", "3", "--out", "s", "--overwrite", "-q"),
+        before=("simulate", "--rig", "A", "--count", "2", "--out", "s", "-q"),
     ),
     Command(
         name="gvdepth export",
@@ -235,7 +233,7 @@ def _camera(file: str, kind: str, *words: str) -> Reader:
     return _reader(f"ground --camera ({file})", argv, file, kind)
 
 
-EVALUATE = ("evaluate", "--model", "{in}/model", "--device", "cpu", "-q", "--data")
+EVALUATE = ("evaluate", "--model", "{in}/model", "--device", "cpu", "-q")
 
 READERS = [
     _camera("camera.json", "json"),

@@ -39,7 +39,7 @@ def inputs(place: Path) -> None:
         'features = "wts"\nstrategy = "consistent"\nsolver = "lsa"\nalpha = 0.4\n'
     )
     (place / "recipe.json").write_text(json.dumps({"features": "wts", "solver": "emd"}))
-    do(MAIN, "verify-spec", place / "llama-a", "--save", place / "spec.json")
+    do(MAIN, "verify-spec", place / "llama-a", "--out", place / "spec.json")
     do(
         MAIN,
         "fuse",
@@ -121,10 +121,10 @@ COMMANDS = [
         argv=("diagnose", "{in}/a", "{in}/b", "--data", "{in}/images.npy", "--out", "page", "-q"),
     ),
     Command(
-        name="ot-fusion verify-spec --save",
+        name="ot-fusion verify-spec",
         main=MAIN,
         make=inputs,
-        argv=("verify-spec", "{in}/llama-a", "--save", "spec.json"),
+        argv=("verify-spec", "{in}/llama-a", "--out", "spec.json"),
     ),
     Command(
         name="ot-fusion refuse",
