@@ -162,12 +162,16 @@ def test_save_and_resume(tmp_path, data, surrogates, report, monkeypatch):
     again = AdversarialSet.load(tmp_path / "saved" / "adv" / "AdaEA-eps25_5.safetensors")
     assert again.digest() == report.set("AdaEA").digest()
     whole = audit(Net(0), surrogates=surrogates, data=data, out=tmp_path / "run", **OPTIONS)
+    shards = tmp_path / "run" / "adv" / ".work" / "Ens-eps8"
+    shards.mkdir(parents=True)  # as if killed between the set's writing and the shards' removal
+    (shards / "manifest.json").write_text("{}")
     with monkeypatch.context() as patch:
         patch.setattr(AdaEA, "__call__", None)  # nothing is attacked again
         resumed = audit(
             Net(0), surrogates=surrogates, data=data, out=tmp_path / "run", resume=True, **OPTIONS
         )
     assert json.dumps(resumed.to_dict()) == json.dumps(whole.to_dict())
+    assert not shards.parent.exists()
     with pytest.raises(StoreError, match="seed"):
         audit(Net(0), surrogates=surrogates, data=data, out=tmp_path / "run", resume=True, seed=1, **OPTIONS)
     other = {**surrogates, "a": Net(9)}

@@ -109,6 +109,7 @@ COMMANDS = [
         name="fusechat train",
         main=MAIN,
         make=inputs,
+        ignore=r"training_args\.bin$",  # of transformers, with the time
         look=("merge", "target", "--method", "linear", "--dry-run", "--json"),
         argv=(
             "train",

@@ -158,11 +158,10 @@ def services() -> Any:
             return Reply(body=image(query, 1 if parts.path == "/cut" else 2), content_type="image/fits")
         found = re.search(rb"text/plain\r\n\r\n(.*?)\r\n--", request.body, re.DOTALL)
         rows = ["projcell subcell ra dec filter mjd type filename shortname badflag"]
-        for number, line in enumerate(found[1].decode().splitlines() if found else ()):
+        for line in found[1].decode().splitlines() if found else ():
             ra, dec = line.split()
-            rows += [
-                f"{1000 + number} 07 {ra} {dec} {b} 0 stack /rings/{number}.{b}.fits x 0" for b in "grizy"
-            ]
+            number = int(float(ra) * 1e6)  # of the position, whatever else is asked
+            rows += [f"{number} 07 {ra} {dec} {b} 0 stack /rings/{number}.{b}.fits x 0" for b in "grizy"]
         return Reply(body="\n".join(rows), content_type="text/plain")
 
     return answer
@@ -181,7 +180,14 @@ COMMANDS = [
         for suffix in ("ecsv", "fits", "parquet")
     ),
     Command(
-        name="mantis-photoz fetch", main=MAIN, make=inputs, argv=FETCH, again=("--resume",), serve=services
+        name="mantis-photoz fetch",
+        main=MAIN,
+        make=inputs,
+        argv=FETCH,
+        again=("--resume",),
+        serve=services,
+        # Lines as they come; and the cache lacks what was already in its place when the run was killed.
+        ignore=r"(^|/)cache/|manifest\.jsonl$",
     ),
     Command(
         name="mantis-photoz pack",

@@ -160,6 +160,7 @@ def run_attack(
     made_from["dtype"] = str(dtype)
     key = file_key(name, attack)
     if folder is not None and (found := _finished(folder, key, made_from)) is not None:
+        _clear(folder, key)  # a kill may have left it
         return found
     where = resolve_device(device)
     parts: list[dict[str, np.ndarray[Any, Any]]] = []
@@ -217,10 +218,16 @@ def run_attack(
     )
     if folder is not None:
         save_run(run, folder, key)
-        shutil.rmtree(folder / _WORK / key, ignore_errors=True)
-        if not any((folder / _WORK).iterdir()):
-            (folder / _WORK).rmdir()
+        _clear(folder, key)
     return run
+
+
+def _clear(folder: Path, key: str) -> None:
+    """Remove the shards of an attack whose set is there."""
+    work = folder / _WORK
+    shutil.rmtree(work / key, ignore_errors=True)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
 
 
 def _whole(gaps: list[tuple[int, int]], batch_size: int) -> set[tuple[int, int]]:
