@@ -1,4 +1,4 @@
-"""The tools find what is forbidden, and a small sample of the real commands breaks nothing."""
+"""The tools find what is forbidden, and every case calls what there is."""
 
 from __future__ import annotations
 
