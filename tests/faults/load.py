@@ -21,6 +21,8 @@ from typing import Any
 from faults.forking import Child, command, serving
 from faults.kill import fill
 
+EXPECTED = ("listening on ", "WARNING:  Invalid HTTP request received.")
+"""What a server may say: where it is, and uvicorn's line about a client that does not speak HTTP."""
 CLIENTS = {
     "good": 34, "reconnecting": 6, "slow": 8, "cuts its request": 4, "cuts the answer": 4, "garbage": 3,
     "too large": 3, "wrong method": 1, "health": 1,
@@ -344,7 +346,7 @@ def _row(server: Server, told: Told, left: str, done: Any, ended: float, seconds
         wrong.append("requests are in flight although all clients are gone")
     if done.code not in (0, -signal.SIGTERM):
         wrong.append(f"ended with {done.code} after SIGTERM")
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("listening on ")]
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(EXPECTED)]
     if lines:
         wrong.append(f"on stderr: {' / '.join(lines[-6:])[:600]}")
     at = lambda share: round(took[min(int(share * len(took)), len(took) - 1)], 4) if took else None
