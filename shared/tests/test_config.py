@@ -99,6 +99,7 @@ def test_none_in_files(tmp_path):
         ({"optimizer": {"zzz": 3}}, "'optimizer.zzz'; there are optimizer.lr, optimizer.warmup_steps"),
         ({"steps": "3"}, "setting 'steps' is '3', wanted a valid integer"),
         ({"steps": True}, "setting 'steps' is True, wanted a valid integer"),
+        ({"steps": "9" * 20_000}, f"setting 'steps' is '{'9' * 119}..., wanted a valid integer"),
         ({"steps": 1.5}, "setting 'steps' is 1.5, wanted a valid integer"),
         ({"optimizer": {"lr": "fast"}}, "setting 'optimizer.lr' is 'fast', wanted a valid number"),
         ({"sizes": [1, "x"]}, "setting 'sizes.1' is 'x', wanted a valid integer"),

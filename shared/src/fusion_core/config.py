@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 from fusion_core.atomic import PathLike, atomic_write
 from fusion_core.errors import ConfigError, FusionError, reading
 
+_SHOWN = 120  # letters of a value in a complaint
+
 
 @functools.cache
 def _adapter(cls: type) -> Any:
@@ -52,7 +54,9 @@ def _complaint(cls: type, error: Mapping[str, Any]) -> ConfigError:
         return ConfigError(f"setting {key!r}: {reason}" if key else str(reason))
     wanted = str(error["msg"]).removeprefix("Input should be ")
     what = f"setting {key!r} is" if key else "settings are"
-    return ConfigError(f"{what} {error['input']!r}, wanted {wanted if key else 'names with values'}")
+    shown = repr(error["input"])
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."  # it may be a broken file
+    return ConfigError(f"{what} {shown}, wanted {wanted if key else 'names with values'}")
 
 
 def _unknown(key: str, known: list[str]) -> ConfigError:
