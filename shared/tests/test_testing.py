@@ -66,7 +66,9 @@ def test_kill_when_returns_the_code_of_a_process_that_ended_before(tmp_path):
 
 
 def _write(path, then):
-    path.write_text(os.environ["WORD"])
+    part = path.with_suffix(".part")  # the file appears with its text, or the kill may come between
+    part.write_text(os.environ["WORD"])
+    part.replace(path)
     if then:
         raise SystemExit(then)
     time.sleep(60)
