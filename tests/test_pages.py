@@ -104,6 +104,9 @@ def test_a_built_page_that_is_as_it_has_to_be_passes(tmp_path: Path) -> None:
     page = '<link href="assets/x.css"><a id="name"></a><article><ul><li>a</ul></article>'
     (tmp_path / "page.html").write_text(page)
     check(tmp_path, {"page.html": ["name"]}, {"page.html": "- a\n"})
+    (tmp_path / "page.html").write_text(page.replace('id="name"', 'id="other"'))
+    with pytest.raises(PageError, match="name"):
+        check(tmp_path, {"page.html": ["name"]}, {"page.html": "- a\n"})
 
 
 def test_nothing_is_loaded_from_elsewhere_by_settings() -> None:

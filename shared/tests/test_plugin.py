@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -88,8 +87,10 @@ def suite_devices():
 
 
 def test_loading_the_plugin_imports_no_torch():
-    code = "import fusion_core.testing.plugin, sys; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+    code = "import fusion_core.testing.plugin, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "fusion_core.testing.plugin" in done.stdout.split()
+    assert "torch" not in done.stdout.split()
 
 
 def test_load_skips_only_in_a_borrowed_directory(tmp_path):
@@ -108,7 +109,7 @@ def test_cases_leaves_out_settings_and_prose(tmp_path):
     assert golden.load("c.json") == [1]
 
 
-close = Golden("unused").assert_close
+assert_close = Golden("unused").assert_close
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ close = Golden("unused").assert_close
     ],
 )
 def test_assert_close_passes(actual, expected, options):
-    close(actual, expected, **options)
+    assert_close(actual, expected, **options)
 
 
 @pytest.mark.parametrize(
@@ -140,4 +141,4 @@ def test_assert_close_passes(actual, expected, options):
 )
 def test_assert_close_fails(actual, expected, options, words):
     with pytest.raises(AssertionError, match=words):
-        close(actual, expected, **options)
+        assert_close(actual, expected, **options)

@@ -51,7 +51,7 @@ def scene(seed, shape=(96, 160)):
     return cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)
 
 
-def same(first, second, atol=1e-5):
+def assert_same(first, second, atol=1e-5):
     assert len(first) == len(second)
     np.testing.assert_allclose(first.prob, second.prob, atol=atol)
 
@@ -74,7 +74,7 @@ def test_every_kind_of_image_gives_the_same(detector, tmp_path):
     assert isinstance(wanted, Detection)
     assert len(wanted) > 0
     for kind in kinds:
-        same(detector(kind), wanted)
+        assert_same(detector(kind), wanted)
     assert detector(tmp_path / "a.png").source == str(tmp_path / "a.png")
     assert detector(image[..., 0]).size == (96, 160)
 
@@ -85,9 +85,9 @@ def test_a_list_is_each_alone(detector):
     together = detector(images)
     assert [found.size for found in together] == shapes
     for image, found in zip(images, together, strict=True):
-        same(found, detector(image))
+        assert_same(found, detector(image))
     batch = torch.from_numpy(np.stack([images[0], images[2]])).permute(0, 3, 1, 2)
-    same(detector(batch)[1], together[2])
+    assert_same(detector(batch)[1], together[2])
     assert detector([]) == []
 
 
@@ -103,7 +103,7 @@ def test_stream_keeps_order_and_bounds_its_reading(net):
     found = [next(stream) for _ in range(5)]
     assert len(read) <= 12
     for at, each in enumerate(found):
-        same(each, detector(scene(at % 3)))
+        assert_same(each, detector(scene(at % 3)))
     stream.close()
 
 
@@ -225,7 +225,7 @@ def test_crops(detector):
 
 def test_a_detector_is_a_picklable_factory(detector):
     again = pickle.loads(pickle.dumps(detector))
-    same(again(scene(2)), detector(scene(2)))
+    assert_same(again(scene(2)), detector(scene(2)))
 
 
 def test_from_pretrained(net, tmp_path):

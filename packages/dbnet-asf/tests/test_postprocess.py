@@ -41,7 +41,7 @@ def iou(first, second):
     return a.intersection(b).area / max(a.union(b).area, 1e-9)
 
 
-def same(ours, theirs, least=0.95):
+def assert_same_outlines(ours, theirs, least=0.95):
     assert len(ours) == len(theirs) > 0
     for outline in ours:
         assert max(iou(outline, other) for other in theirs) >= least
@@ -59,7 +59,7 @@ def test_translation(find, seed, shift):
     moved = np.roll(prob, shift, (0, 1))
     ours, _ = find(moved, box_thresh=0.4)
     theirs, _ = find(prob, box_thresh=0.4)
-    same(ours, [outline + shift[::-1] for outline in theirs])
+    assert_same_outlines(ours, [outline + shift[::-1] for outline in theirs])
 
 
 @BOTH
@@ -69,7 +69,7 @@ def test_transposition(find, seed):
     prob = page(seed)
     ours, _ = find(np.ascontiguousarray(prob.T), box_thresh=0.4)
     theirs, _ = find(prob, box_thresh=0.4)
-    same(ours, [outline[:, ::-1] for outline in theirs])
+    assert_same_outlines(ours, [outline[:, ::-1] for outline in theirs])
 
 
 @BOTH

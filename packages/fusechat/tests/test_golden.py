@@ -22,7 +22,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], i
 LOOSE = {"value": 1e-5, "loss": 1e-5, "model": 1e-5, "bf16": 1e-2, "slerp": 1e-5}
 
 
-def close(golden, actual, record, kind, dtype=torch.float64, what=""):
+def assert_close(golden, actual, record, kind, dtype=torch.float64, what=""):
     """|x - recorded| <= atol + rtol * max|recorded|, as cases.json says; looser in float32."""
     limits = golden.settings["tolerances"][kind]
     largest = float(np.abs(record).max()) if np.size(record) else 0.0
@@ -62,7 +62,7 @@ def test_dtw(golden, compiled):
             record = case[tie]
             path, total = warp(cost, tie, compiled=compiled)
             assert path.tolist() == record["path"]
-            close(golden, total, record["cost"], "value")
+            assert_close(golden, total, record["cost"], "value")
             rows = [[int(j) for i, j in path if i == row] for row in range(cost.shape[0])]
             columns = [[int(i) for i, j in path if j == column] for column in range(cost.shape[1])]
             assert (rows, columns) == (record["series1_to_2"], record["series2_to_1"])
@@ -129,7 +129,7 @@ def test_distribution_alignment(golden, dtype):
                 ids = made.ids[place][kept].tolist() if row >= 0 else [int(fallback[place])]
                 logits = made.logits[place][kept] if row >= 0 else np.array([1.0])
                 assert ids == case[name]["indices"][place], (name, place)
-                close(
+                assert_close(
                     golden, logits, np.array(case[name]["logits"][place]), "value", dtype, f"{name} {place}"
                 )
 
@@ -166,9 +166,9 @@ def test_target_distributions(golden, dtype):
         for name, targets in (("pivot", pivot), ("source", source)):
             full = dense(targets, settings["vocab_size"], temperature)
             key = f"{name}_T{temperature}"
-            close(golden, full, record[f"ref64_{key}"], "value", dtype, key)
+            assert_close(golden, full, record[f"ref64_{key}"], "value", dtype, key)
             inside = np.arange(length) < record["lengths"][:, None]
-            close(golden, full[inside], record[f"official_bf16_{key}"][inside], "bf16", dtype, key)
+            assert_close(golden, full[inside], record[f"official_bf16_{key}"][inside], "bf16", dtype, key)
 
 
 def loss_inputs(golden, dtype):
@@ -216,11 +216,11 @@ def test_fusion_loss(golden, dtype, divergence):
     for name, (batch, options) in runs.items():
         loss = FusionLoss(1 - settings["lambda"], divergence, rewards=settings["rewards"], **options)
         found = loss(student, batch, **settings["decay"])
-        close(golden, found.total, record[f"{name}_loss"], "loss", dtype, name)
-        close(golden, found.sft, record["sft_loss"], "loss", dtype, name)
+        assert_close(golden, found.total, record[f"{name}_loss"], "loss", dtype, name)
+        assert_close(golden, found.sft, record["sft_loss"], "loss", dtype, name)
         if f"{name}_grad" in record:
             (grad,) = torch.autograd.grad(found.total, student)
-            close(golden, grad, record[f"{name}_grad"], "loss", dtype, name)
+            assert_close(golden, grad, record[f"{name}_grad"], "loss", dtype, name)
 
 
 def test_choices_and_weights(golden):
@@ -234,7 +234,7 @@ def test_choices_and_weights(golden):
         assert min_ce(stack_ce(values)).tolist() == record[f"mince_choice_{name}_fp64"].tolist()
     weights = avg_ce_weights(stack_ce(sets["three"]), "bf16")
     golden.assert_close(weights.T, record["avgce_weights_official_bf16"], rtol=0, atol=0)
-    close(golden, avg_ce_weights(stack_ce(sets["three"])).T, record["avgce_weights_fp64"], "value")
+    assert_close(golden, avg_ce_weights(stack_ce(sets["three"])).T, record["avgce_weights_fp64"], "value")
 
 
 @both_dtypes
@@ -256,27 +256,27 @@ def test_end_to_end(golden, dtype):
     batch = FusionBatch(inputs, torch.from_numpy(targets["labels"]), (made[0],), made[1])
     loss = FusionLoss(1 - settings["lambda"], rewards=settings["rewards"], sft_dtype=settings["sft_dtype"])
     logits = model(**inputs).logits
-    close(golden, logits, record["logits"], "model", dtype, "logits")
+    assert_close(golden, logits, record["logits"], "model", dtype, "logits")
     k = record["top5_indices"].shape[-1]
     top = logits.topk(k, -1)
-    close(golden, top.values, record["top5_logits"], "model", dtype, "top5")
+    assert_close(golden, top.values, record["top5_logits"], "model", dtype, "top5")
     assert (top.indices.numpy() == record["top5_indices"]).all()
     following = batch.labels[:, 1:]
     picked, _ = log_probs_at(logits[:, :-1], following.clamp(min=0)[..., None])
     learned = following >= 0
     ce = -(picked[..., 0] * learned).sum(1) / learned.sum(1)
-    close(golden, ce, record["metric_ce"], "model", dtype, "metric_ce")
+    assert_close(golden, ce, record["metric_ce"], "model", dtype, "metric_ce")
     found = loss(logits, batch).total
-    close(golden, found, record["loss_before"], "model", dtype, "loss_before")
+    assert_close(golden, found, record["loss_before"], "model", dtype, "loss_before")
     found.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     norms = torch.stack([grads[name].norm() for name in sorted(grads)])
-    close(golden, norms, record["grad_norms"], "model", dtype, "grad_norms")
-    close(golden, grads["lm_head.weight"], record["grad_lm_head"], "model", dtype, "grad_lm_head")
+    assert_close(golden, norms, record["grad_norms"], "model", dtype, "grad_norms")
+    assert_close(golden, grads["lm_head.weight"], record["grad_lm_head"], "model", dtype, "grad_lm_head")
     with torch.no_grad():
         for p in model.parameters():
             p -= settings["learning_rate"] * p.grad
-    close(
+    assert_close(
         golden, loss(model(**inputs).logits, batch).total, record["loss_after"], "model", dtype, "loss_after"
     )
 
@@ -310,7 +310,7 @@ def test_merging(golden, dtype):
     weights = record["weights"].tolist()
     seen = {"weights"}
 
-    def same(merged, label, kind="value"):
+    def assert_same(merged, label, kind="value"):
         found = merged.state_dict() if isinstance(merged, Merge) else merged
         for key, value in found.items():
             name = f"{label}/{key}"
@@ -320,16 +320,16 @@ def test_merging(golden, dtype):
             expected = record[name]
             if expected.ndim > value.ndim:  # mergekit returns one copy of the pivot's tensor per target
                 for copy in expected:
-                    close(golden, value, copy, kind, dtype, name)
+                    assert_close(golden, value, copy, kind, dtype, name)
                 continue
-            close(golden, value, expected, kind, dtype, name)
+            assert_close(golden, value, expected, kind, dtype, name)
 
     def told(merged, label):
         for row in merged.weights().flat_rows():
             name = f"{label}/{row['tensor']}"
             if name in record:
                 seen.add(name)
-                close(
+                assert_close(
                     golden,
                     np.array([row[f"target {j}"] for j in range(len(targets))]),
                     record[name],
@@ -340,10 +340,10 @@ def test_merging(golden, dtype):
 
     for tau in settings["taus"]:
         share = float(tau)
-        same(merge.sce(targets, base=base, tau=share, variant="fusechat"), f"sce_fusechat_{tau}")
-        same(merge.sce(targets, base=base, tau=share, variant="mergekit"), f"sce_mergekit_{tau}")
-        same(merge.sce(targets, base=base, tau=share), f"sce_paper_norm_{tau}")
-        same(merge.sce(targets, base=base, tau=share, normalize=False), f"sce_paper_sum_{tau}")
+        assert_same(merge.sce(targets, base=base, tau=share, variant="fusechat"), f"sce_fusechat_{tau}")
+        assert_same(merge.sce(targets, base=base, tau=share, variant="mergekit"), f"sce_mergekit_{tau}")
+        assert_same(merge.sce(targets, base=base, tau=share), f"sce_paper_norm_{tau}")
+        assert_same(merge.sce(targets, base=base, tau=share, normalize=False), f"sce_paper_sum_{tau}")
         told(merge.sce(targets, base=base, tau=share, variant="fusechat"), f"sce_weights_fusechat_{tau}")
         told(merge.sce(targets, base=base, tau=share), f"sce_weights_paper_{tau}")
     small = settings["small_delta"]
@@ -360,36 +360,36 @@ def test_merging(golden, dtype):
             1e-3 if dtype == torch.float32 else None
         )  # differences of float32 numbers that are nearly equal
         if bound is None:
-            close(golden, found, record[name], "value", dtype, name)
+            assert_close(golden, found, record[name], "value", dtype, name)
         else:
             golden.assert_close(found, record[name], rtol=0, atol=bound, what=name)
     for level in ("matrix", "module", "layer", "model"):
         told(merge.varm(targets, base=base, level=level), f"varm_{level}_weights")
-        same(merge.varm(targets, base=base, level=level), f"varm_{level}")
-    same(merge.varm(targets, base=base, level="element"), "varm_element")
+        assert_same(merge.varm(targets, base=base, level=level), f"varm_{level}")
+    assert_same(merge.varm(targets, base=base, level="element"), "varm_element")
     told(merge.varm(targets, base=base, softmax=True), "varm_softmax_matrix_weights")
-    same(merge.linear(targets, weights=weights), "linear_normalized")
-    same(merge.task_arithmetic(targets, base=base, weights=weights), "task_arithmetic")
+    assert_same(merge.linear(targets, weights=weights), "linear_normalized")
+    assert_same(merge.task_arithmetic(targets, base=base, weights=weights), "task_arithmetic")
     lam = settings["task_lambda"]
     label = f"task_arithmetic_normalized_lambda{lam}"
-    same(merge.task_arithmetic(targets, base=base, weights=weights, lam=lam, normalize=True), label)
+    assert_same(merge.task_arithmetic(targets, base=base, weights=weights, lam=lam, normalize=True), label)
     for density in settings["ties_densities"]:
-        same(
+        assert_same(
             merge.ties(targets, base=base, weights=weights, density=float(density)), f"ties_density{density}"
         )
     slerp = settings["slerp"]
     pair = [targets[j] for j in slerp["targets"]]
-    same(merge.slerp(pair, t=slerp["t"]), f"slerp_{slerp['t']}", "slerp")
+    assert_same(merge.slerp(pair, t=slerp["t"]), f"slerp_{slerp['t']}", "slerp")
     line = settings["slerp_colinear"]
     vector = targets[line["target"]][line["tensor"]]
     seen.add("slerp_colinear")
     found = formulas.slerp(vector, line["factor"] * vector, line["t"])
-    close(golden, found, record["slerp_colinear"], "slerp", dtype, "slerp_colinear")
+    assert_close(golden, found, record["slerp_colinear"], "slerp", dtype, "slerp_colinear")
     dare = settings["dare"]
     delta = targets[dare["target"]][dare["tensor"]] - base[dare["tensor"]]
     mask = torch.from_numpy(record["dare_mask"].astype(bool))
     for rule, name in (("density", f"dare_rescale_density{dare['density']}"), ("l1", "dare_rescale_l1")):
         seen.add(name)
         found = formulas.dare_rescale(delta, mask, dare["density"], rescale=rule)
-        close(golden, found, record[name], "value", dtype, name)
+        assert_close(golden, found, record[name], "value", dtype, name)
     assert set(record) - seen - {"dare_mask"} == set()

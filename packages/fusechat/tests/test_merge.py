@@ -48,7 +48,7 @@ def family(seed, count=3, dtype=torch.float64):
     return base, [moved(base, seed + j + 1, 0.02 * (j + 1)) for j in range(count)]
 
 
-def same(found, wanted, atol=1e-12):
+def assert_same(found, wanted, atol=1e-12):
     assert list(found) == list(wanted)
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value, atol=atol, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
@@ -76,7 +76,7 @@ METHODS = {
 def test_copies_merge_to_the_copy(name, seed):
     base, targets = family(seed, 1)
     copies = [dict(targets[0]) for _ in range(3)]
-    same(METHODS[name](copies, base).state_dict(), targets[0])
+    assert_same(METHODS[name](copies, base).state_dict(), targets[0])
 
 
 @pytest.mark.parametrize("name", ["linear", "varm", "varm-element", "sce-1", "sce-0.5"])
@@ -84,7 +84,7 @@ def test_copies_merge_to_the_copy(name, seed):
 @given(seed=seeds)
 def test_the_order_of_targets_does_not_matter(name, seed):
     base, targets = family(seed)
-    same(METHODS[name](targets[::-1], base).state_dict(), METHODS[name](targets, base).state_dict())
+    assert_same(METHODS[name](targets[::-1], base).state_dict(), METHODS[name](targets, base).state_dict())
 
 
 @law
@@ -394,7 +394,7 @@ def test_old_pickles_are_read_without_running_them(tmp_path):
     base, targets = family(7)
     torch.save(base, tmp_path / "pytorch_model.bin")
     found = merge.varm(targets, base=tmp_path / "pytorch_model.bin").state_dict()
-    same(found, merge.varm(targets, base=base).state_dict())
+    assert_same(found, merge.varm(targets, base=base).state_dict())
 
 
 def test_damaged_files(big, tmp_path):

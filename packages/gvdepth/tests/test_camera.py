@@ -23,7 +23,7 @@ few = settings(max_examples=50, deadline=None, suppress_health_check=[HealthChec
 NUMBERS = ("fx", "fy", "cx", "cy", "camera_height", "pitch_deg", "roll_deg")
 
 
-def same(one, two, rel=1e-12):
+def assert_same(one, two, rel=1e-12):
     assert one.size == two.size
     for name in NUMBERS:
         assert getattr(one, name) == pytest.approx(getattr(two, name), rel=rel, abs=1e-11), name
@@ -40,13 +40,13 @@ def test_crop_and_resize_compose(camera, data):
     x0, y0 = data.draw(st.integers(-5, camera.width - 2)), data.draw(st.integers(-5, camera.height - 2))
     w, h = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
     large = camera.resize(camera.width * s, camera.height * s)
-    same(large.crop(x0 * s, y0 * s, w * s, h * s), camera.crop(x0, y0, w, h).resize(w * s, h * s))
-    same(camera.crop(x0, y0, 20, 20).crop(3, 4, w, h), camera.crop(x0 + 3, y0 + 4, w, h))
-    same(large.resize(camera.width, camera.height), camera)
+    assert_same(large.crop(x0 * s, y0 * s, w * s, h * s), camera.crop(x0, y0, w, h).resize(w * s, h * s))
+    assert_same(camera.crop(x0, y0, 20, 20).crop(3, 4, w, h), camera.crop(x0 + 3, y0 + 4, w, h))
+    assert_same(large.resize(camera.width, camera.height), camera)
     # (A B) C = A (B C) with three resizes, and the identity.
-    same(camera.resize(12, 34).resize(56, 78).resize(90, 12), camera.resize(90, 12), rel=1e-9)
-    same(camera.crop(0, 0, camera.width, camera.height), camera)
-    same(camera.crop(x0, y0, w, h).flip(), camera.flip().crop(camera.width - x0 - w, y0, w, h))
+    assert_same(camera.resize(12, 34).resize(56, 78).resize(90, 12), camera.resize(90, 12), rel=1e-9)
+    assert_same(camera.crop(0, 0, camera.width, camera.height), camera)
+    assert_same(camera.crop(x0, y0, w, h).flip(), camera.flip().crop(camera.width - x0 - w, y0, w, h))
 
 
 @few
@@ -71,7 +71,7 @@ def test_a_turned_camera_sees_the_same_rays(camera, pitch_deg, roll_deg):
 def test_tensors_hold_the_camera(camera):
     numbers = camera.tensor(torch.float64)
     assert numbers.tolist()[5:] == [math.radians(camera.pitch_deg), math.radians(camera.roll_deg)]
-    same(Camera.from_tensor(numbers, camera.size), camera)
+    assert_same(Camera.from_tensor(numbers, camera.size), camera)
     assert Camera.batch([camera, camera]).shape == (2, 7)
 
 
@@ -86,8 +86,8 @@ def test_a_field_of_view():
 def test_for_image():
     camera = Camera(**CAMERA)
     assert camera.for_image(200, 320) is camera
-    same(camera.for_image(100, 160), camera.resize(160, 100))
-    same(camera.for_image(101, 160), camera.resize(160, 101))  # within 1 %
+    assert_same(camera.for_image(100, 160), camera.resize(160, 100))
+    assert_same(camera.for_image(101, 160), camera.resize(160, 101))  # within 1 %
     with pytest.raises(CameraError, match=r"the image is 160x110, the camera is of 320x200 .*camera.crop"):
         camera.for_image(110, 160)
 
@@ -172,11 +172,12 @@ def test_suspicious_units_are_told(changes, words):
 
 
 def test_plain_and_computed_numbers_are_not_suspected():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         camera = Camera(**CAMERA | {"pitch_deg": 0.021, "roll_deg": 0.0})
         camera.rotate(0.00123456).flip().crop(0, 0, 5, 5).resize(3, 3).for_image(3, 3)
         Camera.from_tensor(torch.tensor([300.0, 300, 5, 5, 1.5, 0.001, 0.0]), (10, 10))
+    assert told == []
 
 
 def test_a_camera_is_a_value():

@@ -26,7 +26,7 @@ few = settings(max_examples=50, deadline=None, suppress_health_check=[HealthChec
 NUMBERS = ("fx", "fy", "cx", "cy", "camera_height", "pitch_deg", "roll_deg")
 
 
-def same(one, two, rel=1e-12):
+def assert_same(one, two, rel=1e-12):
     assert one.size == two.size
     for name in NUMBERS:
         assert getattr(one, name) == pytest.approx(getattr(two, name), rel=rel, abs=1e-11), name
@@ -41,7 +41,7 @@ def test_every_format_gives_the_camera_back(tmp_path, camera, form):
     options = {"width": camera.width, "height": camera.height} if form == "nuscenes" else {}
     found = Camera.load(path, **options)
     if form == "nuscenes":  # the attitude goes through a quaternion
-        same(found, camera, rel=1e-9)
+        assert_same(found, camera, rel=1e-9)
     else:
         assert found == camera
     assert Camera.load(path, camera_height=3.0, pitch_deg=2.0, pitch_sign="down", **options).pitch_deg == -2.0
@@ -172,12 +172,12 @@ def test_nuscenes(tmp_path):
     path = tmp_path / "calibrated_sensor.json"
     path.write_text(json.dumps(rows))
     for name in ("t0", "s2"):
-        same(Camera.from_nuscenes(path, camera_name=name), truth, rel=1e-9)  # yaw does not matter
+        assert_same(Camera.from_nuscenes(path, camera_name=name), truth, rel=1e-9)  # yaw does not matter
     with pytest.raises(CalibrationError, match=r"holds the cameras t0, t1; camera_name is None"):
         Camera.load(path)
     sensors = [{"token": "s1", "channel": "CAM_FRONT"}, {"token": "s2", "channel": "CAM_BACK"}]
     (tmp_path / "sensor.json").write_text(json.dumps(sensors))
-    same(Camera.load(path, camera_name="CAM_BACK"), truth, rel=1e-9)
+    assert_same(Camera.load(path, camera_name="CAM_BACK"), truth, rel=1e-9)
     with pytest.raises(CalibrationError, match="holds the cameras CAM_FRONT, CAM_BACK; camera_name is 'CAM'"):
         Camera.load(path, camera_name="CAM")
     path.write_text(json.dumps([rows[1] | {"rotation": [0, 0, 0, 0]}]))
@@ -195,7 +195,7 @@ def test_waymo_axes_and_an_origin_above_the_ground():
     for matrix, axes in ((optical, "optical"), (body, "body")):
         found = attitude(matrix, camera_axes=axes, ground_z=-0.33)
         np.testing.assert_allclose(found, [truth.camera_height, truth.pitch_deg, truth.roll_deg], atol=1e-9)
-        same(
+        assert_same(
             from_extrinsics(truth.matrix, matrix, 320, 200, camera_axes=axes, ground_z=-0.33), truth, rel=1e-9
         )
     with pytest.raises(CameraError, match="wanted an orthonormal matrix"):

@@ -70,7 +70,7 @@ class Case:
         row = self.record[named] if isinstance(named, str) and named in self.record else self[name]
         return camera_of(row, self.entry.get("roll_deg"))
 
-    def close(self, actual, name, rtol=None, atol=None):
+    def assert_close(self, actual, name, rtol=None, atol=None):
         exact = self.dtype == torch.float64
         if rtol is None:
             rtol = self.entry.get("rtol", 0.0) if exact else self.entry["rtol_float32"]
@@ -112,7 +112,7 @@ def test_ground_depth(golden, dtype):
             ground_depth([camera, camera], dtype=dtype)[1, 0],
             ground_depth(camera, backend="numpy", dtype=str(dtype).removeprefix("torch.")),
         ):
-            case.close(depth, "depth")  # assert_close wants infinities in the same places
+            case.assert_close(depth, "depth")  # assert_close wants infinities in the same places
             assert np.array_equal(np.isinf(np.asarray(depth)), np.isinf(case["depth"]))
         golden.assert_close(camera.normal, case["normal"], rtol=case.entry["rtol"], atol=1e-12)
 
@@ -126,26 +126,32 @@ def test_vct(golden, dtype):
         h_ext = float(case["h_ext"])
         settings = {"extend": entry["extend"], "max_depth": entry["d_max"]}
         highest = y_max(camera, camera.height, **settings)
-        case.close(highest, "y_max")
-        case.close(highest.to(dtype) * case.tensor("z").sigmoid(), "y")
+        case.assert_close(highest, "y_max")
+        case.assert_close(highest.to(dtype) * case.tensor("z").sigmoid(), "y")
         head = vertical_head("bounded", **settings)
         z = case.tensor("z")
-        case.close(head(z[None, None], camera.tensor(dtype)[None], camera.height, stride=1)[0, 0], "depth")
-        case.close(head(z[None, None], camera.tensor(torch.float64)[None], camera.height)[0, 0], "depth")
-        case.close(vct(case.tensor("y"), camera, h_ext), "depth")
+        case.assert_close(
+            head(z[None, None], camera.tensor(dtype)[None], camera.height, stride=1)[0, 0], "depth"
+        )
+        case.assert_close(
+            head(z[None, None], camera.tensor(torch.float64)[None], camera.height)[0, 0], "depth"
+        )
+        case.assert_close(vct(case.tensor("y"), camera, h_ext), "depth")
         # A row near 0 is a difference of rows: in float32 it keeps the digits of the largest.
         digits = 1e-6 * (camera.height + np.abs(case["y_of_depths"]).max())
         rows = {"atol": 1e-12 if dtype == torch.float64 else digits}
-        case.close(vct_inverse(case.tensor("depth"), camera, h_ext), "y", **rows)
+        case.assert_close(vct_inverse(case.tensor("depth"), camera, h_ext), "y", **rows)
         for name, height in (("y_of_depths", h_ext), ("y_paper_h_image", camera.height)):
-            case.close(vct_inverse(case.tensor("depths"), camera, height), name, **rows)
-        case.close(h_ext - vct_inverse(case.tensor("depths"), camera, h_ext), "row_of_depths", **rows)
-        case.close(vct_derivative(case.tensor("depth"), camera), "ddepth_dy")
+            case.assert_close(vct_inverse(case.tensor("depths"), camera, height), name, **rows)
+        case.assert_close(h_ext - vct_inverse(case.tensor("depths"), camera, h_ext), "row_of_depths", **rows)
+        case.assert_close(vct_derivative(case.tensor("depth"), camera), "ddepth_dy")
         y = case.tensor("y").requires_grad_()
         vct(y, camera, h_ext).sum().backward()
-        case.close(y.grad, "ddepth_dy", rtol=1e-9 if dtype.itemsize == 8 else 5e-4)
-        case.close(propagate(case.tensor("depth"), camera, row_std=case.tensor("sigma_y")), "sigma_depth")
-        case.close(horizon(camera), "horizon_row")
+        case.assert_close(y.grad, "ddepth_dy", rtol=1e-9 if dtype.itemsize == 8 else 5e-4)
+        case.assert_close(
+            propagate(case.tensor("depth"), camera, row_std=case.tensor("sigma_y")), "sigma_depth"
+        )
+        case.assert_close(horizon(camera), "horizon_row")
 
 
 @both_dtypes
@@ -155,12 +161,12 @@ def test_fct(golden, dtype):
         camera, entry = case.camera(), case.entry
         f_c, span = entry["f_c"], tuple(entry["focal_range"])
         canonical = focal_canonical(case.tensor("z"), span)
-        case.close(canonical, "canonical")
-        case.close(fct(canonical, camera, f_c=f_c), "depth")
-        case.close(fct_inverse(case.tensor("depth"), camera, f_c=f_c), "canonical")
+        case.assert_close(canonical, "canonical")
+        case.assert_close(fct(canonical, camera, f_c=f_c), "depth")
+        case.assert_close(fct_inverse(case.tensor("depth"), camera, f_c=f_c), "canonical")
         sigma = torch.as_tensor(case.record[entry["sigma"]], dtype=dtype)
         spread = propagate(case.tensor("depth"), camera, canonical_std=sigma, f_c=f_c)
-        case.close(spread, "sigma_depth")
+        case.assert_close(spread, "sigma_depth")
 
 
 @both_dtypes
@@ -178,12 +184,12 @@ def test_offset(golden, dtype):
         z, numbers = case.tensor("z")[None, None], camera.tensor(torch.float64)[None]
         for roll in (False, True):
             depth = head(z, numbers, camera.height, stride=1, roll=roll)
-            case.close(depth[0, 0], "depth")
-        case.close(row_offset(z, camera.height, entry["offset_scale"])[0, 0], "delta")
-        case.close(head.gamma(z, numbers, camera.height)[0, 0], "gamma")
+            case.assert_close(depth[0, 0], "depth")
+        case.assert_close(row_offset(z, camera.height, entry["offset_scale"])[0, 0], "delta")
+        case.assert_close(head.gamma(z, numbers, camera.height)[0, 0], "gamma")
         # The height is a difference of numbers of the size of the camera's height.
         atol = {"atol": 1e-12 if dtype.itemsize == 8 else 1e-4 * camera.camera_height}
-        case.close(height_above_road(depth, numbers)[0, 0], "height_above_ground", **atol)
+        case.assert_close(height_above_road(depth, numbers)[0, 0], "height_above_ground", **atol)
 
 
 def heads_to_losses(case, dtype):
@@ -210,32 +216,34 @@ def test_fusion_and_losses(golden, dtype):
         assert entry["pooling"] == "pixel"
         focal, vertical, inputs = heads_to_losses(case, dtype)
         _, _, sf, sy = inputs
-        case.close(focal, "depth_focal")
-        case.close(vertical, "depth_vertical")
+        case.assert_close(focal, "depth_focal")
+        case.assert_close(vertical, "depth_vertical")
         for rule in ("scale", "variance", "mean"):
             fused = fuse(focal, vertical, sf, sy, fusion=rule)
-            case.close(fused.depth, f"fused_{rule}")
+            case.assert_close(fused.depth, f"fused_{rule}")
             if rule == "scale":
-                case.close(fused.uncertainty, "sigma_fused_scale")
-                case.close(fused.weight_focal, "weight_focal")
+                case.assert_close(fused.uncertainty, "sigma_fused_scale")
+                case.assert_close(fused.weight_focal, "weight_focal")
         fused = fuse(focal, vertical, sf, sy)
         target, mask = case.tensor("gt"), torch.as_tensor(case["mask"])
         settings = {"alpha": entry["alpha"], "lam": entry["lam"]}
-        case.close(silog_loss(fused.depth, target, mask, **settings), "loss_silog")
-        case.close(silog_loss(fused.depth, target, mask, correction=1, **settings), "loss_silog_correction1")
+        case.assert_close(silog_loss(fused.depth, target, mask, **settings), "loss_silog")
+        case.assert_close(
+            silog_loss(fused.depth, target, mask, correction=1, **settings), "loss_silog_correction1"
+        )
         parts = [uncertainty_loss(d, s, target, mask) for d, s in ((focal, sf), (vertical, sy))]
-        case.close(parts[0] + parts[1], "loss_uncertainty")
+        case.assert_close(parts[0] + parts[1], "loss_uncertainty")
         found = depth_loss(
             fused.depth, target, mask, cues=((focal, sf), (vertical, sy)), max_depth=entry["d_max"],
             uncertainty_weight=entry["uncertainty_weight"], **settings,
         )  # fmt: skip
-        case.close(found.total, "loss_total_without_consistency")
+        case.assert_close(found.total, "loss_total_without_consistency")
         found.total.backward()
         tolerances = {"rtol": entry["rtol_grad"], "atol": entry["atol_grad"]}
         if dtype == torch.float32:
             tolerances = {"rtol": entry["rtol_float32"], "atol": 1e-6}
         for name, tensor in zip(("zF", "zY", "sF", "sY"), inputs, strict=True):
-            case.close(tensor.grad, f"grad_{name}", **tolerances)
+            case.assert_close(tensor.grad, f"grad_{name}", **tolerances)
 
 
 @both_dtypes
@@ -244,7 +252,7 @@ def test_fusion_extremes(golden, dtype):
         d_focal, s_focal, d_vertical, s_vertical = case.tensor("extreme_in").T
         fused = fuse(d_focal, d_vertical, s_focal, s_vertical, fusion=case.entry["fusion"])
         loose = case.entry["atol"] if dtype == torch.float64 else 1e-5 * float(case["extreme_depth"].max())
-        case.close(fused.depth, "extreme_depth", rtol=0.0, atol=loose)
+        case.assert_close(fused.depth, "extreme_depth", rtol=0.0, atol=loose)
         assert torch.isfinite(fused.depth).all()
 
 
@@ -265,7 +273,7 @@ def test_metrics(golden, dtype, backend):
         found = metrics(prediction, target, backend=backend, **options)
         for name in names:
             share = dtype == torch.float32 and name in ("d1", "d2", "d3")
-            case.close(found[name], name, **({"atol": 2.0 / max(found["valid"], 1)} if share else {}))
+            case.assert_close(found[name], name, **({"atol": 2.0 / max(found["valid"], 1)} if share else {}))
         assert found["valid"] == case["valid"]
         assert set(found) == {*names, "valid"}
 
@@ -280,7 +288,7 @@ def test_named_crops_are_the_recorded_ones(golden, dtype):
         found = metrics(
             prediction, target, crop=named, max_depth=float(case.record[case.entry["inputs"] + "cap"])
         )
-        case.close(found["abs_rel"], "abs_rel")
+        case.assert_close(found["abs_rel"], "abs_rel")
         assert found["valid"] == case["valid"]
 
 
@@ -290,12 +298,12 @@ def test_consistency(golden, dtype):
         one, two = case.tensor("depth1"), case.tensor("depth2")
         views = case["view1"], case["view2"]
         warped, valid = warp(one, *views, tuple(two.shape))
-        case.close(warped, "warped")
+        case.assert_close(warped, "warped")
         assert np.array_equal(valid.numpy(), case["valid"])
         assert (warped.numpy()[~case["valid"]] == case.entry["warped_where_invalid"]).all()
-        case.close(consistency_loss(one, two, *views), "loss")
+        case.assert_close(consistency_loss(one, two, *views), "loss")
         batched = [x[None, None].expand(2, 1, -1, -1) for x in (one, two)]
-        case.close(consistency_loss(*batched, *views), "loss")
+        case.assert_close(consistency_loss(*batched, *views), "loss")
         assert tuple(case["image_hw"]) >= (1, 1)
 
 
@@ -316,7 +324,7 @@ def test_camera_operations(golden, dtype):
         rtol = case.entry["rtol"] if dtype == torch.float64 else case.entry["rtol_float32"]
         golden.assert_close(column, rows, rtol=rtol, atol=1e-12, what=case.entry["name"])
         total = float(depth[torch.isfinite(depth)].double().sum())
-        case.close(np.float64(total), "ground_sum_finite")
+        case.assert_close(np.float64(total), "ground_sum_finite")
 
 
 def test_plane_fits(golden):

@@ -53,7 +53,7 @@ def plain(prediction, target, cap=80.0):
     }
 
 
-def close(found, expected, rel=1e-9):
+def assert_close(found, expected, rel=1e-9):
     for name in METRICS:
         # silog is the root of a difference that may cancel to a few last digits.
         assert found[name] == pytest.approx(
@@ -66,8 +66,8 @@ def close(found, expected, rel=1e-9):
 def test_metrics_are_their_formulas(pair):
     expected = plain(*pair)
     for backend in ("numpy", "torch"):
-        close(metrics(*pair, backend=backend), expected)
-    close(metrics(*map(torch.as_tensor, pair)), expected)
+        assert_close(metrics(*pair, backend=backend), expected)
+    assert_close(metrics(*map(torch.as_tensor, pair)), expected)
 
 
 @few
@@ -76,7 +76,7 @@ def test_the_order_of_pixels_does_not_matter(pair, random):
     order = list(range(pair[0].size))
     random.shuffle(order)
     shuffled = [x.ravel()[order].reshape(1, -1) for x in pair]
-    close(metrics(*shuffled), metrics(*pair))
+    assert_close(metrics(*shuffled), metrics(*pair))
 
 
 @few
@@ -140,11 +140,13 @@ def test_batches_pool_by_image_or_by_pixel(images):
     seen = [x for x in each if x["valid"]]
     for backend in ("numpy", "torch"):
         found = metrics(*batch, backend=backend)
-        close(found, {n: np.mean([x[n] for x in seen]) if seen else math.nan for n in METRICS})
+        assert_close(found, {n: np.mean([x[n] for x in seen]) if seen else math.nan for n in METRICS})
         assert found["valid"] == sum(x["valid"] for x in each)
-        close(metrics(*batch, pooling="pixel", backend=backend), plain(*(x.reshape(1, -1) for x in batch)))
+        assert_close(
+            metrics(*batch, pooling="pixel", backend=backend), plain(*(x.reshape(1, -1) for x in batch))
+        )
     channels = [x[:, None] for x in batch]
-    close(metrics(*channels), metrics(*batch))
+    assert_close(metrics(*channels), metrics(*batch))
 
 
 @few

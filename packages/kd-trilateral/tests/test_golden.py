@@ -177,7 +177,7 @@ class Case:
         return F.cross_entropy(self.student(self.xv), self.yv)
 
 
-def close_to_largest(actual, expected, rtol, what):
+def assert_close_to_largest(actual, expected, rtol, what):
     error = np.abs(actual.detach().double().numpy() - expected).max() / np.abs(expected).max()
     assert error <= rtol, f"{what}: largest error over largest entry is {error:.2e}, wanted <= {rtol}"
 
@@ -219,7 +219,7 @@ def test_linear_hypergradient_step_by_step(golden, golden_file):
                 ):
                     golden.assert_close(g, data[f"{preset}.hypergrad.{name}"], **close, what=name)
             else:
-                close_to_largest(found, data[f"{preset}.c"], case[f"{engine}_rtol"], engine)
+                assert_close_to_largest(found, data[f"{preset}.c"], case[f"{engine}_rtol"], engine)
 
 
 @pytest.mark.parametrize("engine", ["jvp", "head", "unrolled", "fd", "fd1"])
@@ -233,7 +233,7 @@ def test_linear_engines(golden, golden_file, engine):
         for name, g in {"c": c, **gradient}.items():
             expected = expected_c if name == "c" else data[f"{preset}.hypergrad.{name}"]
             if engine.startswith("fd"):
-                close_to_largest(g, expected, case[f"{engine}_rtol"], f"{preset} {name}")
+                assert_close_to_largest(g, expected, case[f"{engine}_rtol"], f"{preset} {name}")
             else:
                 golden.assert_close(g, expected, **close, what=f"{preset} {name}")
 
@@ -319,7 +319,7 @@ def test_mlp_through_optimizers(golden, golden_file, engine, mode):
     for name, g in gradient.items():
         expected = data[f"{mode}.hypergrad.{name}"]
         if engine.startswith("fd"):
-            close_to_largest(g, expected, case[f"{engine}_rtol"], f"{mode} {name}")
+            assert_close_to_largest(g, expected, case[f"{engine}_rtol"], f"{mode} {name}")
         else:
             golden.assert_close(g, expected, **close, what=f"{mode} {name}")
 
@@ -332,9 +332,9 @@ def test_engines_in_float32(golden, golden_file, engine):
         c = Case(golden, golden_file, preset, dtype=torch.float32)
         _, found, gradient = c.step(engine, outer_loss="ce")
         rtol = 2e-2 if engine.startswith("fd") else 1e-3
-        close_to_largest(found, case["inner_lr"] * data[f"{preset}.c"], rtol, f"{preset} c")
+        assert_close_to_largest(found, case["inner_lr"] * data[f"{preset}.c"], rtol, f"{preset} c")
         for name, g in gradient.items():
-            close_to_largest(g, data[f"{preset}.hypergrad.{name}"], rtol, f"{preset} {name}")
+            assert_close_to_largest(g, data[f"{preset}.hypergrad.{name}"], rtol, f"{preset} {name}")
 
 
 class Stack(nn.Module):

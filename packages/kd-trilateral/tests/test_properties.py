@@ -292,10 +292,10 @@ def test_compact_for_any_number_of_classes(classes, seed, scale):
     g = F.one_hot(torch.randint(classes, (4,), generator=generator), classes).float()
     phi = Geometry.named("compact")(s, t, g, o)
     assert phi.shape == (4, 18)
-    check_compact(phi, 1e-6)
+    assert_compact(phi, 1e-6)
 
 
-def check_compact(phi, rounding):
+def assert_compact(phi, rounding):
     assert torch.isfinite(phi).all()
     value = dict(zip(presets()["compact"], phi.double().unbind(-1), strict=True))
     for name, column in value.items():
@@ -312,7 +312,7 @@ def check_compact(phi, rounding):
 @given(geometry_inputs())
 def test_lengths_obey_the_triangle_inequality(drawn):
     zs, zt, y, tbar = drawn
-    check_compact(kdt.features(*vertices(zs, zt, y, tbar[y]), "compact"), 1e-9)
+    assert_compact(kdt.features(*vertices(zs, zt, y, tbar[y]), "compact"), 1e-9)
 
 
 # 9

@@ -23,7 +23,7 @@ def fuse(logits, **options):
     return fuse_logits(logits[0], logits[1], logits[2:], **{"compute_dtype": DOUBLE, **options})
 
 
-def close(a, b, tolerance=1e-9):
+def assert_close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
@@ -64,7 +64,7 @@ def test_objectives_against_brute_force(objective, pairing, solver, device):
     alphas = torch.linspace(0, 2, count, dtype=DOUBLE)
     table = brute(logits, options, alphas)
     best = alphas[table.argmin(-1).cpu()]
-    close(step.alpha.squeeze(-1).cpu(), best, 1e-9 if solver == "grid" else 5e-3)
+    assert_close(step.alpha.squeeze(-1).cpu(), best, 1e-9 if solver == "grid" else 5e-3)
     assert (step.loss <= table.amin(-1) + 1e-12).all()
 
 
@@ -79,9 +79,9 @@ def test_results_have_the_batch_shape(device):
     row = fuse([x[1, 2] for x in logits])
     assert row.alpha.shape == (2,)
     assert row.loss.shape == ()
-    close(row.log_probs, step.log_probs[1, 2], 1e-8)
+    assert_close(row.log_probs, step.log_probs[1, 2], 1e-8)
     stacked = fuse_logits(logits[0], logits[1], torch.stack(logits[2:]), compute_dtype=DOUBLE)
-    close(stacked.alpha, step.alpha)
+    assert_close(stacked.alpha, step.alpha)
     nothing = fuse([x[:0] for x in logits])
     assert nothing.log_probs.shape == (0, 3, 20)
 
@@ -92,8 +92,8 @@ def test_every_dtype_is_computed_widely(dtype, device):
     step = fuse_logits(logits[0], logits[1], logits[2:])
     assert step.log_probs.dtype == (DOUBLE if dtype == DOUBLE else torch.float32)
     wide = fuse([x.double() for x in logits])
-    close(step.alpha.double(), wide.alpha, 2e-5)
-    close(step.log_probs.double(), wide.log_probs, 1e-4)
+    assert_close(step.alpha.double(), wide.alpha, 2e-5)
+    assert_close(step.log_probs.double(), wide.log_probs, 1e-4)
     half = fuse_logits(logits[0], logits[1], logits[2:], out_dtype=torch.bfloat16)
     assert half.log_probs.dtype == half.alpha.dtype == torch.bfloat16
 
@@ -104,9 +104,9 @@ def test_plain_and_tiled_code_agree(strategy, solver, device):
     """Gradients go through another implementation of the same statistics."""
     logits = drawn(3, 24, experts=2, device=device)
     a, b = (fuse(logits, strategy=strategy, solver=solver, differentiable=d) for d in (False, True))
-    close(a.alpha, b.alpha, 1e-7)
-    close(a.log_probs, b.log_probs, 1e-7)
-    close(a.loss, b.loss, 1e-9)
+    assert_close(a.alpha, b.alpha, 1e-7)
+    assert_close(a.log_probs, b.log_probs, 1e-7)
+    assert_close(a.loss, b.loss, 1e-9)
 
 
 # Static strengths and presets
@@ -118,12 +118,12 @@ def test_static_alpha(device):
     for alpha, pair in ((1.0, (1.0, 1.0)), ([0.5, -0.25], (0.5, -0.25)), ([1.5], (1.5, 1.5))):
         step = fuse(logits, alpha=alpha)
         wanted = (large + pair[0] * (one - base) + pair[1] * (two - base)).log_softmax(-1)
-        close(step.log_probs, wanted)
-        close(step.kl_forward, kl(wanted, large.log_softmax(-1)))
-        close(step.kl_reverse, kl(large.log_softmax(-1), wanted))
+        assert_close(step.log_probs, wanted)
+        assert_close(step.kl_forward, kl(wanted, large.log_softmax(-1)))
+        assert_close(step.kl_reverse, kl(large.log_softmax(-1), wanted))
         assert (step.loss == 0).all()
     rows = torch.rand(3, 2, dtype=DOUBLE, device=device)
-    close(fuse(logits, alpha=rows).alpha, rows)
+    assert_close(fuse(logits, alpha=rows).alpha, rows)
     assert (fuse(logits, alpha=0.0).expert == -1).all()
     assert (fuse(logits, alpha=[0.5, 1.0]).expert == 1).all()
 
@@ -149,8 +149,8 @@ def test_single_picks_the_best_pair_of_the_grid(device):
             row = torch.zeros(3, dtype=DOUBLE)
             row[t] = 0.1 * j
             alpha = torch.where(better.unsqueeze(-1), row, alpha)
-    close(step.alpha.cpu(), alpha, 1e-12)
-    close(step.loss.cpu(), best)
+    assert_close(step.alpha.cpu(), alpha, 1e-12)
+    assert_close(step.loss.cpu(), best)
     assert (step.expert.cpu() == alpha.argmax(-1)).all()
 
 
@@ -176,16 +176,16 @@ def test_weights(device):
     logits = drawn(4, 30, experts=2, device=device)
     first = fuse([*logits[:2], logits[2]])
     for strategy in ("pool", "centroid"):
-        close(
+        assert_close(
             fuse(logits, strategy=strategy, weights=(1.0, 0.0)).alpha[:, 0],
             fuse(logits, strategy=strategy, weights=torch.tensor([1.0, 0.0])).alpha[:, 0],
         )
-    close(fuse(logits, weights=(3.0, 0.0)).log_probs, first.log_probs, 1e-6)
-    close(fuse(logits, weights=(2.0, 6.0)).alpha, fuse(logits, weights=(0.25, 0.75)).alpha)
+    assert_close(fuse(logits, weights=(3.0, 0.0)).log_probs, first.log_probs, 1e-6)
+    assert_close(fuse(logits, weights=(2.0, 6.0)).alpha, fuse(logits, weights=(0.25, 0.75)).alpha)
     rows = torch.tensor([[0.5, 0.5]] * 4, dtype=DOUBLE, device=device)
-    close(fuse(logits, weights=rows).alpha, fuse(logits).alpha)
+    assert_close(fuse(logits, weights=rows).alpha, fuse(logits).alpha)
     by_size = fuse(logits, weights=lambda f, r: (f + r) / (f + r).sum(-1, keepdim=True))
-    close(by_size.alpha, fuse(logits, weights="jeffreys").alpha)
+    assert_close(by_size.alpha, fuse(logits, weights="jeffreys").alpha)
 
 
 def test_weights_of_nobody_leave_the_large_model(device):
@@ -194,7 +194,7 @@ def test_weights_of_nobody_leave_the_large_model(device):
     for strategy in ("pool", "centroid"):
         step = fuse(logits, strategy=strategy, weights=torch.zeros(3, 2))
         assert (step.alpha == 0).all()
-        close(step.log_probs, logits[0].log_softmax(-1))
+        assert_close(step.log_probs, logits[0].log_softmax(-1))
     little = fuse(logits, weights=torch.full((3, 2), 1e-3))
     assert (little.kl_forward < 1e-3).all()
     one = fuse(logits[:3], weights=torch.full((3, 1), 0.5))
@@ -204,7 +204,7 @@ def test_weights_of_nobody_leave_the_large_model(device):
 def test_jeffreys_weights_of_equal_models(device):
     large, base, _ = drawn(3, 30, device=device)
     step = fuse([large, base, base, base], weights="jeffreys")
-    close(step.log_probs, large.log_softmax(-1))
+    assert_close(step.log_probs, large.log_softmax(-1))
 
 
 # Masks, rows that are done, temperatures
@@ -217,14 +217,14 @@ def test_masked_tokens_are_as_if_absent(strategy, device):
     mask[[3, 7, 11]] = False
     step = fuse(logits, strategy=strategy, mask=mask)
     small = fuse([x[:, mask] for x in logits], strategy=strategy)
-    close(step.alpha, small.alpha, 1e-7)
-    close(step.log_probs[:, mask], small.log_probs, 1e-7)
+    assert_close(step.alpha, small.alpha, 1e-7)
+    assert_close(step.log_probs[:, mask], small.log_probs, 1e-7)
     assert (step.log_probs[:, ~mask] == -torch.inf).all()
     rows = mask.expand(4, 20).clone()
     rows[0] = True
     mixed = fuse(logits, strategy=strategy, mask=rows)
-    close(mixed.log_probs[1:], step.log_probs[1:], 1e-7)
-    close(mixed.log_probs[0], fuse(logits, strategy=strategy).log_probs[0], 1e-7)
+    assert_close(mixed.log_probs[1:], step.log_probs[1:], 1e-7)
+    assert_close(mixed.log_probs[0], fuse(logits, strategy=strategy).log_probs[0], 1e-7)
 
 
 def test_outside_keeps_the_large_model(device):
@@ -234,17 +234,17 @@ def test_outside_keeps_the_large_model(device):
     mask[9] = False
     kept = fuse([large, base, expert], mask=mask, outside="large")
     strict = fuse([large, base, expert], mask=mask)
-    close(kept.alpha, strict.alpha)
-    close(kept.log_probs.exp().sum(-1), torch.ones_like(kept.loss))
+    assert_close(kept.alpha, strict.alpha)
+    assert_close(kept.log_probs.exp().sum(-1), torch.ones_like(kept.loss))
     own = large.masked_fill(~mask, -torch.inf).log_softmax(-1)
     for row, token in ((0, 2), (1, 4)):
-        close(kept.log_probs[row, token], own[row, token])
+        assert_close(kept.log_probs[row, token], own[row, token])
         assert strict.log_probs[row, token] == -torch.inf
     assert (kept.log_probs[:, 9] == -torch.inf).all()
     assert kept.log_probs[2, 6] == -torch.inf
     inside = torch.isfinite(strict.log_probs)
     gap = (kept.log_probs - strict.log_probs)[0][inside[0]]
-    close(gap, gap[0].expand_as(gap))  # scaled, nothing else
+    assert_close(gap, gap[0].expand_as(gap))  # scaled, nothing else
 
 
 def test_rows_that_are_done(device):
@@ -254,8 +254,8 @@ def test_rows_that_are_done(device):
     assert (step.alpha[1] == 0).all()
     assert step.loss[1] == step.kl_forward[1] == 0
     assert step.expert[1] == -1
-    close(step.log_probs[1], logits[0][1].log_softmax(-1))
-    close(step.log_probs[active], whole.log_probs[active])
+    assert_close(step.log_probs[1], logits[0][1].log_softmax(-1))
+    assert_close(step.log_probs[active], whole.log_probs[active])
 
 
 def test_temperature_is_for_the_search_only(device):
@@ -263,11 +263,11 @@ def test_temperature_is_for_the_search_only(device):
     for strategy in ("single", "pool"):
         step = fuse(logits, strategy=strategy, kl_temperature=2.5)
         warm = fuse([x / 2.5 for x in logits], strategy=strategy)
-        close(step.alpha, warm.alpha)
-        close(step.f, warm.f)
-        close(step.kl_forward, warm.kl_forward)
+        assert_close(step.alpha, warm.alpha)
+        assert_close(step.f, warm.f)
+        assert_close(step.kl_forward, warm.kl_forward)
         shift = (step.alpha.mT.unsqueeze(-1) * torch.stack([x - logits[1] for x in logits[2:]])).sum(0)
-        close(step.log_probs, (logits[0] + shift).log_softmax(-1))
+        assert_close(step.log_probs, (logits[0] + shift).log_softmax(-1))
 
 
 def test_bound_and_temperature_together(device):
@@ -361,4 +361,4 @@ def test_compiles_without_a_graph_break(options):
 
     compiled = torch.compile(law, fullgraph=True, backend="eager")
     for a, b in zip(compiled(*logits), law(*logits), strict=True):
-        close(a, b, 1e-5)
+        assert_close(a, b, 1e-5)

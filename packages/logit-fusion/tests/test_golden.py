@@ -42,7 +42,7 @@ class Record:
     def __contains__(self, key):
         return f"{self.settings['case']}/{key}" in self.values
 
-    def close(self, actual, key, kind):
+    def assert_close(self, actual, key, kind):
         limit = self.limits[kind]
         wanted = self[key]
         got = actual.detach().double().cpu().numpy()
@@ -90,7 +90,7 @@ def loss_table(record, members, number=0):
 def roots(record, members):
     for objective, key in (("forward", "alpha_F"), ("reverse", "alpha_R"), ("jeffreys", "alpha_J")):
         found = record.fuse(members, objective=objective)
-        record.close(found.alpha[0, 0], key, "root")
+        record.assert_close(found.alpha[0, 0], key, "root")
 
 
 @both_dtypes
@@ -99,16 +99,16 @@ def test_single(golden, dtype, device):
         members = made(golden, record.settings, dtype, device)
         grid = record.fuse(members, strategy="single", solver="grid")
         exact = record.fuse(members, strategy="single", solver="exact")
-        record.close(exact.f[0, 0], "f", "value")
-        record.close(exact.r[0, 0], "r", "value")
+        record.assert_close(exact.f[0, 0], "f", "value")
+        record.assert_close(exact.r[0, 0], "r", "value")
         for f, key in zip(targets(members[1][0], members[2][0]), "fr", strict=True):
-            record.close(f, key, "value")
-        record.close(loss_table(record, members), "loss_table", "value")
-        record.close(grid.alpha[0, 0], "alpha_grid", "alpha_grid")
-        record.close(exact.alpha[0, 0], "alpha_exact", "alpha_exact")
-        record.close(exact.loss[0], "loss_exact", "value")
-        record.close(grid.log_probs[0, :64], "logp_grid", "log_probs")
-        record.close(exact.log_probs[0, :64], "logp_exact", "log_probs_exact")
+            record.assert_close(f, key, "value")
+        record.assert_close(loss_table(record, members), "loss_table", "value")
+        record.assert_close(grid.alpha[0, 0], "alpha_grid", "alpha_grid")
+        record.assert_close(exact.alpha[0, 0], "alpha_exact", "alpha_exact")
+        record.assert_close(exact.loss[0], "loss_exact", "value")
+        record.assert_close(grid.log_probs[0, :64], "logp_grid", "log_probs")
+        record.assert_close(exact.log_probs[0, :64], "logp_exact", "log_probs_exact")
         roots(record, members)
         at_alphas(record, members)
 
@@ -121,7 +121,7 @@ def at_alphas(record, members):
     forward, reverse = divergences(stats, alphas, (log_p.exp() * shift).sum())
     found = (("at_A", stats.log_norm), ("at_mu", stats.mean), ("at_var", stats.var))
     for key, value in (*found, ("at_F", forward), ("at_R", reverse)):
-        record.close(value, key, "value")
+        record.assert_close(value, key, "value")
 
 
 @both_dtypes
@@ -130,30 +130,30 @@ def test_multi(golden, dtype, device):
         members = made(golden, record.settings, dtype, device)
         count = record.settings["experts"]
         single = record.fuse(members, strategy="single", solver="grid")
-        record.close(single.f[0], "f", "value")
-        record.close(single.r[0], "r", "value")
+        record.assert_close(single.f[0], "f", "value")
+        record.assert_close(single.r[0], "r", "value")
         tables = torch.stack([loss_table(record, members, t) for t in range(count)])
-        record.close(tables, "single_loss_table", "value")
-        record.close(single.alpha[0], "single_grid_alpha", "alpha_grid")
+        record.assert_close(tables, "single_loss_table", "value")
+        record.assert_close(single.alpha[0], "single_grid_alpha", "alpha_grid")
         best_two = np.sort(record["single_exact_all"][:, 1])[:2]
         if best_two[1] - best_two[0] > 1e-9:
             exact = record.fuse(members, strategy="single", solver="exact")
-            record.close(exact.alpha[0], "single_exact_alpha", "alpha_exact")
+            record.assert_close(exact.alpha[0], "single_exact_alpha", "alpha_exact")
         if record.settings["joint_grid"]:
             joint(record, members)
         for weights in ("uniform", "jeffreys"):
             for strategy in ("pool", "centroid"):
                 found = record.fuse(members, strategy=strategy, weights=weights)
-                record.close(found.alpha[0], f"{strategy}_{weights}_alpha", "alpha_exact")
+                record.assert_close(found.alpha[0], f"{strategy}_{weights}_alpha", "alpha_exact")
                 if strategy == "pool":
-                    record.close(found.log_probs[0, :64], f"pool_{weights}_logp64", "log_probs_exact")
+                    record.assert_close(found.log_probs[0, :64], f"pool_{weights}_logp64", "log_probs_exact")
         pools(record, members)
 
 
 def joint(record, members):
     grid = record.fuse(members, strategy="joint", solver="grid")
-    record.close(grid.alpha[0], "joint_grid_alpha", "alpha_grid")
-    record.close(grid.loss[0], "joint_grid_loss", "value")
+    record.assert_close(grid.alpha[0], "joint_grid_alpha", "alpha_grid")
+    record.assert_close(grid.loss[0], "joint_grid_loss", "value")
     exact = record.fuse(members, strategy="joint", solver="exact")
     limit = record.limits["value"]
     best = float(record["joint_grid_loss"])
@@ -166,9 +166,9 @@ def pools(record, members):
     ready, _ = prepared(members, None, record.dtype, differentiable=False)
     for rule in ("uniform", "jeffreys"):
         weights = expert_weights(rule, ready.f, ready.r, torch.Size([1]))
-        record.close(weights[0], f"w_{rule}", "value")
+        record.assert_close(weights[0], f"w_{rule}", "value")
         found = torch.stack(pool_targets(ready, weights), -1)[0]
-        record.close(found, f"pool_{rule}_fr", "value")
+        record.assert_close(found, f"pool_{rule}_fr", "value")
 
 
 @both_dtypes
@@ -186,16 +186,18 @@ def test_edge(golden, dtype, device):
         if dtype == torch.float32 and record.settings["float32"] == "own_alpha":
             own_alpha(record, members, exact)
             continue
-        record.close(exact.log_probs[0], "logp_exact", "log_probs" if check == "tiny" else "log_probs_exact")
+        record.assert_close(
+            exact.log_probs[0], "logp_exact", "log_probs" if check == "tiny" else "log_probs_exact"
+        )
         if check == "log_probs":
             assert float(exact.alpha[0, 0]) == low
         if check != "all":
             continue
-        record.close(exact.f[0, 0], "f", "value")
-        record.close(exact.r[0, 0], "r", "value")
-        record.close(grid.alpha[0, 0], "alpha_grid", "alpha_grid")
-        record.close(exact.alpha[0, 0], "alpha_exact", "alpha_exact")
-        record.close(exact.loss[0], "loss_exact", "value")
+        record.assert_close(exact.f[0, 0], "f", "value")
+        record.assert_close(exact.r[0, 0], "r", "value")
+        record.assert_close(grid.alpha[0, 0], "alpha_grid", "alpha_grid")
+        record.assert_close(exact.alpha[0, 0], "alpha_exact", "alpha_exact")
+        record.assert_close(exact.loss[0], "loss_exact", "value")
         roots(record, members)
         if "local_minima" in record:
             assert_local_minima(record, members)
@@ -252,7 +254,7 @@ def test_large_vocab(golden, dtype, device):
                 "loss_exact": (exact.loss[0], "value"),
             }.get(name, (None, None))
             if value is not None:
-                record.close(value, name, kind)
+                record.assert_close(value, name, kind)
 
 
 def tiny_models(golden, dtype, device, attention):

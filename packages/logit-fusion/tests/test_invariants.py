@@ -37,7 +37,7 @@ def fuse(logits, **options):
     return fuse_logits(logits[0], logits[1], logits[2:], compute_dtype=DOUBLE, **options)
 
 
-def close(a, b, tolerance=1e-9):
+def assert_close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
@@ -57,8 +57,8 @@ def test_constants_do_not_matter(drawn, strategy, solver):
     a, b = (fuse(x, strategy=strategy, solver=solver) for x in (logits, moved))
     if solver != "exact" and not torch.allclose(a.alpha, b.alpha, atol=1e-6):
         return  # two nodes tie, or Newton did not settle
-    close(a.alpha, b.alpha, 1e-6)
-    close(a.log_probs, b.log_probs, 1e-5)
+    assert_close(a.alpha, b.alpha, 1e-6)
+    assert_close(a.log_probs, b.log_probs, 1e-5)
 
 
 @examples
@@ -67,8 +67,8 @@ def test_permuting_the_vocabulary_permutes_the_output(drawn, strategy):
     logits, rng = drawn
     order = torch.from_numpy(rng.permutation(logits[0].shape[-1]))
     a, b = fuse(logits, strategy=strategy), fuse([x[:, order] for x in logits], strategy=strategy)
-    close(a.loss, b.loss)
-    close(a.log_probs[:, order], b.log_probs, 1e-6)
+    assert_close(a.loss, b.loss)
+    assert_close(a.log_probs[:, order], b.log_probs, 1e-6)
 
 
 @examples
@@ -76,9 +76,9 @@ def test_permuting_the_vocabulary_permutes_the_output(drawn, strategy):
 def test_large_equal_to_base_gives_the_expert(drawn, objective):
     (_, base, expert), _ = drawn
     step = fuse([base, base, expert], objective=objective)
-    close(step.alpha, torch.ones_like(step.alpha), 1e-7)
-    close(step.log_probs, expert.log_softmax(-1), 1e-6)
-    close(step.loss, torch.zeros_like(step.loss), 1e-14)
+    assert_close(step.alpha, torch.ones_like(step.alpha), 1e-7)
+    assert_close(step.log_probs, expert.log_softmax(-1), 1e-6)
+    assert_close(step.loss, torch.zeros_like(step.loss), 1e-14)
 
 
 @examples
@@ -87,7 +87,7 @@ def test_expert_equal_to_base_leaves_the_large_model(drawn, solver, low):
     (large, base, _), _ = drawn
     step = fuse([large, base, base], solver=solver, alpha_range=(low, 2.0))
     assert (step.alpha == low).all()
-    close(step.log_probs, large.log_softmax(-1))
+    assert_close(step.log_probs, large.log_softmax(-1))
     assert (step.expert == (0 if low else -1)).all()
 
 
@@ -148,7 +148,7 @@ def test_roots_meet_their_equations(drawn):
         ]
         at_end = step.alpha.squeeze(-1) == 2.0
         assert (gap[at_end] <= 1e-9).all()
-        close(gap[~at_end] / (1 + f + r)[~at_end], torch.zeros_like(gap[~at_end]), 1e-8)
+        assert_close(gap[~at_end] / (1 + f + r)[~at_end], torch.zeros_like(gap[~at_end]), 1e-8)
 
 
 @examples
@@ -159,9 +159,9 @@ def test_copies_of_one_expert_are_one_expert(drawn, copies):
     inside = (one.alpha < 2.0 - 1e-9).squeeze(-1)
     for strategy in STRATEGIES:
         many = fuse([*logits[:2], *[logits[2]] * copies], strategy=strategy)
-        close(many.log_probs[inside], one.log_probs[inside], 1e-6)
+        assert_close(many.log_probs[inside], one.log_probs[inside], 1e-6)
         if strategy != "single":
-            close(many.alpha.sum(-1)[inside], one.alpha.squeeze(-1)[inside], 1e-6)
+            assert_close(many.alpha.sum(-1)[inside], one.alpha.squeeze(-1)[inside], 1e-6)
             assert (many.alpha.sum(-1)[~inside] <= 2.0 * copies + 1e-9).all()
 
 
@@ -174,8 +174,8 @@ def test_permuting_experts_permutes_alpha(drawn, strategy, weights):
     order = rng.permutation(len(logits) - 2).tolist()
     a = fuse(logits, strategy=strategy, weights=weights)
     b = fuse([*logits[:2], *[logits[2 + t] for t in order]], strategy=strategy, weights=weights)
-    close(a.alpha[:, order], b.alpha, 1e-7)
-    close(a.log_probs, b.log_probs, 1e-6)
+    assert_close(a.alpha[:, order], b.alpha, 1e-7)
+    assert_close(a.log_probs, b.log_probs, 1e-6)
 
 
 @examples
@@ -187,7 +187,7 @@ def test_permuting_experts_permutes_the_single_one(drawn):
         fuse(logits, strategy="single"),
         fuse([*logits[:2], *[logits[2 + t] for t in order]], strategy="single"),
     )
-    close(a.loss, b.loss, 1e-9)
+    assert_close(a.loss, b.loss, 1e-9)
     assert ((a.alpha != 0).sum(-1) <= 1).all()
 
 
@@ -206,11 +206,11 @@ def test_derivatives_match_finite_differences(drawn, alpha):
     h = 1e-5
     (_, _, f0, r0), (_, _, f1, r1) = at(alpha - h), at(alpha + h)
     place, stats, _, _ = at(alpha)
-    close((f1 - f0) / (2 * h), alpha * stats.var, 1e-5 * (1 + float(stats.var)))
-    close((r1 - r0) / (2 * h), stats.mean, 1e-5 * (1 + float(stats.var)))
+    assert_close((f1 - f0) / (2 * h), alpha * stats.var, 1e-5 * (1 + float(stats.var)))
+    assert_close((r1 - r0) / (2 * h), stats.mean, 1e-5 * (1 + float(stats.var)))
     g, _ = slope(target, place, stats)
     scale = 1 + float(stats.var) * (1 + float(ready.f + ready.r)) ** 2 * 10
-    close((loss(target, f1, r1) - loss(target, f0, r0)) / (2 * h), 2 * g, 1e-4 * scale)
+    assert_close((loss(target, f1, r1) - loss(target, f0, r0)) / (2 * h), 2 * g, 1e-4 * scale)
 
 
 @examples
@@ -228,9 +228,9 @@ def test_rows_do_not_see_each_other(drawn, strategy, tile):
     finally:
         tiles.NODE_TILE, tiles.TILE = sizes
     for other in (tiled.alpha, torch.stack([x.alpha for x in alone])):
-        close(whole.alpha, other, 1e-6)
+        assert_close(whole.alpha, other, 1e-6)
     for other in (tiled.log_probs, torch.stack([x.log_probs for x in alone])):
-        close(whole.log_probs, other, 1e-6)
+        assert_close(whole.log_probs, other, 1e-6)
 
 
 @examples
@@ -238,9 +238,9 @@ def test_rows_do_not_see_each_other(drawn, strategy, tile):
 def test_fused_probabilities_sum_to_one(drawn, strategy, solver):
     logits, _ = drawn
     step = fuse(logits, strategy=strategy, solver=solver)
-    close(step.log_probs.exp().sum(-1), torch.ones_like(step.loss), 1e-9)
+    assert_close(step.log_probs.exp().sum(-1), torch.ones_like(step.loss), 1e-9)
     shift = (step.alpha.mT.unsqueeze(-1) * torch.stack([x - logits[1] for x in logits[2:]])).sum(0)
-    close(step.log_probs, (logits[0] + shift).log_softmax(-1), 1e-8)
+    assert_close(step.log_probs, (logits[0] + shift).log_softmax(-1), 1e-8)
 
 
 @examples
@@ -253,9 +253,9 @@ def test_the_bound_on_the_divergence_holds(drawn, bound, strategy, scale):
     assert (kl <= bound + 1e-6).all()
     assert (step.kl_forward <= bound + 1e-6).all()
     untouched = free.kl_forward <= bound
-    close(step.alpha[untouched], free.alpha[untouched], 1e-6)
+    assert_close(step.alpha[untouched], free.alpha[untouched], 1e-6)
     # Not more cautious than asked for.
-    close(kl[~untouched], torch.full_like(kl[~untouched], bound), 1e-5)
+    assert_close(kl[~untouched], torch.full_like(kl[~untouched], bound), 1e-5)
 
 
 @examples
@@ -301,7 +301,7 @@ def test_grid_nodes():
 def test_normalized_sums_to_one_in_float32():
     logits = torch.randn(4, 128_256, generator=torch.Generator().manual_seed(0)) * 3
     total = normalized(logits).double().exp().sum(-1)
-    close(total, torch.ones(4, dtype=DOUBLE), 2e-7)
+    assert_close(total, torch.ones(4, dtype=DOUBLE), 2e-7)
 
 
 @pytest.mark.parametrize("high", [0.3, 5.0, 50.0])
@@ -318,5 +318,5 @@ def test_huge_shifts_stay_finite(high, device):
     a = fuse_logits(logits[0], logits[1], logits[2:], **options)
     b = fuse_logits(logits[0], logits[1], logits[2:], compute_dtype=torch.float64, **options)
     assert torch.isfinite(a.log_probs).all()
-    close(a.alpha.double(), b.alpha, 1e-5 * high)
-    close(a.log_probs.double(), b.log_probs, 2e-2 * high)
+    assert_close(a.alpha.double(), b.alpha, 1e-5 * high)
+    assert_close(a.log_probs.double(), b.log_probs, 2e-2 * high)

@@ -30,7 +30,7 @@ def ready(rows=3, vocab=2500, dtype=torch.float64, seed=0):
     return found
 
 
-def compare(family, members, tolerance):
+def assert_moments(family, members, tolerance):
     alpha = torch.tensor([0.0, 0.7, 1.9], dtype=torch.float64)
     wide = [x.double().cpu() for x in (members.log_p, members.shifts[0])]
     place = (
@@ -49,8 +49,8 @@ def compare(family, members, tolerance):
 def test_families_agree(dtype, tolerance, device):
     members = ready(dtype=dtype)
     members = type(members)(*(x.to(device) for x in members))
-    compare(make_family(members.log_p, members.p, members.shifts[0]), members, tolerance)
-    compare(PlainFamily(members.log_p, members.shifts[0]), members, 3 * tolerance)
+    assert_moments(make_family(members.log_p, members.p, members.shifts[0]), members, tolerance)
+    assert_moments(PlainFamily(members.log_p, members.shifts[0]), members, 3 * tolerance)
 
 
 INTERPRETED = """

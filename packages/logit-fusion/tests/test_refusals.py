@@ -34,7 +34,7 @@ def fuse(logits, **options):
     return fuse_logits(logits[0], logits[1], logits[2:], **{"compute_dtype": DOUBLE, **options})
 
 
-def close(a, b, tolerance=1e-9):
+def assert_close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
@@ -48,7 +48,7 @@ def test_lazy_and_eager_validation(device):
     with pytest.raises(NonFiniteLogitsError, match=r"experts\[0\]"):
         fuse(logits, validate="eager")
     clean = fuse(drawn(3, 8, device=device))
-    close(step.log_probs[[0, 2]], clean.log_probs[[0, 2]])
+    assert_close(step.log_probs[[0, 2]], clean.log_probs[[0, 2]])
     logits = drawn(2, 3, 8, device=device)
     logits[0][1, 2, 0] = torch.inf
     with pytest.raises(NonFiniteLogitsError, match=r"large hold NaN or .inf in row \(1, 2\)"):

@@ -90,7 +90,7 @@ class Case:
                 found = found | values
         return found
 
-    def close(self, actual, key, *, variant="", loose=None):
+    def assert_close(self, actual, key, *, variant="", loose=None):
         """Compare with a recorded array; ``loose`` replaces the tolerance where it is wider (float32)."""
         tolerance = self.tolerance(key)
         if variant:
@@ -115,7 +115,7 @@ class Case:
         off = np.abs(got - expected) > tolerance["atol"] + tolerance["rtol"] * np.abs(expected)
         assert off.mean() <= tolerance["changed_share"], f"{what}: {off.mean():.2%} of the pixels differ"
 
-    def all_seen(self, elsewhere=()):
+    def assert_all_seen(self, elsewhere=()):
         """Every recorded array was compared, here or by the tests that compare those of ``elsewhere``."""
         left = set(self.record) - self.seen - set(elsewhere) - set(self.settings.get("informative", ()))
         assert not left, f"{self.name}: not compared: {sorted(left)}"

@@ -61,20 +61,20 @@ POINT_NAMES = (
 def test_transforms(golden, dtype):
     case = Case(golden, "transforms", dtype)
     galex, ps, unwise = (case.tensor(name) for name in ("galex", "ps", "unwise"))
-    case.close(scale_pixels(galex, SURVEYS["galex"].scaling), "galex")
-    case.close(scale_pixels(ps, SURVEYS["ps1"].scaling), "ps")
-    case.close(scale_pixels(unwise, SURVEYS["unwise"].scaling), "unwise")
-    case.close(scale_pixels(ps, SURVEYS["ps1"].scaling, signed=True), "ps_signed")
-    case.close(scale_pixels(unwise, SURVEYS["unwise"].scaling, signed=True), "unwise_signed")
+    case.assert_close(scale_pixels(galex, SURVEYS["galex"].scaling), "galex")
+    case.assert_close(scale_pixels(ps, SURVEYS["ps1"].scaling), "ps")
+    case.assert_close(scale_pixels(unwise, SURVEYS["unwise"].scaling), "unwise")
+    case.assert_close(scale_pixels(ps, SURVEYS["ps1"].scaling, signed=True), "ps_signed")
+    case.assert_close(scale_pixels(unwise, SURVEYS["unwise"].scaling, signed=True), "unwise_signed")
     told = case.settings["default"]
     scaled = asinh_scale(ps, alpha=told["alpha"], q=told["q"])
-    case.close(scaled, "default")
-    case.close(asinh_inverse(scaled, alpha=told["alpha"], q=told["q"]), "default_inverse")
+    case.assert_close(scaled, "default")
+    case.assert_close(asinh_inverse(scaled, alpha=told["alpha"], q=told["q"]), "default_inverse")
     extremes = torch.tensor(case.settings["extremes"], dtype=dtype)
-    case.close(extremes, "extremes_in")
-    case.close(asinh_scale(extremes, alpha=0.01, q=8.0), "extremes_ps")
-    case.close(clip_scale(extremes), "extremes_galex")
-    case.all_seen()
+    case.assert_close(extremes, "extremes_in")
+    case.assert_close(asinh_scale(extremes, alpha=0.01, q=8.0), "extremes_ps")
+    case.assert_close(clip_scale(extremes), "extremes_galex")
+    case.assert_all_seen()
     # arrays give arrays, of the same numbers
     assert isinstance(asinh_scale(case.input("ps")), np.ndarray)
 
@@ -88,30 +88,30 @@ def test_views(golden, dtype):
     if not golden.borrowed:
         assert named == views.CROPS  # what the paper's view takes by itself
     every = step["crop_ps"]
-    case.close(center_crop(surveys["ps1"], crops["ps"])[..., ::every, ::every], "crop_ps")
+    case.assert_close(center_crop(surveys["ps1"], crops["ps"])[..., ::every, ::every], "crop_ps")
     small = center_crop(surveys["galex"], crops["galex"])
-    case.close(small, "crop_galex")
+    case.assert_close(small, "crop_galex")
     every = step["up"]
     grown = resize(small, size)
-    case.close(grown[..., ::every, ::every], "up_galex")
-    case.close(grown.sum((-2, -1)), "up_galex_sum")
+    case.assert_close(grown[..., ::every, ::every], "up_galex")
+    case.assert_close(grown.sum((-2, -1)), "up_galex_sum")
     grown = resize(center_crop(surveys["unwise"], crops["unwise"]), size)
-    case.close(grown[..., ::every, ::every], "up_unwise")
+    case.assert_close(grown[..., ::every, ::every], "up_unwise")
     parts = {"galex": slice(0, 2), "ps": slice(2, 7), "unwise": slice(7, 9)}
     for seed in case.settings["seeds"]:
         draw = official_draw(seed)
-        case.close(
+        case.assert_close(
             np.array([draw.angle_deg, draw.horizontal, draw.vertical], dtype=float), f"early_{seed}_draw"
         )
         stack = official_view(surveys, draw, fusion="early", size=size, crops=named)
         late = official_view(surveys, draw, fusion="late", crops=named)
         for name, channels in parts.items():
             every = step["early"][name]
-            case.close(stack[:, channels, ::every, ::every], f"early_{seed}_{name}")
+            case.assert_close(stack[:, channels, ::every, ::every], f"early_{seed}_{name}")
             every = step["late"][name]
             view = late["ps1" if name == "ps" else name]
-            case.close(view[..., ::every, ::every], f"late_{seed}_{name}")
-    case.all_seen()
+            case.assert_close(view[..., ::every, ::every], f"late_{seed}_{name}")
+    case.assert_all_seen()
 
 
 @both_dtypes
@@ -120,27 +120,27 @@ def test_training(golden, dtype):
     classes, z_max = case.settings["classes"], case.settings["z_max"]
     z, logits = case.tensor("z"), case.tensor("logits")
     nodes = grid_nodes(classes, z_max)
-    case.close(nodes, "grid_train")
+    case.assert_close(nodes, "grid_train")
     infer = grid_nodes(classes, z_max, grid="official-infer")
-    case.close(infer, "grid_infer")
+    case.assert_close(infer, "grid_infer")
     target = nearest_node(z, nodes)
-    case.close(target, "target")
-    case.close(sampler_weights(target), "sampler_weight")
-    case.close(cross_entropy(logits, z, nodes), "loss")
+    case.assert_close(target, "target")
+    case.assert_close(sampler_weights(target), "sampler_weight")
+    case.assert_close(cross_entropy(logits, z, nodes), "loss")
     edges = training_edges(classes, z_max)
-    case.close(classifier_loss(logits, z, edges, nodes), "loss")
+    case.assert_close(classifier_loss(logits, z, edges, nodes), "loss")
     pmf, failed = density.pmf_from_logits(logits)
     assert not failed.any()
     point = points.mean(nodes.double(), pmf)
-    case.close(point, "point_train_grid")
-    case.close(points.mean(infer.double(), pmf), "point_infer_grid")
+    case.assert_close(point, "point_train_grid")
+    case.assert_close(points.mean(infer.double(), pmf), "point_infer_grid")
     found = point_metrics(point, z.double(), thresholds=(0.05, 0.15))
     for name, key in (("nmad", "nmad"), ("bias", "bias"), ("eta_0.05", "eta05"), ("eta_0.15", "eta15")):
-        case.close(found[name], key)
+        case.assert_close(found[name], key)
     step = float(nodes[1] - nodes[0])
     loss, error = cde_loss_grid(pmf / step, nodes.double(), z.double())
-    case.close(torch.stack([loss, error]), "cde_loss")
-    case.all_seen()
+    case.assert_close(torch.stack([loss, error]), "cde_loss")
+    case.assert_all_seen()
 
 
 def scene(case, survey):
@@ -165,25 +165,25 @@ def test_photometry(golden):
     pytest.importorskip("sep", reason="sep is not installed: pip install 'mantis-photoz[phot]'")
     found = [measure_planes(scene(case, survey)) for survey in ("galex", "ps", "unwise")]
     flux = np.concatenate([part.flux for part in found])
-    case.close(flux, "flux")
-    case.close(np.concatenate([part.forced for part in found]), "forced")
+    case.assert_close(flux, "flux")
+    case.assert_close(np.concatenate([part.forced for part in found]), "forced")
     blank_flux, blank_forced = measure_plane(np.zeros((32, 32)))
-    case.close(np.float64(blank_flux), "blank_flux")
-    case.close(np.bool_(blank_forced), "blank_forced")
+    case.assert_close(np.float64(blank_flux), "blank_flux")
+    case.assert_close(np.bool_(blank_forced), "blank_forced")
     noise_flux, noise_forced = measure_plane(case.input("noise")[case.settings["noise_band"]])
-    case.close(np.float64(noise_flux), "noise_flux")
-    case.close(np.bool_(noise_forced), "noise_forced")
-    case.all_seen(elsewhere=FROM_FLUXES)
+    case.assert_close(np.float64(noise_flux), "noise_flux")
+    case.assert_close(np.bool_(noise_forced), "noise_forced")
+    case.assert_all_seen(elsewhere=FROM_FLUXES)
 
 
 @both_dtypes
 def test_photometric_features(golden, dtype):
     """From the recorded fluxes and luptitudes, so that no flux routine is needed."""
     case = Case(golden, "photometry", dtype)
-    case.close(luptitudes(case.stored("flux")), "luptitude")
+    case.assert_close(luptitudes(case.stored("flux")), "luptitude")
     ebv = torch.tensor(case.settings["ebv"], dtype=dtype)
-    case.close(color_features(case.stored("luptitude"), ebv), "features_raw")
-    case.all_seen(elsewhere=FLUXES)
+    case.assert_close(color_features(case.stored("luptitude"), ebv), "features_raw")
+    case.assert_all_seen(elsewhere=FLUXES)
 
 
 def test_inpaint(golden):
@@ -194,9 +194,9 @@ def test_inpaint(golden):
     (top, bottom), (left, right) = case.settings["hole"]
     bad[:, top:bottom, left:right] = True
     planes[bad] = np.nan
-    case.close(nan_fraction(planes), "nan_fraction")
+    case.assert_close(nan_fraction(planes), "nan_fraction")
     filled = inpaint(planes)
-    case.close(filled, "out_zero_filled")
+    case.assert_close(filled, "out_zero_filled")
     assert np.isfinite(filled).all()
     np.testing.assert_array_equal(filled[~bad], planes[~bad])  # known pixels are unchanged
     official = inpaint(planes, official=True)
@@ -210,7 +210,7 @@ def test_inpaint(golden):
     cleaned, share, flagged = clean_planes(planes, nan="official")
     assert np.isfinite(cleaned).all()
     assert flagged.tolist() == (share > 0.01).tolist()
-    case.all_seen()
+    case.assert_all_seen()
 
 
 @pytest.mark.parametrize("integrator", ["official", "fast"])
@@ -232,8 +232,8 @@ def test_recalibration(golden, integrator):
         )
     assert found["new_cdf"].dtype == torch.float32
     for name, value in found.items():
-        case.close(value, name, variant="fast" if integrator == "fast" else "")
-    case.all_seen()
+        case.assert_close(value, name, variant="fast" if integrator == "fast" else "")
+    case.assert_all_seen()
 
 
 @both_dtypes
@@ -241,45 +241,45 @@ def test_pdf_metrics(golden, dtype):
     case = Case(golden, "pdf_metrics", dtype)
     edges, nodes, pmf, z = (case.stored(name) for name in ("edges", "centers", "pmf", "z_true"))
     if case.settings["half_first_bin"]:
-        case.close(training_edges(pmf.shape[1], case.settings["z_max"]), "edges")
+        case.assert_close(training_edges(pmf.shape[1], case.settings["z_max"]), "edges")
         torch.testing.assert_close(
             nodes.float(), grid_nodes(pmf.shape[1], case.settings["z_max"]), atol=1e-6, rtol=0
         )
     pdf = BinnedPDF(edges, pmf, nodes)
     levels = case.settings["quantile_levels"]
-    case.close(torch.tensor(levels, dtype=dtype), "quantile_levels")
-    case.close(pdf.mean(official=True), "mean")
+    case.assert_close(torch.tensor(levels, dtype=dtype), "quantile_levels")
+    case.assert_close(pdf.mean(official=True), "mean")
     mode = pdf.mode(official=True)
-    case.close(mode, "mode")
-    case.close(pdf.mode(), "mode_density")
+    case.assert_close(mode, "mode")
+    case.assert_close(pdf.mode(), "mode_density")
     quantiles = pdf.quantiles(levels)
-    case.close(quantiles, "quantiles")
-    case.close(pdf.std(official=True) ** 2, "var_nodes")
-    case.close(pdf.std() ** 2, "var_piecewise")
-    case.close(pdf.odds(case.settings["odds_width"], official=True), "odds")
+    case.assert_close(quantiles, "quantiles")
+    case.assert_close(pdf.std(official=True) ** 2, "var_nodes")
+    case.assert_close(pdf.std() ** 2, "var_piecewise")
+    case.assert_close(pdf.odds(case.settings["odds_width"], official=True), "odds")
     pits = pdf.pit(z)
-    case.close(pits, "pit")
-    case.close(pdf.crps(z), "crps")
-    case.close(pdf.cde_loss(z), "cde_loss", loose={"atol": 1e-3, "rtol": 1e-3})
-    case.close(-pdf.log_density(z), "neg_log_density", loose={"atol": 1e-3, "rtol": 1e-3})
-    case.close(kolmogorov_smirnov(pits), "ks")
-    case.close(cramer_von_mises(pits), "cvm")
-    case.close(anderson_darling(pits), "ad")
-    case.close(torch.tensor(case.settings["coverage_levels"], dtype=dtype), "coverage_levels")
-    case.close(coverage(pits, levels=case.settings["coverage_levels"]), "coverage")
-    case.close(pdf.stack().density[0], "nz", loose={"atol": 1e-4, "rtol": 1e-4})
+    case.assert_close(pits, "pit")
+    case.assert_close(pdf.crps(z), "crps")
+    case.assert_close(pdf.cde_loss(z), "cde_loss", loose={"atol": 1e-3, "rtol": 1e-3})
+    case.assert_close(-pdf.log_density(z), "neg_log_density", loose={"atol": 1e-3, "rtol": 1e-3})
+    case.assert_close(kolmogorov_smirnov(pits), "ks")
+    case.assert_close(cramer_von_mises(pits), "cvm")
+    case.assert_close(anderson_darling(pits), "ad")
+    case.assert_close(torch.tensor(case.settings["coverage_levels"], dtype=dtype), "coverage_levels")
+    case.assert_close(coverage(pits, levels=case.settings["coverage_levels"]), "coverage")
+    case.assert_close(pdf.stack().density[0], "nz", loose={"atol": 1e-4, "rtol": 1e-4})
     for name, estimate in (
         ("mean", pdf.mean(official=True)),
         ("mode", mode),
         ("median", pdf.median()),
     ):
         found = point_metrics(estimate, z)
-        case.close(torch.stack([found[key] for key in POINT_NAMES]), f"point_{name}")
+        case.assert_close(torch.stack([found[key] for key in POINT_NAMES]), f"point_{name}")
     fitted = PITMap.fit(pdf, z, knots=case.settings["pit_map_points"])
-    case.close(torch.tensor(fitted.x, dtype=torch.float64), "recal_map_x")
-    case.close(torch.tensor(fitted.y, dtype=torch.float64), "recal_map_y")
-    case.close(fitted(pdf).pmf, "recal_pmf")
-    case.all_seen()
+    case.assert_close(torch.tensor(fitted.x, dtype=torch.float64), "recal_map_x")
+    case.assert_close(torch.tensor(fitted.y, dtype=torch.float64), "recal_map_y")
+    case.assert_close(fitted(pdf).pmf, "recal_pmf")
+    case.assert_all_seen()
 
 
 def test_pdf_metrics_of_arrays(golden):
@@ -288,10 +288,10 @@ def test_pdf_metrics_of_arrays(golden):
     pdf = BinnedPDF(case["edges"], case["pmf"], case["centers"])
     pits = pdf.pit(case["z_true"])
     assert isinstance(pits, np.ndarray)
-    case.close(pits, "pit")
-    case.close(pdf.crps(case["z_true"]), "crps")
+    case.assert_close(pits, "pit")
+    case.assert_close(pdf.crps(case["z_true"]), "crps")
     assert isinstance(kolmogorov_smirnov(pits), float)
-    case.close(np.float64(kolmogorov_smirnov(pits)), "ks")
+    case.assert_close(np.float64(kolmogorov_smirnov(pits)), "ks")
     assert eta(residuals(pdf.median(), case["z_true"]), threshold=0.05) == case["point_median"][7]
 
 
@@ -301,17 +301,17 @@ def test_magnitudes_and_dust(golden, dtype):
     flux, ebv = case.tensor("flux"), case.tensor("ebv")
     told = case.settings["softening"]
     softening = told["factor"] * (case.tensor("softening") + told["shift"])
-    case.close(softening, "softening")
+    case.assert_close(softening, "softening")
     error = case.tensor("error") + case.settings["error_shift"]
     zero = case.settings["zero_flux"]
-    case.close(asinh_magnitude(flux, softening=softening, zero_flux=zero), "asinh_mag")
-    case.close(asinh_magnitude_error(flux, error, softening=softening, zero_flux=zero), "asinh_err")
+    case.assert_close(asinh_magnitude(flux, softening=softening, zero_flux=zero), "asinh_mag")
+    case.assert_close(asinh_magnitude_error(flux, error, softening=softening, zero_flux=zero), "asinh_err")
     coefficients = dust_coefficients(case.settings["bands"])
-    case.close(torch.tensor(coefficients, dtype=dtype), "R")
-    case.close(ebv, "ebv")
-    case.close(deredden(flux, ebv, coefficients=coefficients), "dereddened")
-    case.close(-extinction(ebv, coefficients=coefficients), "mag_correction")
-    case.all_seen()
+    case.assert_close(torch.tensor(coefficients, dtype=dtype), "R")
+    case.assert_close(ebv, "ebv")
+    case.assert_close(deredden(flux, ebv, coefficients=coefficients), "dereddened")
+    case.assert_close(-extinction(ebv, coefficients=coefficients), "mag_correction")
+    case.assert_all_seen()
 
 
 @both_dtypes
@@ -320,14 +320,14 @@ def test_shapley(golden, dtype):
     for game in ("surveys", "bands"):
         values = case.tensor(game)
         phi = shapley_values(values)
-        case.close(phi, f"{game}_phi")
-        case.close(interactions(values), f"{game}_interaction")
-        case.close(shares(phi), f"{game}_share")
-        case.close(leave_one_out(values), f"{game}_leave_one_out")
-        case.close(phi.sum(0) - (values[-1] - values[0]), f"{game}_sum_check")
+        case.assert_close(phi, f"{game}_phi")
+        case.assert_close(interactions(values), f"{game}_interaction")
+        case.assert_close(shares(phi), f"{game}_share")
+        case.assert_close(leave_one_out(values), f"{game}_leave_one_out")
+        case.assert_close(phi.sum(0) - (values[-1] - values[0]), f"{game}_sum_check")
     for name, groups in case.settings["groups"].items():
-        case.close(mm_shares(case.tensor("attribution"), groups), f"mm_share_{name}")
-    case.all_seen()
+        case.assert_close(mm_shares(case.tensor("attribution"), groups), f"mm_share_{name}")
+    case.assert_all_seen()
 
 
 READERS = {

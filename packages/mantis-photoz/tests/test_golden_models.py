@@ -122,7 +122,7 @@ LARGE = ("large_early_params", "large_early_logits")
 def test_logits(golden, name, dtype):
     case = Case(golden, "models", dtype)
     with torch.no_grad():
-        case.close(LOGITS[name](case), name)
+        case.assert_close(LOGITS[name](case), name)
 
 
 @contextlib.contextmanager
@@ -140,7 +140,7 @@ def test_steps_of_nadam(golden):
     case = Case(golden, "models")
     timm()
     told, z = case.settings, case.tensor("z")
-    case.close(nearest_node(z, grid_nodes(told["classes"], told["z_max"])), "small_early_target")
+    case.assert_close(nearest_node(z, grid_nodes(told["classes"], told["z_max"])), "small_early_target")
     losses = []
     with default_float64():
         model = filled(early_settings(case), case.dtype).train()
@@ -158,10 +158,12 @@ def test_steps_of_nadam(golden):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    case.close(torch.stack(losses), "small_early_losses")
-    case.close(model.head[2].bias.detach(), "small_early_fc1_bias_after3")
-    case.close(model.get_parameter("encoder.early.stem.0.bias").detach(), "small_early_stem_bias_after3")
-    case.all_seen(elsewhere=[*LOGITS, *LARGE])
+    case.assert_close(torch.stack(losses), "small_early_losses")
+    case.assert_close(model.head[2].bias.detach(), "small_early_fc1_bias_after3")
+    case.assert_close(
+        model.get_parameter("encoder.early.stem.0.bias").detach(), "small_early_stem_bias_after3"
+    )
+    case.assert_all_seen(elsewhere=[*LOGITS, *LARGE])
 
 
 @pytest.mark.slow
@@ -174,8 +176,8 @@ def test_full_early_network(golden):
         pytest.skip("this folder records no large network")
     config = FusionConfig.official("early", encoders={EARLY: large["encoder"]}, bins=large["classes"])
     model = filled(config, case.dtype)
-    case.close(sum(p.numel() for p in model.parameters()), "large_early_params")
+    case.assert_close(sum(p.numel() for p in model.parameters()), "large_early_params")
     one = slice(None, large["objects"])
     images = {name: planes[one] for name, planes in stack(case).items()}
     with torch.no_grad():
-        case.close(model(images, case.tensor("ebv")[one]), "large_early_logits")
+        case.assert_close(model(images, case.tensor("ebv")[one]), "large_early_logits")

@@ -36,18 +36,18 @@ def test_bilinear(golden, dtype, device):
     for name, told, image, source, target in scenes(case):
         planes = torch.as_tensor(image, dtype=dtype, device=device)[None, None]
         found = resample(planes, rows(source).to(device), rows(target).to(device), (told["pixels_out"],) * 2)
-        case.close(found[0, 0], f"{name}_bilinear", loose={"atol": 1e-4, "rtol": 1e-4})
+        case.assert_close(found[0, 0], f"{name}_bilinear", loose={"atol": 1e-4, "rtol": 1e-4})
 
 
 def test_exact_conserves_flux(golden):
     case = Case(golden, "resample")
     for name, told, image, source, target in scenes(case):
         values, footprint = resample_exact(image, source, target, (told["pixels_out"],) * 2)
-        case.close(footprint, f"{name}_footprint")
-        case.close(values, f"{name}_exact")
+        case.assert_close(footprint, f"{name}_footprint")
+        case.assert_close(values, f"{name}_exact")
         ratio = (told["scale_out"] / told["scale"]) ** 2
         flux = np.array([image.sum(), np.nansum(values * footprint) * ratio])
-        case.close(flux, f"{name}_flux_in_out")
+        case.assert_close(flux, f"{name}_flux_in_out")
         meta = [told[key] for key in ("pixels", "scale", "rotation", "pixels_out", "scale_out")]
         np.testing.assert_allclose(case[f"{name}_meta"], [*meta, *told["sky"]], rtol=1e-12)
-    case.all_seen(elsewhere=[f"{name}_bilinear" for name in case.settings["images"]])
+    case.assert_all_seen(elsewhere=[f"{name}_bilinear" for name in case.settings["images"]])

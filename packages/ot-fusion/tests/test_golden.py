@@ -29,7 +29,7 @@ def made(entry, dtype=torch.float64):
     return torch.as_tensor(values, dtype=dtype)
 
 
-def close(golden, actual, expected, tolerance, dtype, what):
+def assert_close(golden, actual, expected, tolerance, dtype, what):
     loose = golden.settings["tolerance_float32"]["arrays"]
     golden.assert_close(
         actual, expected, atol=tolerance if dtype == torch.float64 else loose, rtol=0, what=what
@@ -63,7 +63,7 @@ def test_metric(golden, dtype):
     for key, case in settings["arrays"].items():
         rows = [r / (r.norm(dim=1, keepdim=True) + 1e-9) if case.get("row_norm") else r for r in (x, y)]
         cost = ground_cost(*rows, case["metric"], case.get("squared", False), case["normalize"])
-        close(golden, cost, record[key], case["tolerance"], dtype, key)
+        assert_close(golden, cost, record[key], case["tolerance"], dtype, key)
 
 
 def test_solver(golden):
@@ -114,7 +114,9 @@ def test_layer(golden, dtype):
         found = fuse_linear(*parts, t_in, acts, config_of(case), case.get("last_layer", False))
         for name, value in zip(("weight", "bias", "t_out"), found, strict=True):
             if f"{prefix}.{name}" in record:
-                close(golden, value, record[f"{prefix}.{name}"], case["tolerance"], dtype, f"{prefix}.{name}")
+                assert_close(
+                    golden, value, record[f"{prefix}.{name}"], case["tolerance"], dtype, f"{prefix}.{name}"
+                )
             else:
                 assert value is None
     norm = settings["norm"]
@@ -122,13 +124,13 @@ def test_layer(golden, dtype):
     for kind in ("weight", "bias"):
         v0, v1 = (made(norm[f"{kind[0]}{side}"], dtype) for side in (0, 1))
         mixed = (1 - norm["alpha"]) * align_vector(v0, t) + norm["alpha"] * v1
-        close(golden, mixed, record[f"ln.{kind}"], norm["tolerance"], dtype, kind)
+        assert_close(golden, mixed, record[f"ln.{kind}"], norm["tolerance"], dtype, kind)
     resid = settings["residual"]
     maps = [made(resid[name], dtype).abs() for name in ("t_resid", "t_branch")]
     acts = [made(resid[name], dtype) for name in ("resid_acts", "branch_acts")]
     for policy in resid["policies"]:
         merged = merge_maps(policy, *maps, *acts)
-        close(golden, merged, record[f"resid.{policy}"], resid["tolerance"], dtype, policy)
+        assert_close(golden, merged, record[f"resid.{policy}"], resid["tolerance"], dtype, policy)
 
 
 NORMS = ("layernorm_before", "layernorm_after")
@@ -171,9 +173,13 @@ def test_encoder(golden, dtype):
         flags = {name: case.get(name, False) for name in ("last_block", "post_norm")}
         out, t_out, _ = fuse_encoder_block(*params, *acts, t_in, config_of(case), previous, **flags)
         for key, value in out.items():
-            close(golden, value, record[f"{prefix}.{key}"], case["tolerance"], dtype, f"{prefix}.{key}")
+            assert_close(
+                golden, value, record[f"{prefix}.{key}"], case["tolerance"], dtype, f"{prefix}.{key}"
+            )
         if f"{prefix}.t_out" in record:
-            close(golden, t_out, record[f"{prefix}.t_out"], case["tolerance"], dtype, f"{prefix}.t_out")
+            assert_close(
+                golden, t_out, record[f"{prefix}.t_out"], case["tolerance"], dtype, f"{prefix}.t_out"
+            )
         else:
             assert t_out is None
     assert {key for key in record if np.ndim(record[key]) and "." in key} == {
@@ -263,7 +269,7 @@ def test_vit(golden, golden_file, dtype):
                 nodes += [
                     f"blocks.{b}.{part}" for b in range(settings["models"]["m1"]["blocks"]) for part in ORDER
                 ]
-                close(
+                assert_close(
                     golden,
                     fused.maps[nodes[number]].official_map(),
                     expected,
@@ -272,7 +278,9 @@ def test_vit(golden, golden_file, dtype):
                     f"{key}/{name}",
                 )
                 continue
-            close(golden, state[here[vit_key(name)]], expected, case["tolerance"], dtype, f"{key}/{name}")
+            assert_close(
+                golden, state[here[vit_key(name)]], expected, case["tolerance"], dtype, f"{key}/{name}"
+            )
         if ties:
             plan = fused.maps["class_token"].matrix
             n0, n1 = plan.shape
@@ -383,7 +391,7 @@ def test_otfusion(golden, dtype):
                 if f"{key}/{name}.weight" in record
                 else record[f"{key}.{name}.weight"]
             )
-            close(
+            assert_close(
                 golden,
                 fused.state[f"{name.replace('.', '_')}.weight"],
                 wanted,
