@@ -126,6 +126,8 @@ BAD = [
     (["labels", "{photo}", "{photo}", "--out", "{out}", "--set", "shrink=1"], "shrink_ratio"),
     (["convert", "{photo}", "--out", "{out}"], "p0.png"),
     (["train", "--data", "rendered:2", "--preset", "huge", "--out", "{out}"], "preset"),
+    (["train", "--data", "rendered:2", "--preset", "nano", "--prior", "1", "--out", "{out}"], "prior"),
+    (["train", "--data", "rendered:2", "--model", "{net}", "--prior", "0.1", "--out", "{out}"], "prior"),
     (["export", "--out", "{out}/a.onnx", "--model", "nothing"], "nothing"),
     (["render", "--out", "{out}", "--photos", "nowhere"], "nowhere"),
 ]

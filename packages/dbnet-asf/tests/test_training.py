@@ -139,9 +139,6 @@ def test_presets():
     assert (official.lr, official.schedule, official.augment.crop_regions) == (0.007, "epoch", "official")
     assert (paper.loss, paper.schedule, paper.labels.distance) == ("paper", "iteration", "exact")
     assert (modern.optimizer, modern.schedule, modern.ema) == ("adamw", "one_cycle", 0.999)
-    assert (official.prior, paper.prior, modern.prior) == (None, None, 0.05)  # the authors' start is a half
-    with pytest.raises(ConfigError, match="prior"):
-        TrainConfig(prior=1.0)
 
 
 def case(count=4):

@@ -4,7 +4,6 @@
 stdout carries data only; bars, warnings and errors go to stderr.
 """
 
-import gc
 import inspect
 import io
 import math
@@ -54,8 +53,6 @@ Threads = Annotated[int, typer.Option("--threads", min=1, help="Of the CPU, for 
 Only = Annotated[list[str] | None, typer.Option("--only", help="Rows whose name contains this; repeat.")]
 Memory = Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peaks of memory too.")]
 
-_OBJECTS = 20_000
-"""New objects before Python looks for cycles; at its 700 an import of PyTorch has it look time and again."""
 _EXPECTED = (InputError, CheckpointError, StoreError, MissingExtraError)
 
 
@@ -153,8 +150,6 @@ def run(app: typer.Typer, *words: str) -> None:
             stream.reconfigure(errors="replace")
     # A notice from torch to torch, printed while its own modules load; users of a command cannot act on it.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
-    usual = gc.get_threshold()
-    gc.set_threshold(max(usual[0], _OBJECTS) if usual[0] else 0, *usual[1:])
     try:
         app([*words, *sys.argv[1:]]) if words else app()
     except FusionError as error:
@@ -163,8 +158,6 @@ def run(app: typer.Typer, *words: str) -> None:
         sys.exit(2 if isinstance(error, _EXPECTED) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        gc.set_threshold(*usual)
 
 
 def emit(result: Any, json: bool, out: Path | None = None) -> None:

@@ -154,6 +154,12 @@ def train(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Begin with these weights instead.")
     ] = None,
+    prior: Annotated[
+        float | None,
+        typer.Option(
+            "--prior", help="Begin without weights, and at this share of text pixels, such as 0.05."
+        ),
+    ] = None,
     change: cli.Settings = None,
     resume: cli.Resume = False,
     overwrite: cli.Overwrite = False,
@@ -173,6 +179,8 @@ def train(
 
     settings = TrainConfig.load(config) if config is not None else TrainConfig(seed=seed)
     settings = settings.override(change or [])
+    if model is not None and prior is not None:
+        raise InputError("prior is for a network without weights; leave out --prior or --model")
     if model is not None:
         net = DBNet.from_pretrained(model)
     else:
@@ -180,8 +188,8 @@ def train(
 
         torch.manual_seed(settings.seed)
         net = DBNet(DBConfig.preset(preset))
-        if settings.prior is not None:
-            net.start_at(settings.prior)
+        if prior is not None:
+            net.start_at(prior)
     held_out = load(test) if test else None
     trainer = Trainer(net, load(data, format=format), held_out, config=settings, device=device)
     cli.emit(trainer.fit(out, resume=resume, overwrite=overwrite, progress=_bar(quiet)), json)

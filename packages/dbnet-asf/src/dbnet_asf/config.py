@@ -334,8 +334,6 @@ class TrainConfig(Config):
         num_workers: loader processes.
         save_every: steps between checkpoints.
         seed: of weights, order and augmentation.
-        prior: probability that a network without weights begins with (:meth:`DBNet.start_at`); None leaves
-            the authors' start, about a half.
         labels: of the label maps.
         augment: of the augmentation.
     """
@@ -362,7 +360,6 @@ class TrainConfig(Config):
     num_workers: int = 0
     save_every: int = 500
     seed: int = 0
-    prior: float | None = None
     labels: LabelConfig = field(default_factory=LabelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -377,8 +374,6 @@ class TrainConfig(Config):
             raise ConfigError(f"crop is {self.crop!r}, wanted a multiple of 32")
         if self.ema is not None:
             check_range("ema", self.ema, 0, 1, open=True)
-        if self.prior is not None:
-            check_range("prior", self.prior, 0, 1, open=True)
         _member("optimizer", self.optimizer, ("sgd", "adamw"))
         _member("schedule", self.schedule, ("epoch", "iteration", "one_cycle", "constant"))
 
@@ -399,7 +394,7 @@ class TrainConfig(Config):
 
     @classmethod
     def modern(cls, steps: int = 12_000) -> Self:
-        """AdamW in one cycle with averaged weights, precise labels, a start at few text pixels."""
+        """AdamW in one cycle with averaged weights, precise labels: the recipe of the shipped checkpoint."""
         return cls(
             steps=steps,
             batch_size=32,
@@ -407,7 +402,6 @@ class TrainConfig(Config):
             lr=2e-3,
             schedule="one_cycle",
             ema=0.999,
-            prior=0.05,
             labels=LabelConfig(distance="exact", precise=True, pieces="all"),
             augment=AugmentConfig(scale=(0.5, 2.0), color_jitter=0.2),
         )
