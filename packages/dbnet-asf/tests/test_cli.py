@@ -155,6 +155,35 @@ def test_a_run_needs_a_place():
     assert "--out" in done.stderr
 
 
+@pytest.mark.slow
+def test_train_from_few_text_pixels_and_resume(tmp_path):
+    steady = (
+        "--set",
+        "lr=1e-12",
+        "--set",
+        "batch_size=2",
+        "--set",
+        "crop=64",
+        "--device",
+        "cpu",
+        "-q",
+        "--json",
+    )
+    words = ("train", "--data", "rendered:3", "--preset", "nano", "--prior", "0.02", *steady)
+    done = run_cli(main, *words, "--set", "steps=1", "--out", tmp_path / "run")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 1
+    net = DBNet.from_pretrained(tmp_path / "run")
+    with torch.no_grad():
+        prob = net(torch.randn(1, 3, 64, 64)).prob
+    assert float(prob.mean()) == pytest.approx(0.02, abs=0.02)
+    refused = run_cli(main, *words, "--set", "steps=2", "--out", tmp_path / "run")
+    assert (refused.code, "resume" in refused.stderr) == (2, True)
+    more = run_cli(main, *words, "--set", "steps=2", "--out", tmp_path / "run", "--resume")
+    assert more.code == 0, more.stderr
+    assert json.loads(more.stdout)["steps"] == 2
+
+
 def test_render_labels_diagnose_evaluate_tune(place, tmp_path):
     scenes = tmp_path / "scenes"
     render = ("render", "--out", scenes, "--size", "128", "-q", "--json")
