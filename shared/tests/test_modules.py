@@ -131,3 +131,8 @@ def test_load_object_from_the_current_directory(tmp_path, monkeypatch):
 def test_load_object_form(path):
     with pytest.raises(InputError, match="names no object, wanted 'module:name'"):
         load_object(path)
+
+
+def test_load_object_says_what_named_it():
+    with pytest.raises(InputError, match="^student 'math:nothing': math has no 'nothing'"):
+        load_object("math:nothing", "student")

@@ -104,11 +104,12 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def load_object(path: str) -> Any:
+def load_object(path: str, what: str = "") -> Any:
     """The object that ``"module:name"`` names; modules in the current directory are found too.
 
     Args:
         path: an importable module, a colon, and a name in it (dots lead further in).
+        what: the argument or setting that named it, for the message.
 
     Raises:
         InputError: not of that form, no such module, or no such name; the message lists what is there.
@@ -117,9 +118,10 @@ def load_object(path: str) -> Any:
         >>> load_object("math:sqrt")(9.0)
         3.0
     """
+    shown = f"{what} {path!r}".lstrip()
     module_name, _, name = path.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
-        raise InputError(f"{path!r} names no object, wanted 'module:name' such as 'my_models:build'")
+        raise InputError(f"{shown} names no object, wanted 'module:name' such as 'my_models:build'")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -129,11 +131,11 @@ def load_object(path: str) -> Any:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise
         files = sorted(file.stem for file in Path(here).glob("*.py"))
-        raise InputError(f"{path!r}: no module {error.name!r}; the current directory has {files}") from error
+        raise InputError(f"{shown}: no module {error.name!r}; the current directory has {files}") from error
     finally:
         sys.path.remove(here)
     try:
         return reduce(getattr, name.split("."), module)
     except AttributeError as error:
         public = [word for word in vars(module) if not word.startswith("_")]
-        raise InputError(f"{path!r}: {module_name} has no {name!r}; it has {sorted(public)}") from error
+        raise InputError(f"{shown}: {module_name} has no {name!r}; it has {sorted(public)}") from error

@@ -38,7 +38,7 @@ def inputs(place: Path) -> None:
     """Settings, a finished run and a cache."""
     (place / "run.toml").write_text(RUN)
     (place / "run.json").write_text(
-        '{"steps": 5, "lr": 0.01, "geometry": ["st", "sg"], "alpha_range": [0.1, 0.9]}'
+        '{"steps": 5, "lr": 0.01, "geometry": ["sq:st", "sq:sg"], "alpha_range": [0.1, 0.9]}'
     )
     do(MAIN, "train", place / "run.toml", "--out", place / "run", "-q")
     do(MAIN, *CACHE, place / "teacher.kdc")

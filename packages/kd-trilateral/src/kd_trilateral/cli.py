@@ -41,7 +41,7 @@ def _callable(config: Any, name: str) -> Callable[..., Any]:
     word = getattr(config, name)
     if not word:
         raise ConfigError(f'{name} is not set; name a callable, such as {name} = "module:function"')
-    found = load_object(word)
+    found = load_object(word, name)
     if not callable(found):
         raise ConfigError(f'{name} is {word!r}, which is no callable; wanted "module:function"')
     return found
@@ -299,9 +299,9 @@ def cache_build(
     from kd_trilateral.cache import TeacherCache
     from kd_trilateral.training import Splits
 
-    rows = _seeded(load_object(data), seed)
+    rows = _seeded(load_object(data, "data"), seed)
     found = TeacherCache.build(
-        _seeded(load_object(teacher), seed).eval(),
+        _seeded(load_object(teacher, "teacher"), seed).eval(),
         _as_splits(rows).train if isinstance(rows, (dict, Splits)) else rows,
         out,
         top_k=top_k,
