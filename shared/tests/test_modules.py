@@ -134,5 +134,5 @@ def test_load_object_form(path):
 
 
 def test_load_object_says_what_named_it():
-    with pytest.raises(InputError, match="^student 'math:nothing': math has no 'nothing'"):
+    with pytest.raises(InputError, match=r"^student 'math:nothing': math has no 'nothing'"):
         load_object("math:nothing", "student")

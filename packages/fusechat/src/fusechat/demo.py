@@ -196,7 +196,7 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
             table.add(label, METRIC, number, value)
         for name, value in found[number].items():
             table.add(name, METRIC, number, value)
-    figures = [_bars(table, out / "bits.png"), _strip(corpus.held_out, out / "strip.png")]
+    figures = [_points(table, out / "bits.png"), _strip(corpus.held_out, out / "strip.png")]
     settings = {
         "steps": STEPS,
         "lr": LR,
@@ -248,7 +248,7 @@ def _claims(table: Comparison) -> list[Claim]:
     ]
 
 
-def _bars(table: Comparison, path: Path) -> Figure:
+def _points(table: Comparison, path: Path) -> Figure:
     names = table.methods[::-1]
     figure = new_figure(7, 4.6, "fusechat", "demo")
     ax = figure.subplots()
@@ -256,13 +256,14 @@ def _bars(table: Comparison, path: Path) -> Figure:
     colors = [
         "#999999" if "own" in n or "before" in n else "#c44e52" if n == SFT else "#3b6ea5" for n in names
     ]
-    ax.barh(names, values, color=colors)
+    ax.scatter(values, names, color=colors, zorder=2)  # points, as the axis does not begin at 0
+    ax.grid(axis="y", linewidth=0.5)
     for place, value in enumerate(values):
-        ax.text(value, place, f" {value:.3f}", va="center", fontsize=8)
-    ax.set_xlim(left=min(values) * 0.9, right=max(values) * 1.05)
+        ax.text(value, place, f" {value:.3f}", va="bottom", fontsize=8)
+    ax.set_xlim(left=min(values) * 0.95, right=max(values) * 1.05)
     ax.set_xlabel("held-out bits per character (lower is better)")
     save_figure(figure, path)
-    return Figure(path, "Bars of the bits per character of every model", "Red: the pivot fine-tuned alone.")
+    return Figure(path, "Bits per character of every model", "Red: the pivot fine-tuned alone.")
 
 
 def _strip(texts: Sequence[str], path: Path) -> Figure:
