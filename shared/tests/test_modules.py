@@ -107,7 +107,10 @@ def test_logits_of():
 
 
 def test_load_object_from_the_current_directory(tmp_path, monkeypatch):
-    (tmp_path / "my_zoo.py").write_text("class Net:\n    size = 3\n_hidden = 1\ndef build(): return 7\n")
+    (tmp_path / "my_zoo.py").write_text(
+        "import os\nfrom pathlib import Path\nclass Net:\n    size = 3\n_hidden = 1\ndef build(): return 7\n"
+    )
+    (tmp_path / "my_many.py").write_text("".join(f"name_{number} = {number}\n" for number in range(20)))
     (tmp_path / "my_broken.py").write_text("import no_such_dependency")
     monkeypatch.chdir(tmp_path)
     import sys
@@ -116,10 +119,12 @@ def test_load_object_from_the_current_directory(tmp_path, monkeypatch):
     assert load_object("my_zoo:build")() == 7
     assert load_object("my_zoo:Net.size") == 3
     assert load_object("os.path:join")("a") == "a"
-    with pytest.raises(InputError, match=r"my_zoo has no 'nothing'; it has \['Net', 'build'\]"):
-        load_object("my_zoo:nothing")
+    with pytest.raises(InputError, match=r"my_zoo has no 'buld'; it has \['build', 'Net'\]$"):
+        load_object("my_zoo:buld")
+    with pytest.raises(InputError, match=r"it has \['name_17', .*\] and 12 more$"):
+        load_object("my_many:name_170")
     with pytest.raises(
-        InputError, match=r"no module 'my_zo'; the current directory has \['my_broken', 'my_zoo'\]"
+        InputError, match=r"no module 'my_zo'; the current directory has \['my_broken', 'my_many', 'my_zoo'\]"
     ):
         load_object("my_zo:build")
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -107,15 +106,17 @@ def _leaf(case, words):
 
 
 @pytest.mark.parametrize("verb", ["kill", "garbage"])
-def test_every_case_calls_a_verb_with_options_that_it_has(verb):
-    unknown = []
+def test_every_case_calls_a_verb_as_it_may_be_called(verb):
+    wrong = []
     for case in cases.of(verb):
-        for words in (case.argv, getattr(case, "before", ()), getattr(case, "look", ())):
+        again = (*case.argv, *case.again) if verb == "kill" else ()
+        for words in (case.argv, again, getattr(case, "before", ()), getattr(case, "look", ())):
             if not words:
                 continue
             command, rest = _leaf(case, words)
-            known = {name for entry in command.params for name in (*entry.opts, *entry.secondary_opts)}
-            again = case.again if verb == "kill" and words is case.argv else ()
-            given = [word for word in (*rest, *again) if re.match(r"--?[a-z]", word)]
-            unknown += [f"{case.name}: {word}" for word in given if word not in known]
-    assert not unknown
+            try:
+                command.make_context(case.name, [*rest])
+            except Exception as error:  # noqa: BLE001 - typer's, which has a click of its own or another's
+                if type(error).__name__ != "BadParameter":  # as a file is that is not there yet
+                    wrong.append(f"{case.name}: {' '.join(words)}: {type(error).__name__} {error}")
+    assert not wrong

@@ -6,8 +6,10 @@ import importlib
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 
 from fusion_core.errors import InputError, ShapeError
 from fusion_core.seeding import restore_rng, rng_state
+
+_NAMES = 8  # of a module are shown where one is not there, the likeliest first
 
 
 @contextmanager
@@ -112,7 +116,7 @@ def load_object(path: str, what: str = "") -> Any:
         what: the argument or setting that named it, for the message.
 
     Raises:
-        InputError: not of that form, no such module, or no such name; the message lists what is there.
+        InputError: not of that form, no such module, or no such name; the message lists names like it.
 
     Example:
         >>> load_object("math:sqrt")(9.0)
@@ -137,5 +141,19 @@ def load_object(path: str, what: str = "") -> Any:
     try:
         return reduce(getattr, name.split("."), module)
     except AttributeError as error:
-        public = [word for word in vars(module) if not word.startswith("_")]
-        raise InputError(f"{shown}: {module_name} has no {name!r}; it has {sorted(public)}") from error
+        public = _public(module)
+        likely = get_close_matches(name, public, _NAMES, 0.0)
+        more = f" and {len(public) - len(likely)} more" if len(public) > len(likely) else ""
+        raise InputError(f"{shown}: {module_name} has no {name!r}; it has {likely}{more}") from error
+
+
+def _public(module: ModuleType) -> list[str]:
+    """A module's names, without what it imports."""
+    own = [
+        word
+        for word, value in vars(module).items()
+        if not word.startswith("_")
+        and not isinstance(value, ModuleType)
+        and getattr(value, "__module__", module.__name__) == module.__name__
+    ]
+    return sorted(getattr(module, "__all__", own))

@@ -159,21 +159,24 @@ COMMANDS = [
         argv=("labels", "{in}/ic15/images/img_0.jpg", "{in}/ic15/gts", "--out", "labels"),
     ),
     Command(
-        name="dbnet-asf export", main=MAIN, make=inputs, argv=("export", "net.onnx", "--model", "{in}/net")
+        name="dbnet-asf export",
+        main=MAIN,
+        make=inputs,
+        argv=("export", "--out", "net.onnx", "--model", "{in}/net"),
     ),
     Command(
         name="dbnet-asf convert",
         main=MAIN,
         make=official,
-        argv=("convert", "{in}/official.pth", "net"),
-        look=("export", "x.onnx", "--model", "net"),
+        argv=("convert", "{in}/official.pth", "--out", "net"),
+        look=("export", "--out", "x.onnx", "--model", "net"),
         ignore=r"^x\.onnx$",
     ),
     Command(
         name="dbnet-asf render",
         main=MAIN,
         make=inputs,
-        argv=("render", "scenes", "-n", "4", "--size", "96", "-q"),
+        argv=("render", "--out", "scenes", "-n", "4", "--size", "96", "-q"),
         look=("diagnose", "totaltext:scenes", "--json", "-q"),
     ),
     bench("dbnet-asf"),
@@ -265,7 +268,7 @@ READERS = [
     _reader("train --config", (*TRAIN, "--set", "epochs=1", "--out", "run"), "train.toml", "toml"),
     _reader(
         "render --photos",
-        ("render", "scenes", "-n", "1", "--size", "64", "--photos", "{in}/photos", "-q"),
+        ("render", "--out", "scenes", "-n", "1", "--size", "64", "--photos", "{in}/photos", "-q"),
         "photos/p0.png",
         "picture",
     ),
@@ -275,6 +278,6 @@ READERS = [
         make=official,
         kind="pickle",
         file="official.pth",
-        argv=("convert", "{in}/official.pth", "net"),
+        argv=("convert", "{in}/official.pth", "--out", "net"),
     ),
 ]

@@ -161,6 +161,7 @@ READERS = [
         make=inputs,
         kind="pickle",
         file="run/optimizer.pt",
+        named=("given/run ",),
         argv=("train", "{in}/run.toml", "--out", "{in}/run", "--resume", "-q"),
     ),
     _cache("info", "manifest.json", "json"),

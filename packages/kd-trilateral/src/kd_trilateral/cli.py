@@ -35,15 +35,16 @@ def _load(path: Path, sets: list[str] | None) -> Any:
     return Config.load(path).override(sets or [])
 
 
-def _callable(config: Any, name: str) -> Callable[..., Any]:
+def _callable(config: Any, name: str, file: Path) -> Callable[..., Any]:
+    """The callable that a setting names; errors name the file of the settings too."""
     from fusion_core.modules import load_object
 
     word = getattr(config, name)
     if not word:
-        raise ConfigError(f'{name} is not set; name a callable, such as {name} = "module:function"')
-    found = load_object(word, name)
+        raise ConfigError(f'{file}: {name} is not set; name a callable, such as {name} = "module:function"')
+    found = load_object(word, f"{file}: {name}")
     if not callable(found):
-        raise ConfigError(f'{name} is {word!r}, which is no callable; wanted "module:function"')
+        raise ConfigError(f'{file}: {name} is {word!r}, which is no callable; wanted "module:function"')
     return found
 
 
@@ -76,19 +77,20 @@ def _as_splits(found: Any) -> Any:
     return found
 
 
-def _splits(config: Any, seed: int) -> Any:
+def _splits(config: Any, seed: int, file: Path) -> Any:
     """The rows of a seed, with the teacher that the settings name."""
     from kd_trilateral.cache import TeacherCache
 
-    found = _as_splits(_seeded(_callable(config, "data"), seed))
+    found = _as_splits(_seeded(_callable(config, "data", file), seed))
     if config.teacher:
         if ":" in config.teacher and not Path(config.teacher).exists():
-            found.teacher = _seeded(_callable(config, "teacher"), seed).eval()
+            found.teacher = _seeded(_callable(config, "teacher", file), seed).eval()
         else:
             found.teacher = TeacherCache.open(config.teacher, data=found.train)
     if found.teacher is None:
         raise ConfigError(
-            "there is no teacher: set teacher to a module:callable or a cache, or let data bring logits"
+            f"{file}: there is no teacher: set teacher to a module:callable or a cache, "
+            "or let data bring logits"
         )
     return found
 
@@ -115,9 +117,9 @@ def train(
     if device != "auto":
         settings = settings.replace(device=device)
     check_out(out, resume=resume, overwrite=overwrite)
-    splits = _splits(settings, settings.seed)
+    splits = _splits(settings, settings.seed, config)
     result = fit(
-        _seeded(_callable(settings, "student"), settings.seed),
+        _seeded(_callable(settings, "student", config), settings.seed),
         splits.train,
         splits.val,
         teacher=splits.teacher,
@@ -170,9 +172,9 @@ def compare(
 
     settings = _load(config, sets)
     methods = dict(method(word) for word in ratios.split(",") if word.strip())
-    make = _callable(settings, "student")
+    make = _callable(settings, "student", config)
     report = run_compare(
-        lambda s: _splits(settings, s),
+        lambda s: _splits(settings, s, config),
         lambda s: _seeded(make, s),
         methods,
         range(seed, seed + seeds),
