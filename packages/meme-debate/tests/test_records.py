@@ -141,7 +141,14 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("records", "words"),
     [
-        ([{"id": "a", "harmful": "x"}], "line 1: debate 'a' has no 'harmless'; both sides are needed"),
+        ([{"id": "a", "harmful": "x"}], "line 1: debate 'a' has no 'harmless'; its id and both sides"),
+        ([{"harmful": "x", "harmless": "y"}], "line 1: debate None has no 'id'"),
+        ([{"id": "a", "harmful": "x", "harmless": "y", "flags": "label"}], "line 1: .*flags is 'label'"),
+        (
+            [{"id": "a", "harmful": "x", "harmless": "y", "flags": [{}]}],
+            r"flags is '\[\{\}\]', wanted a list",
+        ),
+        ([{"id": "a", "harmful": "x", "harmless": "y", "agreement": "no"}], "agreement is 'no', wanted true"),
         ([{"id": "a", "harmful": "x", "harmless": None}], "harmless is a NoneType"),
         ([{"id": "a", "harmful": "x", "harmless": "y", "verdict": 2}], "verdict is 2"),
         ([{"id": "a", "harmful": "x", "harmless": "y"}] * 2, "line 2: id 'a' is there twice"),
@@ -154,6 +161,14 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 def test_bad_debates_file(records, words, tmp_path):
     with pytest.raises(DataError, match=words):
         load_debates(write(tmp_path / "d.jsonl", *records))
+
+
+def test_groups_are_words(tmp_path):
+    (meme,) = load_memes(write(tmp_path / "m.jsonl", {"id": "a", "text": "x", "group": 3, "split": "test"}))
+    assert (meme.group, meme.split, meme.source) == ("3", "test", None)
+    for name in ("group", "split", "source"):
+        with pytest.raises(DataError, match=f"line 1: meme 'a': {name} is a list, wanted text or null"):
+            load_memes(write(tmp_path / "m.jsonl", {"id": "a", "text": "x", name: ["b"]}))
 
 
 def test_unknown_keys_are_ignored(tmp_path):

@@ -91,7 +91,9 @@ def labels_of(memes: Sequence[Meme]) -> list[int]:
     """
     missing = [meme.id for meme in memes if meme.label is None]
     if missing:
-        raise DataError(f"{len(missing)} memes have no label, the first {missing[0]!r}; wanted 0 or 1")
+        raise DataError(
+            f"{len(missing)} of {len(memes)} memes have no label, the first {missing[0]!r}; wanted 0 or 1"
+        )
     return [int(meme.label) for meme in memes]  # type: ignore[arg-type]
 
 

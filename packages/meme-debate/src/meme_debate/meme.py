@@ -63,6 +63,8 @@ class Meme:
         for name in ("text", "caption"):
             object.__setattr__(self, name, _check_text(where, name, getattr(self, name)))
         object.__setattr__(self, "label", _check_class(where, "label", self.label))
+        for name in ("split", "group", "source"):
+            object.__setattr__(self, name, _check_word(where, name, getattr(self, name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,12 @@ class Debate:
         for name in ("harmful", "harmless"):
             object.__setattr__(self, name, _check_text(where, name, getattr(self, name)))
         object.__setattr__(self, "verdict", _check_class(where, "verdict", self.verdict))
+        if self.agreement not in (None, True, False):
+            raise DataError(f"{where}: agreement is {self.agreement!r}, wanted true, false or null")
+        given: Any = self.flags
+        if not isinstance(given, list | tuple) or not all(isinstance(flag, str) for flag in self.flags):
+            raise DataError(f"{where}: flags is {str(given)[:80]!r}, wanted a list of words")
+        object.__setattr__(self, "flags", tuple(self.flags))
 
     @property
     def side(self) -> str | None:
@@ -121,6 +129,15 @@ def _check_text(where: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: {name} is a {type(value).__name__}, wanted text")
     return mend(value)
+
+
+def _check_word(where: str, name: str, value: Any) -> str | None:
+    """Text, or a number of a column of codes as text."""
+    if value is None or isinstance(value, str):
+        return value if value is None else mend(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DataError(f"{where}: {name} is a {type(value).__name__}, wanted text or null")
+    return str(value)
 
 
 def mend(text: str) -> str:
@@ -292,10 +309,10 @@ def load_debates(path: str | os.PathLike[str]) -> list[Debate]:
     for place, record in read_lines(path):
         if (schema := record.get("schema", DEBATE_SCHEMA)) != DEBATE_SCHEMA:
             raise DataError(f"{place} has schema {schema!r}, wanted {DEBATE_SCHEMA!r}")
-        for name in ("harmful", "harmless"):
+        for name in ("id", "harmful", "harmless"):
             if name not in record:
                 raise DataError(
-                    f"{place}: debate {record.get('id')!r} has no {name!r}; both sides are needed"
+                    f"{place}: debate {record.get('id')!r} has no {name!r}; its id and both sides are needed"
                 )
         try:
             debate = debate_of(record)
@@ -311,7 +328,7 @@ def debate_of(record: Mapping[str, Any]) -> Debate:
     """The debate of one record of ``debates.jsonl``."""
     return Debate(
         record["id"], record["harmful"], record["harmless"], record.get("verdict"),
-        agreement=record.get("agreement"), flags=tuple(record.get("flags") or ()), record=record,
+        agreement=record.get("agreement"), flags=record.get("flags") or (), record=record,
     )  # fmt: skip
 
 
