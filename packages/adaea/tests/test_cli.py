@@ -108,6 +108,11 @@ def test_attack_evaluate_compare(tmp_path):
     assert json.loads(from_folder.stdout)["rows"][0]["targeted"] is not None
     again = run_cli(main, "attack", *common, "--out", tmp_path / "png", "--overwrite")
     assert again.code == 0, again.stderr
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "png" / "set.json").unlink()  # now the pictures might be anybody's
+    kept = run_cli(main, "attack", *common, "--out", tmp_path / "png", "--overwrite")
+    assert (kept.code, "holds something else than a set of images" in kept.stderr) == (2, True)
+    assert (tmp_path / "png" / "labels.csv").is_file()
 
 
 def test_importance(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from judges import TEXT, VISION, make_judge, make_memes
 from torch import nn
 
 from fusion_core.checkpoint import load_tensors
-from fusion_core.errors import CheckpointError, ConfigError, InputError, ShapeError
+from fusion_core.errors import CheckpointError, ConfigError, FusionError, InputError, ShapeError
 from fusion_core.testing import spawn
 from meme_debate.fused import gather, score_memes, share_of_rank
 from meme_debate.fusion import CrossAttention, cross_attention
@@ -181,6 +182,31 @@ def test_bad_input_is_told(inputs):
     judge.tokenizer = None
     with pytest.raises(CheckpointError, match="no tokenizer"):
         score_memes(judge, *make_memes(2))
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "value", "words"),
+    [
+        ("config.json", ("text_config", "is_encoder_decoder"), "../x", "holds no fused judge"),
+        ("config.json", ("vision_config", "hidden_act"), 10**40, "holds no fused judge"),
+        ("config.json", ("text_config", "d_ff"), 0, "d_ff is 0, wanted a number in"),
+        ("config.json", ("vision_config", "intermediate_size"), 0, "intermediate_size is 0"),
+        ("calibration.json", ("temperature",), 0, "temperature is 0.0, wanted"),
+        ("calibration.json", ("band",), [0.1, 2.0], "band is 2.0, wanted"),
+    ],
+)
+def test_a_judge_whose_files_are_odd_is_named(file, keys, value, words, tmp_path):
+    make_judge().save_pretrained(tmp_path / "judge")
+    path = tmp_path / "judge" / file
+    whole = json.loads(path.read_text("utf-8"))
+    inner = whole
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(FusionError, match=words) as found:
+        Judge.from_pretrained(tmp_path / "judge")
+    assert str(tmp_path / "judge") in str(found.value)
 
 
 def test_batches_do_not_change_scores():

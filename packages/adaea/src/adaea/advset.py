@@ -133,12 +133,13 @@ class AdversarialSet:
             )
         return to_uint8(self.adversarial, self.clean, self.eps, norm="l2" if self.norm == "l2" else "linf")
 
-    def save(self, path: PathLike) -> None:
+    def save(self, path: PathLike, *, overwrite: bool = False) -> None:
         """Write the set, whole or not at all.
 
         Args:
             path: ``NAME.safetensors`` (with a readable ``NAME.json`` beside it), or a new folder for PNG
                 files and ``labels.csv`` (filename, label, targeted_label) as TransferAttack reads them.
+            overwrite: replace a folder that holds a set; a file is replaced in any case.
 
         Raises:
             InputError: another suffix, or a folder that is not empty.
@@ -152,7 +153,7 @@ class AdversarialSet:
                 file.write(dump_json(record))
             save_tensors(target, tensors, {"adaea": json.dumps(record)})
         elif target.suffix == "":
-            self._save_png(target)
+            self._save_png(target, overwrite and is_png_set(target))
         else:
             raise InputError(f"path is {path}, wanted NAME.safetensors or a folder without suffix")
 
@@ -160,7 +161,7 @@ class AdversarialSet:
         head = {"schema": SCHEMA, "images": len(self), "digest": checked}
         return {**head, "info": plain(dict(self.info))}
 
-    def _save_png(self, folder: Path) -> None:
+    def _save_png(self, folder: Path, overwrite: bool) -> None:
         from PIL import Image
 
         images, outside = self.to_uint8()
@@ -169,7 +170,7 @@ class AdversarialSet:
             raise DataError(f"adversarial has {channels} channels, PNG files take 1 or 3")
         index = self._tensors()["index"].tolist()
         heads = ["filename", "label"] + (["targeted_label"] if self.targets is not None else [])
-        with atomic_directory(folder) as place:
+        with atomic_directory(folder, overwrite=overwrite) as place:
             lines = io.StringIO()
             writer = csv.writer(lines, lineterminator="\n")
             writer.writerow(heads)
@@ -218,6 +219,11 @@ def _mapping(info: Any) -> dict[str, Any]:
     if not isinstance(info, dict):
         raise CheckpointError(f"its record is a {type(info).__name__}, wanted settings by name")
     return info
+
+
+def is_png_set(folder: Path) -> bool:
+    """Whether a folder holds what :meth:`AdversarialSet.save` writes there."""
+    return (folder / "set.json").is_file() and (folder / "labels.csv").is_file()
 
 
 def _load_png(folder: Path) -> AdversarialSet:

@@ -1,6 +1,5 @@
 """The command line: audit a classifier that you own or may test, attack, evaluate, compare."""
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -179,13 +178,17 @@ def attack(
 
     Example: adaea attack -s zoo:res16,zoo:vit8 -d zoo:scenes --limit 32 -a adaea+mi --out set.safetensors
     """
+    from adaea.advset import is_png_set
     from adaea.auditing import attack_images
     from adaea.words import parse_attack
+    from fusion_core.atomic import occupied
 
     if out.exists() and not overwrite:
         raise InputError(f"--out {out} is there already; name another or pass --overwrite")
     if out.suffix not in ("", ".safetensors"):
         raise InputError(f"--out is {out}, wanted NAME.safetensors or a folder without suffix")
+    if out.suffix == "" and occupied(out) and not is_png_set(out):
+        raise InputError(f"--out {out} holds something else than a set of images; name another folder")
     budgets = _budgets(eps)
     if len(budgets) != 1:
         raise ConfigError(f"--eps is {eps!r}, wanted one budget")
@@ -203,22 +206,11 @@ def attack(
         dtype=dtype,
         progress=False if quiet else None,
     )
-    if out.is_dir():
-        with contextlib.suppress(OSError):
-            _remove_set(out)
-    made.save(out)
+    made.save(out, overwrite=overwrite)
     cli.emit(
         {"path": str(out), "attack": attack, "images": len(made), "eps": made.eps, "digest": made.digest()},
         json,
     )
-
-
-def _remove_set(folder: Path) -> None:
-    """Take an earlier PNG set away; anything else in its place stays and is complained of."""
-    import shutil
-
-    if (folder / "set.json").is_file() and (folder / "labels.csv").is_file():
-        shutil.rmtree(folder)
 
 
 @app.command()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fusion_core.config import Config
-from fusion_core.errors import CheckpointError, ConfigError, DataError, check_range
+from fusion_core.errors import CheckpointError, ConfigError, DataError, check_range, reading
 
 from .scoring import check_labels, check_scores
 
@@ -231,6 +230,12 @@ class Calibration(Config):
     coverage: float = 1.0
     error: float | None = None
 
+    def __post_init__(self) -> None:
+        check_range("temperature", self.temperature, 0.0, float("inf"), open=True)
+        check_range("threshold", self.threshold, 0.0, 1.0)
+        for end in self.band or ():
+            check_range("band", end, 0.0, 1.0)
+
     @property
     def calibrated(self) -> bool:
         """Whether it was made from data."""
@@ -246,12 +251,10 @@ class Calibration(Config):
 
         Raises:
             CheckpointError: damaged.
+            ConfigError: a number outside its range.
         """
-        try:
-            data: Mapping[str, Any] = json.loads(Path(path).read_text("utf-8"))
-            return cls.from_dict(data)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+        with reading(path, "is damaged", CheckpointError):
+            return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
 
 
 def calibrate(

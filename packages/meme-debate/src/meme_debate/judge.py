@@ -11,13 +11,19 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 from transformers.utils.generic import ModelOutput
 
 from fusion_core.checkpoint import digest, digest_state, load_foreign, load_strict
-from fusion_core.errors import CheckpointError, ConfigError, InputError, check_shape
+from fusion_core.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    check_range,
+    check_shape,
+    reading,
+)
 from fusion_core.numerics import masked_mean
 
 from .calibrate import Calibration
@@ -70,6 +76,24 @@ class _Look:
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
+_TEXT_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
+_VISION_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
+
+
+def _check_sizes(text: Any, vision: Any) -> None:
+    """Of nothing PyTorch makes empty layers, with a warning."""
+    for config, names in ((text, _TEXT_SIZES), (vision, _VISION_SIZES)):
+        for name in names:
+            check_range(name, getattr(config, name), 1, float("inf"))
+
+
 class Judge(nn.Module, PyTorchModelHubMixin):
     """Reads a meme's text, both rationales and the picture, and tells how probable it is that it is harmful.
 
@@ -117,6 +141,7 @@ class Judge(nn.Module, PyTorchModelHubMixin):
             if isinstance(vision_config, CLIPVisionConfig)
             else CLIPVisionConfig(**vision_config)
         )
+        _check_sizes(text, vision)
         text.use_cache = False
         self.fusion: Fusion = fusion
         self.settings = (
@@ -278,11 +303,8 @@ class Judge(nn.Module, PyTorchModelHubMixin):
             CheckpointError: no judge there, or a damaged one.
         """
         name = pretrained_model_name_or_path
-        try:
+        with reading(name, "holds no fused judge", CheckpointError):
             return super().from_pretrained(str(name), **options)
-        except (TypeError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-            words = " ".join(str(error).split())
-            raise CheckpointError(f"{name} holds no fused judge: {words[:300]}") from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
