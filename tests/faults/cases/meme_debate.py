@@ -267,7 +267,12 @@ READERS = [
     _reader("judge predict MEMES", PREDICT, "memes.jsonl", "json lines", *ABOUT),
     _reader("judge predict --debates", PREDICT, "debates.jsonl", "json lines", *ABOUT),
     _reader(
-        "judge train MEMES", ("judge", "train", *MEMES, "--out", "j"), "memes.jsonl", "json lines", *ABOUT
+        "judge train MEMES",
+        ("judge", "train", *MEMES, "--out", "j"),
+        "memes.jsonl",
+        "json lines",
+        *ABOUT,
+        "memes have no label",
     ),
     _reader("judge predict config.json", PREDICT, "judge/config.json", "json", "/judge"),
     _reader("judge predict calibration.json", PREDICT, "judge/calibration.json", "json", "/judge"),
@@ -278,6 +283,7 @@ READERS = [
         "run/judge/config.json",
         "json",
         "/judge",
+        "given/run ",
     ),
     _reader(
         "judge predict (fused) calibration.json",
@@ -300,7 +306,9 @@ READERS = [
         "json",
         "/judge",
     ),
-    _reader("judge predict (fused) image", (*PREDICT[:-1], "{in}/run"), "images/1.png", "picture"),
+    _reader(
+        "judge predict (fused) image", (*PREDICT[:-1], "{in}/run"), "images/1.png", "picture", several=True
+    ),
     _reader(
         "judge train (fused) --config", (*FUSED, "--set", "epochs=1", "--out", "r"), "fused.toml", "toml"
     ),
@@ -330,7 +338,9 @@ READERS = [
     _reader(
         "detect MEMES", ("detect", *MEMES, *JUDGE, "--out", "cards"), "memes.jsonl", "json lines", *ABOUT
     ),
-    _reader("detect image", ("detect", *MEMES, *JUDGE, "--out", "cards"), "images/2.png", "picture"),
+    _reader(
+        "detect image", ("detect", *MEMES, *JUDGE, "--out", "cards"), "images/2.png", "picture", several=True
+    ),
     _reader(
         "debate --cache",
         (

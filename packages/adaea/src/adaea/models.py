@@ -17,7 +17,7 @@ from torch import nn
 
 from adaea.wrappers import IMAGENET_MEAN, IMAGENET_STD, Normalized
 from fusion_core.checkpoint import KeyMap, load_foreign, load_strict
-from fusion_core.errors import CheckpointError, ConfigError, InputError, require_extra
+from fusion_core.errors import CheckpointError, ConfigError, InputError, reading, require_extra
 from fusion_core.modules import load_object
 
 OFFICIAL_NAMES = {
@@ -171,11 +171,9 @@ def _torchvision(name: str, pretrained: bool, num_classes: int | None) -> _Found
 def _hf(name: str, _pretrained: bool, _num_classes: int | None) -> _Found:
     transformers = require_extra("transformers", "zoo", "adaea")
     base = require_extra("transformers.image_processing_base", "zoo", "adaea")
-    try:
+    with reading(f"hf:{name}", "cannot be loaded"):
         model = transformers.AutoModelForImageClassification.from_pretrained(name)
         recipe, _ = base.ImageProcessingMixin.get_image_processor_dict(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"hf:{name} cannot be loaded: {str(error).splitlines()[0]}") from error
     size = recipe.get("crop_size") if recipe.get("do_center_crop") else recipe.get("size")
     side = _side(size)
     if recipe.get("do_normalize", True) is False:

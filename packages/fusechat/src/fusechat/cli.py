@@ -39,10 +39,9 @@ def _dialogues(path: Path) -> list[Any]:
 
 
 def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
+    from fusechat.spans import load_tokenizer
 
-    with reading(name, "has no tokenizer"):
-        return AutoTokenizer.from_pretrained(name)
+    return load_tokenizer(name)
 
 
 @app.command()

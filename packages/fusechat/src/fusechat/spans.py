@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fusechat.errors import UnsupportedTokenizer
 from fusechat.texts import Text
+from fusion_core.errors import reading
 
 Ints = NDArray[np.int32]
 
@@ -31,6 +32,18 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a hub name or folder.
+
+    Raises:
+        InputError: it has none, or a damaged one.
+    """
+    from transformers import AutoTokenizer
+
+    with reading(name, "has no tokenizer"):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusion_core.errors import ConfigError, require_extra
+from fusion_core.errors import ConfigError, reading, require_extra
 from gvdepth.config import GVDepthConfig
 from gvdepth.modeling_blocks import ConvBlock, normalization
 
@@ -184,7 +184,8 @@ def _taps(config: Any) -> list[int]:
 def _settings(config: GVDepthConfig, transformers: Any) -> Any:
     """The backbone's configuration object: stored, known by name, or of a folder or hub."""
     stored = config.encoder_config or (None if config.pretrained else architecture(config.encoder))
-    try:
+    wanted = "'tiny', a folder with a backbone, or a name such as 'facebook/convnext-tiny-224'"
+    with reading(f"encoder {config.encoder!r}", f"is none (wanted {wanted})", ConfigError):
         if stored is not None:
             plain = {
                 key: value for key, value in stored.items() if key not in ("out_features", "out_indices")
@@ -192,12 +193,6 @@ def _settings(config: GVDepthConfig, transformers: Any) -> Any:
             found = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
         else:
             found = transformers.AutoConfig.from_pretrained(config.encoder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"encoder is {config.encoder!r}, wanted 'tiny', a folder with a backbone, or a name such as "
-            f"'facebook/convnext-tiny-224' ({reason})"
-        ) from error
     if found.model_type not in (*_STAGED, *_PLAIN):
         raise ConfigError(
             f"encoder {config.encoder!r} is a {found.model_type}, wanted one of {[*_STAGED, *_PLAIN]}"
@@ -224,11 +219,12 @@ def build_encoder(config: GVDepthConfig) -> tuple[nn.Module, GVDepthConfig]:
     else:
         transformers = require_extra("transformers", "hf", "gvdepth")
         settings = _settings(config, transformers)
-        backbone = (
-            transformers.AutoBackbone.from_pretrained(config.encoder, config=settings)
-            if config.pretrained
-            else transformers.AutoBackbone.from_config(settings)
-        )
+        with reading(f"encoder {config.encoder!r}", "cannot be loaded", ConfigError):
+            backbone = (
+                transformers.AutoBackbone.from_pretrained(config.encoder, config=settings)
+                if config.pretrained
+                else transformers.AutoBackbone.from_config(settings)
+            )
         large = max(backbone.channels) > 1024 or (
             settings.model_type == "dinov2" and max(backbone.channels) > 768
         )

@@ -288,14 +288,11 @@ def _word(kind: str | torch.dtype) -> str:
 
 def _with_adapter(module: Any, adapter: str, name: str) -> Any:
     peft: Any = require_extra("peft", "peft", "logit-fusion")
-    try:
+    with reading(f"member {name!r}: adapter {adapter}", "cannot be loaded", CheckpointError):
         if isinstance(module, peft.PeftModel):
             module.load_adapter(adapter, adapter_name=name)
             return module.eval()
         return peft.PeftModel.from_pretrained(module, adapter, adapter_name=name).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"member {name!r}: adapter {adapter} cannot be loaded: {reason}") from error
 
 
 def check_pairing(base: Member, experts: Sequence[Member], large: Member | None = None) -> None:

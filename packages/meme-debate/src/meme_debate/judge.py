@@ -76,7 +76,17 @@ class _Look:
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
-_TEXT_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
+_TEXT_SIZES = (
+    "vocab_size",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_heads",
+    "num_layers",
+    "num_decoder_layers",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+)
 _VISION_SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -88,10 +98,10 @@ _VISION_SIZES = (
 
 
 def _check_sizes(text: Any, vision: Any) -> None:
-    """Of nothing PyTorch makes empty layers, with a warning."""
+    """Of nothing PyTorch makes empty layers, with a warning; of far too much an overflow."""
     for config, names in ((text, _TEXT_SIZES), (vision, _VISION_SIZES)):
         for name in names:
-            check_range(name, getattr(config, name), 1, float("inf"))
+            check_range(name, getattr(config, name), 1, 1 << 31)
 
 
 class Judge(nn.Module, PyTorchModelHubMixin):
@@ -339,12 +349,11 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         """
         from transformers import AutoTokenizer
 
-        try:
+        with reading(f"text {text}", "cannot be loaded", CheckpointError):
             t5 = T5ForConditionalGeneration.from_pretrained(text)
-            clip = CLIPVisionModel.from_pretrained(vision)
             tokenizer = AutoTokenizer.from_pretrained(text)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"text {text} or vision {vision} cannot be loaded: {error}") from error
+        with reading(f"vision {vision}", "cannot be loaded", CheckpointError):
+            clip = CLIPVisionModel.from_pretrained(vision)
         judge = cls(t5.config, clip.config, fusion, settings)
         missing, _ = judge.text_transformer.load_state_dict(t5.state_dict(), strict=False)
         if other := [key for key in missing if ".ca_block." not in key]:

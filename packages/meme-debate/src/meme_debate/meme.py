@@ -104,10 +104,7 @@ class Debate:
         object.__setattr__(self, "verdict", _check_class(where, "verdict", self.verdict))
         if self.agreement not in (None, True, False):
             raise DataError(f"{where}: agreement is {self.agreement!r}, wanted true, false or null")
-        given: Any = self.flags
-        if not isinstance(given, list | tuple) or not all(isinstance(flag, str) for flag in self.flags):
-            raise DataError(f"{where}: flags is {str(given)[:80]!r}, wanted a list of words")
-        object.__setattr__(self, "flags", tuple(self.flags))
+        object.__setattr__(self, "flags", _check_words(where, "flags", self.flags))
 
     @property
     def side(self) -> str | None:
@@ -138,6 +135,13 @@ def _check_word(where: str, name: str, value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise DataError(f"{where}: {name} is a {type(value).__name__}, wanted text or null")
     return str(value)
+
+
+def _check_words(where: str, name: str, value: Any) -> tuple[str, ...]:
+    words: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+    if isinstance(value, str) or not all(isinstance(word, str) for word in words):
+        raise DataError(f"{where}: {name} is {str(value)[:80]!r}, wanted a list of words")
+    return tuple(words)
 
 
 def mend(text: str) -> str:

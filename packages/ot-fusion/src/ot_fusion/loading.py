@@ -108,7 +108,8 @@ def _texts(place: Path, tokenizer: str | None, length: int) -> dict[str, Tensor]
     if tokenizer is None:
         raise DataError(f"{place} holds texts, which need the tokenizer of a model's folder")
     transformers = require_extra("transformers", "hf", "ot-fusion")
-    tokens = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    with reading(tokenizer, "has no tokenizer", DataError):
+        tokens = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     if tokens.pad_token is None:
         tokens.pad_token = tokens.eos_token
     lines = [line for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fusion_core.device import resolve_device, resolve_dtype
-from fusion_core.errors import CheckpointError, InputError
+from fusion_core.errors import CheckpointError, InputError, reading
 from meme_debate.backends import Reply
 from meme_debate.meme import mend
 from meme_debate.prompts import Call
@@ -39,15 +39,10 @@ class LocalBackend:
             from transformers import AutoModelForImageTextToText, AutoProcessor
 
             self.model = model
-            try:
+            kind = resolve_dtype(dtype, self._device)
+            with reading(model, "is no image-text-to-text model that transformers loads", CheckpointError):
                 processor = processor or AutoProcessor.from_pretrained(model)
-                network: Any = AutoModelForImageTextToText.from_pretrained(
-                    model, dtype=resolve_dtype(dtype, self._device)
-                )
-            except (OSError, ValueError, KeyError) as error:
-                raise CheckpointError(
-                    f"{model} is no image-text-to-text model that transformers loads: {error}"
-                ) from error
+                network: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=kind)
         else:
             if processor is None:
                 raise InputError("a model that is given as an object needs processor=")
