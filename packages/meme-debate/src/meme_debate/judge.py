@@ -98,10 +98,10 @@ _VISION_SIZES = (
 
 
 def _check_sizes(text: Any, vision: Any) -> None:
-    """Of nothing PyTorch makes empty layers, with a warning; of far too much an overflow."""
+    """Of nothing PyTorch makes empty layers, with a warning; of far too much an overflow, or no end."""
     for config, names in ((text, _TEXT_SIZES), (vision, _VISION_SIZES)):
         for name in names:
-            check_range(name, getattr(config, name), 1, 1 << 31)
+            check_range(name, getattr(config, name), 1, 1_000 if name.endswith("layers") else 1 << 31)
 
 
 class Judge(nn.Module, PyTorchModelHubMixin):
@@ -349,6 +349,8 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         """
         from transformers import AutoTokenizer
 
+        with reading(f"text {text} or vision {vision}", "cannot be loaded", CheckpointError):
+            _check_sizes(T5Config.from_pretrained(text), CLIPVisionConfig.from_pretrained(vision))
         with reading(f"text {text}", "cannot be loaded", CheckpointError):
             t5 = T5ForConditionalGeneration.from_pretrained(text)
             tokenizer = AutoTokenizer.from_pretrained(text)
