@@ -322,13 +322,10 @@ def database(valid: bytes) -> st.SearchStrategy[Garbage]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "x.sqlite"
             path.write_bytes(valid)
-            with sqlite3.connect(path) as base:
-                tables = [
-                    row[0] for row in base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-                ]
-                for statement in statements:
-                    for table in tables:
-                        base.execute(statement.format(table=table))
+            base = sqlite3.connect(path)
+            for statement in statements:
+                base.execute(statement)
+            base.commit()
             base.close()
             return Garbage(how, path.read_bytes())
 
@@ -337,15 +334,19 @@ def database(valid: bytes) -> st.SearchStrategy[Garbage]:
         path.write_bytes(valid)
         base = sqlite3.connect(path)
         tables = [row[0] for row in base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        columns = [row[1] for table in tables for row in base.execute(f"PRAGMA table_info({table})")]
+        columns = {table: [row[1] for row in base.execute(f"PRAGMA table_info({table})")] for table in tables}
         base.close()
     made = [
-        edit("another table", "DROP TABLE {table}", "CREATE TABLE {table} (a)"),
-        edit("no table", "DROP TABLE {table}"),
+        edit(
+            "another table", *(f"DROP TABLE {t}" for t in tables), *(f"CREATE TABLE {t} (a)" for t in tables)
+        ),
+        edit("no table", *(f"DROP TABLE {table}" for table in tables)),
+        *(edit(f"without {table}", f"DROP TABLE {table}") for table in tables),
         *(
-            edit(f"{c}: {v}", f"UPDATE OR IGNORE {{table}} SET {c} = {v}")
-            for c in columns
-            for v in ("'x'", "x'00ff'", "7")
+            edit(f"{table}.{column}: {value}", f"UPDATE OR IGNORE {table} SET {column} = {value}")  # noqa: S608
+            for table in tables
+            for column in columns[table]
+            for value in ("'x'", "x'00ff'", "7")
         ),
     ]
     return st.one_of(st.sampled_from(made), whole_bytes(valid))

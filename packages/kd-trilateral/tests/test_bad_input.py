@@ -139,6 +139,7 @@ CONFIG = {
     "label_smoothing": (lambda: kd(label_smoothing=-0.1), "label_smoothing is -0.1"),
     "geometry": (lambda: kd(geometry="round"), "geometry is 'round'", "'compact'", "'official'"),
     "blocks": (lambda: Geometry([]), "geometry blocks are [], wanted a non-empty list"),
+    "settings": (lambda: kdt.Config(geometry=("s", "len:sx")), "geometry block 'len:sx' is unknown"),
     "block": (lambda: Geometry(["len:sx"]), "geometry block 'len:sx' is unknown; wanted a vertex", "len:ab"),
     "taken": (lambda: kdt.register_geometry("compact", ["s"]), "geometry 'compact' is taken"),
     "no class mean": (lambda: kdt.features(Z, Z, Z, None, "official"), "needs the class mean o, got None"),

@@ -107,6 +107,16 @@ def test_survives_a_kill(tmp_path):
     assert len(kdt.TeacherCache.open(place)) == 40
 
 
+def test_a_manifest_without_classes_is_damaged(tmp_path):
+    build_in_small_shards(tmp_path / "t.kdc")
+    path = tmp_path / "t.kdc" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["fingerprint"]["classes"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=r"t\.kdc has a damaged manifest: KeyError 'classes'"):
+        kdt.TeacherCache.open(tmp_path / "t.kdc")
+
+
 def test_another_teacher_or_data_is_refused_by_name(tmp_path):
     teacher, data = problem()
     kdt.TeacherCache.build(teacher, data, tmp_path / "t.kdc")

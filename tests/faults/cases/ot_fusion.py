@@ -153,7 +153,7 @@ COMMANDS = [
         )
         for suffix in ("png", "json")
     ),
-    bench("ot-fusion", target="run_bench"),
+    bench("ot-fusion"),
     demo("ot-fusion"),
 ]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusion_core.batching import map_batches
 from fusion_core.checkpoint import PathLike, digest_state
 from fusion_core.device import resolve_device
-from fusion_core.errors import ConfigError, DataError, StoreError
+from fusion_core.errors import ConfigError, DataError, StoreError, reading
 from fusion_core.modules import untouched
 from fusion_core.numerics import TopK
 from fusion_core.progress import track
@@ -59,9 +59,10 @@ class TeacherCache:
                 "and data, and it goes on where it stopped"
             )
         self.store = store
-        self.num_classes = int(store.fingerprint["classes"])
-        self.views = int(store.fingerprint["views"])
-        self.top_k: int | None = store.fingerprint["top_k"]
+        with reading(store.folder, "has a damaged manifest", StoreError):
+            self.num_classes = int(store.fingerprint["classes"])
+            self.views = int(store.fingerprint["views"])
+            self.top_k: int | None = store.fingerprint["top_k"]
 
     @classmethod
     def build(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fusion_core.config import Config as BaseConfig
 from fusion_core.errors import ConfigError, check_range
+from kd_trilateral.geometry import Geometry
 
 _LOSS = (
     "temperature",
@@ -145,6 +146,8 @@ class Config(BaseConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.geometry, tuple):  # a name may be registered later
+            Geometry(self.geometry)
         for name, low in _LOW.items():
             check_range(name, getattr(self, name), low, float("inf"))
         check_range("val_share", self.val_share, 0.0, 1.0, open=True)
