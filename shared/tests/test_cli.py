@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,7 @@ from fusion_core.errors import (
     CheckpointError,
     ConfigError,
     FusionError,
+    FusionWarning,
     InputError,
     MissingExtraError,
     StoreError,
@@ -40,6 +42,15 @@ def make():
     @app.command()
     def fail(kind: str):
         raise ERRORS[kind]("threshold is 7,\n  wanted a number in [0, 1]")
+
+    @app.command()
+    def fail_long():
+        raise InputError(f"a.json: cx is {'x' * 9000}, wanted a number")
+
+    @app.command()
+    def warn():
+        for kind in (FusionWarning, UserWarning):
+            sys.stderr.write(warnings.formatwarning(kind("two\n  lines"), kind, "a.py", 3, "code()"))
 
     @app.command()
     def crash():
@@ -84,6 +95,20 @@ def test_family_errors_are_one_line(kind):
     assert done.code == (1 if kind == "FusionError" else 2)
     assert done.stderr == "error: threshold is 7, wanted a number in [0, 1]\n"
     assert done.stdout == ""
+
+
+def test_a_very_long_error_keeps_its_ends():
+    done = run_cli(main, "fail-long")
+    assert done.stderr.startswith("error: a.json: cx is xxx")
+    assert done.stderr.endswith("xxx, wanted a number\n")
+    assert len(done.stderr) < 1000
+
+
+def test_a_warning_of_the_family_is_one_line():
+    before = warnings.formatwarning
+    done = run_cli(main, "warn")
+    assert done.stderr == "warning: two lines\na.py:3: UserWarning: two\n  lines\n  code()\n"
+    assert warnings.formatwarning is before
 
 
 @pytest.mark.parametrize(

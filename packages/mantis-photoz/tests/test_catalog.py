@@ -101,6 +101,14 @@ def test_bad_catalogues(change, words):
         find_ebv(read_catalog(found))
 
 
+def test_what_is_wrong_with_a_file_names_it(tmp_path):
+    found = table(3)
+    found.replace_column("id", ["a", "b", "a"])
+    found.write(tmp_path / "mine.ecsv")
+    with pytest.raises(CatalogError, match=r"mine\.ecsv: id 'a' stands in rows 0 and 2"):
+        read_catalog(tmp_path / "mine.ecsv")
+
+
 def test_bad_files(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.fits").write_text("x")

@@ -19,6 +19,7 @@ from fusion_core.errors import (
     CheckpointError,
     ConfigError,
     FusionError,
+    FusionWarning,
     InputError,
     MissingExtraError,
     StoreError,
@@ -53,6 +54,7 @@ Threads = Annotated[int, typer.Option("--threads", min=1, help="Of the CPU, for 
 Only = Annotated[list[str] | None, typer.Option("--only", help="Rows whose name contains this; repeat.")]
 Memory = Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peaks of memory too.")]
 
+_LONGEST = 1000  # letters of a message
 _EXPECTED = (InputError, CheckpointError, StoreError, MissingExtraError)
 
 
@@ -135,7 +137,7 @@ def fraction(text: str) -> float:
 
 
 def run(app: typer.Typer, *words: str) -> None:
-    """Run an app as a console script: an error of the family is one line on stderr, without a traceback.
+    """Run an app as a console script: errors and warnings of the family are one line each on stderr.
 
     Args:
         app: of :func:`new_app`.
@@ -148,16 +150,30 @@ def run(app: typer.Typer, *words: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign shows "?" instead of failing
             stream.reconfigure(errors="replace")
+    as_before = warnings.formatwarning
+
+    def format_warning(message: Any, category: type[Warning], *place: Any, **line: Any) -> str:
+        own = issubclass(category, FusionWarning)
+        return f"warning: {_short(message)}\n" if own else as_before(message, category, *place, **line)
+
+    warnings.formatwarning = format_warning
     # A notice from torch to torch, printed while its own modules load; users of a command cannot act on it.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
     try:
         app([*words, *sys.argv[1:]]) if words else app()
     except FusionError as error:
-        line = " ".join(str(error).split())
-        sys.stderr.write(f"error: {line or type(error).__name__}\n")
+        sys.stderr.write(f"error: {_short(error) or type(error).__name__}\n")
         sys.exit(2 if isinstance(error, _EXPECTED) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        warnings.formatwarning = as_before
+
+
+def _short(told: object) -> str:
+    """A message on one line, without its middle where a value of the user's makes it very long."""
+    line = " ".join(str(told).split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 300]} ... {line[-200:]}"
 
 
 def emit(result: Any, json: bool, out: Path | None = None) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion_core.errors import InputError, require_extra
+from fusion_core.errors import InputError, reading, require_extra
 from mantis_photoz.errors import CatalogError
 
 if TYPE_CHECKING:
@@ -119,6 +119,13 @@ def read_catalog(
     if isinstance(source, Catalog):
         return source
     table: Any = read_table(source)
+    if not isinstance(source, str | os.PathLike):
+        return _catalog(table, id, ra, dec)
+    with reading(source, error=CatalogError):
+        return _catalog(table, id, ra, dec)
+
+
+def _catalog(table: Any, id: str | None, ra: str | None, dec: str | None) -> Catalog:  # noqa: A002
     for word, name in (("id", id), ("ra", ra), ("dec", dec)):
         if name is not None and name not in table.colnames:
             raise CatalogError(f"--{word} names {name!r}, but the catalogue has {_listed(table)}")
