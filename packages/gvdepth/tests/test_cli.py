@@ -180,6 +180,12 @@ def test_calibrate_and_doctor(streets, tmp_path):
     refuse("give either --depth FOLDER", "doctor", *camera)
     refuse("--model is missing", "doctor", "--images", streets / "images", *camera)
     refuse("is no folder with depth maps", "calibrate", "--depth", tmp_path / "none", *camera)
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    for name, rows in (("0.npy", 48), ("1.npy", 47)):
+        np.save(odd / name, np.ones((rows, 120), np.float32))
+    for verb in ("calibrate", "doctor"):
+        refuse(f"{odd / '1.npy'}: the image is 120x47", verb, "--depth", odd, *camera)
 
 
 def test_evaluate(streets, tmp_path):

@@ -311,6 +311,7 @@ READERS = [
         "streets/camera.json",
         "json",
         "streets/camera",
+        "of image 0",
     ),
     _reader(
         "evaluate folder: depth",

@@ -11,9 +11,9 @@ import typer
 from fusion_core import cli
 from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
-from fusion_core.errors import InputError
+from fusion_core.errors import InputError, reading
 from gvdepth import __version__
-from gvdepth.cli_options import CameraFlags, camera_options, pair, read_depths
+from gvdepth.cli_options import CameraFlags, camera_options, check_sizes, pair, read_depths
 
 app = cli.new_app("gvdepth", "Metric depth from any vehicle's camera, and its ground geometry.", __version__)
 
@@ -146,7 +146,9 @@ def ground(
 
     picture = None if image is None else read_image(image)
     camera = flags.resolve(None if picture is None else picture.shape[:2])
-    camera = camera if picture is None else camera.for_image(*picture.shape[:2])
+    if picture is not None:
+        with reading(image or ""):
+            camera = camera.for_image(*picture.shape[:2])
     middle = float(horizon(camera))
     scale = camera.fy * camera.require_height() / float(camera.normal[1])
     rows = {f"{distance} m": round(middle + scale / distance, 2) for distance in (5, 10, 20, 40, 80)}
@@ -186,8 +188,9 @@ def calibrate(
     masks = None
     if road is not None:
         masks = [read_image(path)[..., 0] > 127 for path in list_images([road])[:limit]]
-    camera = flags.resolve(depths[0].shape, height_needed=False)
-    found = run(depths, masks, camera, max_depth=max_depth, seed=seed)
+    camera = flags.resolve(next(iter(depths.values())).shape, height_needed=False)
+    check_sizes(camera, depths)
+    found = run(list(depths.values()), masks, camera, max_depth=max_depth, seed=seed)
     if out is not None:
         found.apply(camera).save(out)
     names = ("camera_height", "pitch_deg", "roll_deg", "inliers")
@@ -222,12 +225,16 @@ def doctor(
         raise InputError("give either --depth FOLDER, or --images FOLDER with --model")
     if depth is not None:
         maps = read_depths(depth, limit)
-        found = run(maps, flags.resolve(maps[0].shape))
+        camera = flags.resolve(next(iter(maps.values())).shape)
+        check_sizes(camera, maps)
+        found = run(list(maps.values()), camera)
     else:
         if model is None:
             raise InputError("--model is missing: whose focal depth of --images shall be compared?")
-        pictures = [read_image(path) for path in list_images([images or ""])[:limit]]
-        found = run(pictures, flags.resolve(pictures[0].shape[:2]), model=_load(model, device))
+        pictures = {path: read_image(path) for path in list_images([images or ""])[:limit]}
+        camera = flags.resolve(next(iter(pictures.values())).shape[:2])
+        check_sizes(camera, pictures)
+        found = run(list(pictures.values()), camera, model=_load(model, device))
     cli.emit(found, json, out)
     if strict and found.healthy is not True:
         raise typer.Exit(3)

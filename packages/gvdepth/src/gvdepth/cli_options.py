@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fusion_core import cli
-from fusion_core.errors import InputError
+from fusion_core.errors import InputError, reading
 from gvdepth.camera import Camera
 from gvdepth.errors import CameraError
 
@@ -243,8 +243,8 @@ def pair(text: str | None) -> tuple[float, float] | None:
     return height, pitch
 
 
-def read_depths(folder: Path, limit: int | None = None) -> list[Any]:
-    """The depth maps below a folder, sorted.
+def read_depths(folder: Path, limit: int | None = None) -> dict[Path, Any]:
+    """The depth maps below a folder by their files, sorted.
 
     Raises:
         InputError: there are none.
@@ -258,4 +258,15 @@ def read_depths(folder: Path, limit: int | None = None) -> list[Any]:
     )
     if not files:
         raise InputError(f"--depth {folder} is no folder with depth maps (.png of 16 bits, .npy)")
-    return [read_depth(path) for path in files[:limit]]
+    return {path: read_depth(path) for path in files[:limit]}
+
+
+def check_sizes(camera: Camera, pictures: Mapping[Path, Any]) -> None:
+    """Look whether a camera fits pictures or maps (height, width, ...) of files.
+
+    Raises:
+        CameraError: one has another aspect; its file is named.
+    """
+    for path, picture in pictures.items():
+        with reading(path):
+            camera.for_image(*picture.shape[:2])

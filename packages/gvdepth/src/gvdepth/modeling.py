@@ -290,7 +290,8 @@ class GVDepth(
         stored, weights = (model_file(name, file, **options) for file in (CONFIG, WEIGHTS))
         found = _stored_config(stored, weights)
         found = found if config is None else _agreed(config, found, name)
-        model = cls(found.replace(pretrained=False))
+        with reading(stored, "describes no model", CheckpointError):
+            model = cls(found.replace(pretrained=False))
         load_strict(model, load_tensors(weights))
         return model.to(map_location).eval()
 
