@@ -235,6 +235,13 @@ def _camera(file: str, kind: str, *words: str) -> Reader:
 
 EVALUATE = ("evaluate", "--model", "{in}/model", "--device", "cpu", "-q")
 
+SMALL = (  # an empty file of settings is a training of the full size
+    *("--set", "steps=1"),
+    *("--set", "batch_size=1"),
+    *("--set", "augment.size=[48, 120]"),
+    *("--set", "model.encoder=tiny"),
+)
+
 READERS = [
     _camera("camera.json", "json"),
     _camera("camera.toml", "toml"),
@@ -341,7 +348,13 @@ READERS = [
         "fields",
         "/kitti",
     ),
-    _reader("train CONFIG (TOML)", (*TRAIN, "--set", "steps=1", "--out", "run"), "recipe.toml", "toml"),
+    _reader(
+        "train CONFIG (TOML)",
+        (*TRAIN, *SMALL, "--out", "run"),
+        "recipe.toml",
+        "toml",
+        "decoder_widths",  # which follow from others
+    ),
     _reader(
         "train CONFIG (JSON)",
         (
@@ -349,10 +362,9 @@ READERS = [
             "{in}/recipe.json",
             "--data",
             "folder:{in}/streets",
+            *SMALL,
             "--set",
             "model.encoder_widths=[8, 8]",
-            "--set",
-            "augment.size=[48, 120]",
             "--device",
             "cpu",
             "--out",
