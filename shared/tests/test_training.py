@@ -1,5 +1,6 @@
 import json
 import signal
+import warnings
 
 import numpy as np
 import pytest
@@ -135,6 +136,38 @@ def test_scheduler_by_epoch_and_bfloat16(tmp_path):
     assert [lr for lr, _ in seen] == pytest.approx([1.0, 1.0, 0.1, 0.1])
     assert {dtype for _, dtype in seen} == {torch.bfloat16}
     assert all(p.dtype is torch.float32 for p in net.parameters())
+
+
+class Stops(torch.optim.lr_scheduler.LambdaLR):
+    """A scheduler during whose step the run is cut off, where it is told so."""
+
+    stop = False
+
+    def step(self, *words):
+        if Stops.stop:
+            raise KeyboardInterrupt
+        super().step(*words)
+
+
+def test_resuming_between_the_last_step_and_the_end_of_its_epoch_says_nothing(tmp_path, monkeypatch):
+    def loop(**more):
+        net = model()
+        optimizer = torch.optim.SGD(net.parameters(), 1.0)
+        made = Stops(optimizer, lambda epoch: 0.1**epoch)
+        options = {"interval": "epoch", "out": tmp_path, "epochs": 1, "device": "cpu", "save_every": 1}
+        return Loop(net, optimizer, scheduler=made, **options, **more), optimizer
+
+    first, _ = loop()
+    monkeypatch.setattr(Stops, "stop", True)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(DataLoader(Points(8), 4), step)
+    monkeypatch.setattr(Stops, "stop", False)
+    second, optimizer = loop(resume=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Detected call of")
+        found = second.run(DataLoader(Points(8), 4), step)
+    assert (found.steps, found.epochs) == (2, 1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
 def test_bad_settings(tmp_path):

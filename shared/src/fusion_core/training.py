@@ -11,6 +11,7 @@ import json
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -205,7 +206,9 @@ class Loop:
                         raise InputError("loader gave no batch in an epoch")
                     self.at.epoch, self.at.groups = self.at.epoch + 1, 0
                     if self.scheduler is not None and self.interval == "epoch":
-                        self.scheduler.step()
+                        with warnings.catch_warnings():  # the optimizer's steps may be of an earlier run
+                            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                            self.scheduler.step()
                     if self.validate_every is None:
                         self._validate(validate)
         self._log(terms)
