@@ -147,6 +147,12 @@ def test_data_from_files(tmp_path):
     np.savez(tmp_path / "bad.npz", pictures=np.zeros(3))
     with pytest.raises(DataError, match="lacks"):
         load_data(tmp_path / "bad.npz")
+    pixels = np.zeros((2, 3, 4, 4), np.float32)
+    np.savez(tmp_path / "wide.npz", images=pixels, labels=np.array([0, 1], np.uint64))
+    assert load_data(tmp_path / "wide.npz")[1].tolist() == [0, 1]
+    np.savez(tmp_path / "minus.npz", images=pixels, labels=np.array([0, -1]))
+    with pytest.raises(DataError, match=r"minus\.npz: labels holds -1, wanted class indices >= 0"):
+        load_data(tmp_path / "minus.npz")
     (tmp_path / "cut.npz").write_bytes(b"PK")
     with pytest.raises(DataError, match="cannot be read"):
         load_data(tmp_path / "cut.npz")

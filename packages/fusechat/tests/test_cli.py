@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
+from fusechat import spans
 from fusechat.cli import main
 from fusechat.corpus import load_corpus
 from fusechat.tiny import bits_per_character, load_model, load_tokenizer
+from fusion_core.errors import InputError
 from fusion_core.testing import run_cli
 
 VERBS = {"collect", "align", "train", "merge", "inspect", "demo", "bench"}
@@ -111,6 +113,13 @@ def test_merge(place, tmp_path):
         (["collect", "--model", "A", "--data", "none.jsonl", "--out", "O"], "none.jsonl cannot be read"),
         (["inspect", "nowhere"], "nowhere"),
         (
+            ["collect", "--model", "S", "--data", "odd.jsonl", "--out", "O"],
+            "odd.jsonl, dialogue 2: dialogue is a",
+        ),
+        (["collect", "--model", "S", "--data", "n.json", "--out", "O"], "n.json holds no list of dialogues"),
+        (["align", "bad", "--pivot", "P"], "manifest.json is damaged: KeyError 'schema'"),
+        (["align", "none", "--pivot", "P"], "none is no store"),
+        (
             [
                 "train",
                 "--pivot",
@@ -131,7 +140,12 @@ def test_merge(place, tmp_path):
         (["train", "--pivot", "P", "--store", "O", "--data", "T", "--out", "O", "--weight", "2"], "weight"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(place, tmp_path, arguments, words):
+def test_bad_input_is_one_line_and_exit_2(place, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.jsonl").write_text('"a text"\n{"role": "user"}\n')
+    (tmp_path / "n.json").write_text("7")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "manifest.json").write_text("{}")
     places = {
         "A": place / "t0",
         "B": place / "t1",
@@ -145,3 +159,39 @@ def test_bad_input_is_one_line_and_exit_2(place, tmp_path, arguments, words):
     assert words in done.stderr
     assert len([line for line in done.stderr.strip().splitlines() if line.startswith("error: ")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("shards", 0, "shards is 0, wanted a list"),
+        ("fingerprint", "x", "fingerprint is 'x', wanted a dict"),
+        ("rows", 10**30, "rows is 10000"),
+        ("rows", 1 << 61, "which does not fit its sizes"),
+        ("complete", 1, "complete is 1, wanted a bool"),
+        ("kind", "arrays", "its kind is 'arrays'"),
+        ("fingerprint", {}, "the source is None, wanted a model's name or folder"),
+        ("fingerprint", {"model": "no/such"}, "no/such has no tokenizer"),
+    ],
+)
+def test_a_store_whose_manifest_is_odd(place, tmp_path, monkeypatch, name, value, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    common = ("--data", place / "texts.txt", "--max-length", 16, "--limit", 2, "--device", "cpu", "-q")
+    done = run_cli(main, "collect", "--model", place / "source1", *common, "--out", tmp_path / "store")
+    assert done.code == 0, done.stderr
+    path = tmp_path / "store" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    done = run_cli(main, "align", tmp_path / "store", "--pivot", place / "pivot")
+    assert done.code == 2, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert words in told[0]
+    assert str(tmp_path / "store") in told[0]
+
+
+def test_a_tokenizer_whose_longest_text_is_odd(tmp_path):
+    load_tokenizer("pivot").save_pretrained(tmp_path / "t")
+    path = tmp_path / "t" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": [[]]}))
+    with pytest.raises(InputError, match=r"model_max_length is \[\[\]\], wanted a number"):
+        spans.load_tokenizer(str(tmp_path / "t"))

@@ -34,6 +34,9 @@ def inputs(place: Path) -> None:
     for name in ("pivot", "source1"):
         load_model(name).save_pretrained(place / name)
         load_tokenizer(name).save_pretrained(place / name)
+    chatty = load_tokenizer("pivot")
+    chatty.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    chatty.save_pretrained(place / "chatty")
     for j in range(2):
         model = load_model("pivot")
         for p in model.parameters():
@@ -195,7 +198,7 @@ READERS = [
     ),
     _reader(
         "collect --data (.json)",
-        ("collect", "--model", "{in}/pivot", "--data", "{in}/chats.json", *COLLECT),
+        ("collect", "--model", "{in}/pivot", "--data", "{in}/chats.json", "--pivot", "{in}/chatty", *COLLECT),
         "chats.json",
         "json",
     ),

@@ -47,7 +47,10 @@ def load_data(source: Any, limit: int | None = None, *, size: int | None = None)
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, wanted at least 1")
     if isinstance(source, str | os.PathLike):
-        images, labels = _from_path(os.fspath(cast("PathLike", source)), limit, size)
+        name = os.fspath(cast("PathLike", source))
+        images, labels = _from_path(name, limit, size)
+        with reading(name, error=DataError):
+            return checked(images[:limit], labels[:limit])
     elif (
         isinstance(source, tuple | list)
         and len(cast("tuple[Any, ...]", source)) == 2
@@ -90,9 +93,10 @@ def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             f"images lie in [{low:g}, {high:g}], wanted [0, 1]; pass un-normalized images, give mean and std "
             "to the model (load_model(..., mean=, std=) or adaea.wrappers.Normalized)"
         )
+    labels = labels.detach().long()
     if int(labels.min()) < 0:
         raise DataError(f"labels holds {int(labels.min())}, wanted class indices >= 0")
-    return images.detach(), labels.detach().long()
+    return images.detach(), labels
 
 
 def _is_array(value: Any) -> bool:

@@ -25,6 +25,8 @@ Stores = Annotated[list[Path], typer.Option("--store", help="A source's store; o
 
 def _dialogues(path: Path) -> list[Any]:
     """Dialogues of a JSON Lines or JSON file, or one text a line."""
+    from fusechat.texts import messages_of
+
     with reading(path, "cannot be read as dialogues", DataError):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
@@ -33,8 +35,11 @@ def _dialogues(path: Path) -> list[Any]:
             found = json_module.loads(text)
         else:
             found = [line for line in text.splitlines() if line.strip()]
-    if not isinstance(found, list) or not found:
-        raise DataError(f"{path} holds no list of dialogues")
+        if not isinstance(found, list) or not found:
+            raise DataError(f"{path} holds no list of dialogues")
+        for number, dialogue in enumerate(found, 1):
+            with reading(f"{path}, dialogue {number}"):
+                messages_of(dialogue)
     return found
 
 
@@ -136,6 +141,7 @@ def train(
         raise ConfigError("--weight and --lambda say the same; give one")
     share = weight if weight is not None else (0.1 if lam is None else 1 - lam)
     require_extra("accelerate", "train", "fusechat")
+    import torch
     from transformers import AutoModelForCausalLM, TrainingArguments
 
     from fusechat.objective import FusionLoss
@@ -158,6 +164,7 @@ def train(
             seed=seed,
             save_strategy="no",
             report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=quiet,
         )
         trainer = FusionTrainer(

@@ -12,7 +12,7 @@ from fusechat.align.mapping import VocabularyMap, vocabulary_map
 from fusechat.align.pairs import dtw, span
 from fusechat.align.projecting import Collide, Published, project, published_rows
 from fusechat.align.vocabulary import Vocabulary, decode_each
-from fusechat.spans import Encoded, check_tokenizer, encode, load_tokenizer
+from fusechat.spans import Encoded, check_tokenizer, encode
 from fusechat.store import StoredRow, TopKStore, check_same_texts
 from fusechat.targets import FusionBatch, Targets
 from fusechat.texts import Dialogue, Text, render
@@ -107,7 +107,7 @@ class FusionCollator:
         for store in stores[1:]:
             check_same_texts(stores[0], store)
         if tokenizers is None and (align == "dtw" or (isinstance(vocab, str) and vocab != "none")):
-            tokenizers = [load_tokenizer(store.fingerprint["model"]) for store in self.sources]
+            tokenizers = [store.tokenizer() for store in self.sources]
         if tokenizers is not None and len(tokenizers) != len(self.sources):
             raise InputError(
                 f"tokenizers are {len(tokenizers)}, wanted one for each of {len(self.sources)} sources"

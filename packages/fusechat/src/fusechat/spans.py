@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fusechat.errors import UnsupportedTokenizer
 from fusechat.texts import Text
-from fusion_core.errors import reading
+from fusion_core.errors import InputError, reading
 
 Ints = NDArray[np.int32]
 
@@ -43,7 +43,10 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     with reading(name, "has no tokenizer"):
-        return AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(name)
+        if not isinstance(found.model_max_length, int | float):
+            raise InputError(f"model_max_length is {found.model_max_length!r}, wanted a number")
+        return found
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusechat.errors import AlignmentError
-from fusechat.spans import Encoded
+from fusechat.spans import Encoded, load_tokenizer
 from fusechat.texts import Text
 from fusion_core.atomic import PathLike, atomic_write
 from fusion_core.checkpoint import digest, digest_file
-from fusion_core.errors import CheckpointError, InputError, StoreError
+from fusion_core.errors import CheckpointError, InputError, StoreError, reading
 from fusion_core.shards import read_header, write_tensors
 
 SCHEMA = "fusion.store/1"
@@ -83,6 +83,22 @@ def shard_arrays(rows: Sequence[StoredRow], k: int, logits: str, indices: str) -
     }
 
 
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Look at what a manifest says before it is used; whatever is missing is a KeyError."""
+    if manifest["schema"] != SCHEMA or manifest["kind"] != KIND:
+        raise StoreError(f"it is of no store of top-k distributions, its kind is {manifest['kind']!r}")
+    for name, kind in (("fingerprint", dict), ("shards", list), ("complete", bool), ("digest", str)):
+        if not isinstance(manifest[name], kind):
+            raise StoreError(f"{name} is {manifest[name]!r:.80}, wanted a {kind.__name__}")
+    for name in ("k", "shard_rows", "rows", "vocab_size"):
+        if type(manifest[name]) is not int or not 1 <= manifest[name] < 1 << 62:
+            raise StoreError(f"{name} is {manifest[name]!r:.80}, wanted a whole number of at least 1")
+    starts = [shard["start"] for shard in manifest["shards"]]
+    wanted = range(0, manifest["rows"], manifest["shard_rows"])
+    if manifest["complete"] and (len(starts) != len(wanted) or starts != list(wanted)):
+        raise StoreError(f"its shards begin at the rows {starts!r:.80}, which does not fit its sizes")
+
+
 class TopKStore:
     """Dialogues with the top-k logits of one source, written shard by shard and read by the row.
 
@@ -101,22 +117,19 @@ class TopKStore:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         try:
-            self._manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            if self._manifest["schema"] != SCHEMA or self._manifest["kind"] != KIND:
-                raise StoreError(
-                    f"{path} is no store of top-k distributions, its kind is {self._manifest['kind']!r}"
-                )
-            self.k, self.shard_rows = int(self._manifest["k"]), int(self._manifest["shard_rows"])
-            self._total, self._mark = int(self._manifest["rows"]), str(self._manifest["digest"])
+            data = path.read_bytes()
         except OSError as error:
             raise StoreError(f"{folder} is no store: manifest.json cannot be read") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path} is damaged: {type(error).__name__} {error}") from error
+        with reading(path, "is damaged", StoreError):
+            self._manifest: dict[str, Any] = json.loads(data.decode("utf-8"))
+            _check_manifest(self._manifest)
+        self.k, self.shard_rows = self._manifest["k"], self._manifest["shard_rows"]
+        self._total, self._mark = self._manifest["rows"], str(self._manifest["digest"])
         self._maps: dict[int, Arrays] = {}
         self._places: dict[str, int] | None = None
         if self.complete:
             for shard in self._manifest["shards"]:
-                self._check(int(shard["start"]) // self.shard_rows)
+                self._check(shard["start"] // self.shard_rows)
 
     @classmethod
     def create(
@@ -193,6 +206,19 @@ class TopKStore:
 
     def __len__(self) -> int:
         return self._total
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model that the distributions are of.
+
+        Raises:
+            StoreError: the store does not name it.
+            InputError: it cannot be loaded.
+        """
+        with reading(self.folder):
+            name = self.fingerprint.get("model")
+            if not isinstance(name, str):
+                raise StoreError(f"the source is {name!r}, wanted a model's name or folder")
+            return load_tokenizer(name)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -53,18 +53,9 @@ def render(dialogue: Dialogue, tokenizer: Any = None, *, template: str | None = 
         >>> render("plain text")
         Text(text='plain text', spans=((0, 10),), whole=True)
     """
-    if isinstance(dialogue, Mapping):
-        found = next(
-            (dialogue[key] for key in ("messages", "conversations", "text") if key in dialogue), None
-        )
-        if found is None:
-            raise InputError(
-                f"dialogue is a mapping with {sorted(map(str, dialogue))}, wanted 'messages' or 'text' in it"
-            )
-        dialogue = found
-    if isinstance(dialogue, str):
-        return Text(dialogue, ((0, len(dialogue)),) if dialogue else (), whole=True)
-    messages = [_message(entry, number) for number, entry in enumerate(_listed(dialogue))]
+    messages = messages_of(dialogue)
+    if isinstance(messages, str):
+        return Text(messages, ((0, len(messages)),) if messages else (), whole=True)
     chosen = template or getattr(tokenizer, "chat_template", None)
     if not chosen:
         raise InputError("dialogue holds messages, but the tokenizer has no chat template; give template=")
@@ -75,6 +66,30 @@ def render(dialogue: Dialogue, tokenizer: Any = None, *, template: str | None = 
     if blocks:
         return Text(text, tuple((int(start), int(stop)) for start, stop in blocks))
     return Text(text, _turns(messages, text, chosen, words))
+
+
+def messages_of(dialogue: Dialogue) -> str | list[dict[str, Any]]:
+    """A dialogue's text, or its messages with ``role`` and ``content``.
+
+    Raises:
+        InputError: it has neither.
+
+    Example:
+        >>> messages_of({"conversations": [{"role": "user", "content": "Hello"}]})
+        [{'role': 'user', 'content': 'Hello'}]
+    """
+    if isinstance(dialogue, Mapping):
+        found = next(
+            (dialogue[key] for key in ("messages", "conversations", "text") if key in dialogue), None
+        )
+        if found is None:
+            raise InputError(
+                f"dialogue is a mapping with {sorted(map(str, dialogue))}, wanted 'messages' or 'text' in it"
+            )
+        dialogue = found
+    if isinstance(dialogue, str):
+        return dialogue
+    return [_message(entry, number) for number, entry in enumerate(_listed(dialogue))]
 
 
 def _listed(dialogue: Any) -> Sequence[Any]:

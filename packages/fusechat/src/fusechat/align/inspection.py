@@ -12,7 +12,7 @@ from fusechat.align.mapping import VocabularyMap, vocabulary_map
 from fusechat.align.pairs import dtw, span
 from fusechat.align.projecting import project
 from fusechat.align.vocabulary import Vocabulary, decode_each
-from fusechat.spans import Encoded, encode, load_tokenizer
+from fusechat.spans import Encoded, encode
 from fusechat.store import TopKStore
 from fusion_core.errors import ConfigError, DataError
 from fusion_core.report import Page, Report
@@ -76,7 +76,7 @@ def inspect(
         raise ConfigError(f"method is {method!r}, wanted 'span' or 'dtw'")
     store = store if isinstance(store, TopKStore) else TopKStore(store)
     if source_tokenizer is None and (method == "dtw" or isinstance(vocab, str)):
-        source_tokenizer = load_tokenizer(store.fingerprint["model"])
+        source_tokenizer = store.tokenizer()
     rows = range(len(store) if limit is None else min(limit, len(store)))
     table = _map(store, pivot_tokenizer, source_tokenizer, vocab, rows)
     vocabulary = Vocabulary.of(pivot_tokenizer)
