@@ -110,6 +110,8 @@ def test_attack_evaluate_compare(tmp_path):
     assert again.code == 0, again.stderr
     assert not list(tmp_path.glob(".*"))
     (tmp_path / "png" / "set.json").unlink()  # now the pictures might be anybody's
+    shown = run_cli(main, "evaluate", tmp_path / "png", "zoo:vgg12", "-d", "zoo:scenes", *QUICK)
+    assert (shown.code, "eps not said" in shown.stdout) == (0, True), shown.stderr
     kept = run_cli(main, "attack", *common, "--out", tmp_path / "png", "--overwrite")
     assert (kept.code, "holds something else than a set of images" in kept.stderr) == (2, True)
     assert (tmp_path / "png" / "labels.csv").is_file()

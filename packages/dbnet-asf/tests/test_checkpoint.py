@@ -7,6 +7,7 @@ import torch
 
 from dbnet_asf import DBConfig, DBNet, load_official
 from dbnet_asf.checkpoint import from_official, load_imagenet
+from fusion_core.checkpoint import save_tensors
 from fusion_core.errors import CheckpointError
 from fusion_core.testing import fill_state_dict
 
@@ -114,3 +115,13 @@ def test_imagenet_weights(backbone, tmp_path):
     assert torch.equal(net.backbone.state_dict()[name], made.state_dict()[name])
     with pytest.raises(CheckpointError, match="does not fit"):
         load_imagenet(DBNet(DBConfig.nano()), tmp_path / "imagenet.pth")
+
+
+def test_a_network_that_lacks_weights_names_their_file(tmp_path):
+    net = DBNet(config_of())
+    net.save_pretrained(tmp_path / "net")
+    state = dict(net.state_dict())
+    state.pop("backbone.layer2.0.bn1.num_batches_tracked")
+    save_tensors(tmp_path / "net" / "model.safetensors", state)
+    with pytest.raises(CheckpointError, match=r"net/model\.safetensors: state does not fit DBNet; 1 missing"):
+        DBNet.from_pretrained(tmp_path / "net")

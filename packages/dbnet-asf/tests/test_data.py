@@ -116,6 +116,9 @@ def test_paddleocr(tmp_path):
     assert len(datasets.paddleocr(tmp_path / "sub" / "Label.txt")) == 1
     with pytest.raises(InputError, match=r"a\.jpg"):
         datasets.paddleocr(tmp_path / "sub" / "Label.txt", tmp_path / "sub")
+    (tmp_path / "Label.txt").write_text("")
+    with pytest.raises(InputError, match=r"Label\.txt: data set 'paddleocr' has no pictures"):
+        datasets.load(f"paddleocr:{tmp_path / 'Label.txt'}")
 
 
 def test_synthtext(tmp_path):

@@ -217,6 +217,7 @@ READERS = [
         "net/model.safetensors",
         "safetensors",
         "/net",
+        "prob has values",  # of weights that are numbers, and too large
     ),
     _reader(
         "diagnose icdar2015",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import tempfile
 import warnings
@@ -315,6 +316,8 @@ def percent(interval: Interval) -> str:
 
 def _budget(row: Mapping[str, Any]) -> str:
     eps = row["eps"]
+    if not math.isfinite(eps):
+        return "eps not said"
     top = eps * 255
     whole = row.get("norm", "linf") == "linf" and abs(top - round(top)) < 1e-6
     return f"eps {round(top)}/255" if whole else f"eps {eps:g}"

@@ -292,7 +292,8 @@ class GVDepth(
         found = found if config is None else _agreed(config, found, name)
         with reading(stored, "describes no model", CheckpointError):
             model = cls(found.replace(pretrained=False))
-        load_strict(model, load_tensors(weights))
+        with reading(weights):
+            load_strict(model, load_tensors(weights))
         return model.to(map_location).eval()
 
     def predict(self, images: Any, cameras: Any, **options: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion_core.checkpoint import load_strict, load_tensors, save_tensors
-from fusion_core.errors import CheckpointError, ConfigError, ShapeError, check_shape
+from fusion_core.errors import CheckpointError, ConfigError, ShapeError, check_shape, reading
 from fusion_core.hub import CONFIG, WEIGHTS, model_file, save_model
 from mantis_photoz import losses
 from mantis_photoz.config import EARLY, FusionConfig
@@ -293,8 +293,9 @@ class FusionModel(nn.Module, PyTorchModelHubMixin):
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
         model = cls(config)
-        state = load_tensors(model_file(name, WEIGHTS, **options))
-        load_strict(model, {key: _single(value) for key, value in state.items()})
+        weights = model_file(name, WEIGHTS, **options)
+        with reading(weights):
+            load_strict(model, {key: _single(value) for key, value in load_tensors(weights).items()})
         return model.to(map_location).eval()
 
 

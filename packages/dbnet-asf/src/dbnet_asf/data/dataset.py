@@ -17,7 +17,7 @@ from dbnet_asf.config import AugmentConfig, DBConfig, LabelConfig
 from dbnet_asf.geometry import Array
 from dbnet_asf.targets import Targets, make_targets
 from fusion_core.atomic import PathLike
-from fusion_core.errors import InputError
+from fusion_core.errors import InputError, reading
 from fusion_core.images import SUFFIXES, read_image
 from fusion_core.seeding import rng
 
@@ -361,7 +361,9 @@ def load(place: str, *, format: str | None = None) -> TextDataset | Rendered:  #
         "paddleocr": paddleocr,
         "synthtext": synthtext,
     }
-    return readers[formats.check_format(format)](path)
+    read = readers[formats.check_format(format)]
+    with reading(path):
+        return read(path)
 
 
 def _guess(path: Path) -> str:

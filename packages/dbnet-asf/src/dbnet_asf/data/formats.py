@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,7 +209,9 @@ def synthtext(path: PathLike) -> list[tuple[str, Words]]:
     """
     scipy_io = require_extra("scipy.io", "eval", "dbnet-asf")
     try:
-        record = scipy_io.loadmat(str(path), variable_names=["imnames", "wordBB", "txt"])
+        with warnings.catch_warnings():  # of formats that nobody writes; what is there is checked below
+            warnings.simplefilter("ignore", UserWarning)
+            record = scipy_io.loadmat(str(path), variable_names=["imnames", "wordBB", "txt"])
         names, boxes, texts = (np.asarray(record[key]).ravel() for key in ("imnames", "wordBB", "txt"))
     except Exception as error:
         raise AnnotationError(f"annotation {str(path)!r} is no gt.mat of SynthText: {error!r}") from error

@@ -24,7 +24,7 @@ from dbnet_asf.model.neck import Neck
 from fusion_core.atomic import PathLike, atomic_directory
 from fusion_core.checkpoint import load_strict, load_tensors, save_tensors
 from fusion_core.device import autocast, resolve_dtype
-from fusion_core.errors import CheckpointError, ConfigError, FusionWarning, ShapeError, check_range
+from fusion_core.errors import CheckpointError, ConfigError, FusionWarning, ShapeError, check_range, reading
 from fusion_core.hub import CONFIG, WEIGHTS, model_file
 
 _LAST = (nn.Conv2d, nn.ConvTranspose2d)
@@ -231,7 +231,8 @@ class DBNet(
         state = load_tensors(directory / WEIGHTS)
         if not any(key.startswith("head.thresh.") for key in state):
             del net.head["thresh"]  # a checkpoint for inference
-        load_strict(net, state)
+        with reading(directory / WEIGHTS):
+            load_strict(net, state)
         return net.eval()
 
 
