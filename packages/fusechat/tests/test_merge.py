@@ -388,6 +388,20 @@ def test_recipes_of_mergekit(big, tmp_path):
     (tmp_path / "bad.yml").write_text("a: [")
     with pytest.raises(ConfigError, match="no YAML"):
         merge.from_recipe(tmp_path / "bad.yml")
+    for text, words in (
+        ("merge_method: magic\nmodels: [{model: x}]", "odd.yml: merge_method is 'magic'"),
+        (
+            "merge_method: sce\nmodels: [{model: nowhere}]",
+            "odd.yml: nowhere is nowhere, which does not exist",
+        ),
+        (
+            "merge_method: sce\nmodels: [{model: x}]\nparameters: [1]",
+            "odd.yml is no recipe that can be merged",
+        ),
+    ):
+        (tmp_path / "odd.yml").write_text(text)
+        with pytest.raises(InputError, match=words):
+            merge.from_recipe(tmp_path / "odd.yml")
 
 
 def test_old_pickles_are_read_without_running_them(tmp_path):

@@ -121,7 +121,7 @@ READERS = [
         make=inputs,
         kind="json lines",
         file="pairs.jsonl",
-        argv=("score", "{in}/pairs.jsonl", *MEMBERS, "--max-length", "16", "-q"),
+        argv=("score", "{in}/pairs.jsonl", *MEMBERS, "--max-length", "64", "-q"),
     ),
     Reader(
         name="logit-fusion calibrate TEXTS (.txt)",

@@ -39,7 +39,13 @@ def from_recipe(recipe: PathLike | Mapping[str, Any], **options: Any) -> Merge:
         ConfigError: another method, unknown keys, slices, or parameters of another form.
         MissingExtraError: PyYAML is not installed.
     """
-    found = dict(recipe) if isinstance(recipe, Mapping) else _read(recipe)
+    if isinstance(recipe, Mapping):
+        return _plan(recipe, options)
+    with reading(recipe, "is no recipe that can be merged by", ConfigError):
+        return _plan(_read(recipe), options)
+
+
+def _plan(found: Mapping[str, Any], options: dict[str, Any]) -> Merge:
     unknown = sorted(set(found) - _KNOWN)
     if unknown or "slices" in found:
         raise ConfigError(
