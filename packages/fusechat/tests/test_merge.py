@@ -391,7 +391,7 @@ def test_recipes_of_mergekit(big, tmp_path):
     for text, words in (
         ("merge_method: magic\nmodels: [{model: x}]", "odd.yml: merge_method is 'magic'"),
         (
-            "merge_method: sce\nmodels: [{model: nowhere}]",
+            "merge_method: linear\nmodels: [{model: nowhere}]",
             "odd.yml: nowhere is nowhere, which does not exist",
         ),
         (

@@ -134,3 +134,23 @@ def test_bad_files(traced, tmp_path):
     for name in ("none.jsonl", "none.npz"):
         with pytest.raises(DataError, match="cannot be read as a trace"):
             FusionTrace.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("loss", lambda v: v[1:], r"loss has shape \(17,\), wanted \(18,\)"),
+        ("alpha", lambda v: v[:, :1], r"alpha has shape \(18, 1\), wanted \(18, 2\)"),
+        ("expert", lambda v: v + 7, r"expert runs from .*, wanted \[-1, 2\)"),
+        ("sequence", lambda v: v - 1, "sequence runs from -1 to 1"),
+        ("token", lambda v: v.astype(np.float32), "token is of float32, wanted numbers"),
+    ],
+)
+def test_columns_that_do_not_fit(traced, tmp_path, name, change, words):
+    traced.trace.save(tmp_path / "t.npz")
+    with np.load(tmp_path / "t.npz") as found:
+        arrays = dict(found)
+    np.savez(tmp_path / "t.npz", **{**arrays, name: change(arrays[name])})
+    with pytest.raises(DataError, match=words) as told:
+        FusionTrace.load(tmp_path / "t.npz")
+    assert "t.npz" in str(told.value)

@@ -29,6 +29,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F
 _VECTORS = ("alpha", "f", "r")
 _WHOLE = ("sequence", "position", "token", "expert", "top", "top_large", "certified")
 _SCHEMA = "logit-fusion.trace/1"
+_MOST_SEQUENCES = 1_000_000  # some may have no token
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -235,17 +236,38 @@ class FusionTrace(Result):
             if source.suffix == ".npz":
                 with np.load(source, allow_pickle=False) as found:
                     arrays = {name: found[name] for name in _names()}
-                    return cls(tuple(found["experts"].tolist()), tuple(found["text"].tolist()), **arrays)
+                    named = (
+                        tuple(map(str, found["experts"].tolist())),
+                        tuple(map(str, found["text"].tolist())),
+                    )
+                    return _checked(cls(*named, **arrays))
             lines = [json.loads(line) for line in source.read_text("utf-8").splitlines() if line.strip()]
             if not lines or any(line.get("schema") != _SCHEMA for line in lines):
                 raise DataError(
                     f"{path} is no trace of logit-fusion, wanted schema {_SCHEMA!r} in every line"
                 )
-            return _joined(lines)
+            return _checked(_joined(lines))
 
 
 def _names() -> list[str]:
     return [field.name for field in fields(FusionTrace) if field.name not in ("experts", "text")]
+
+
+def _checked(trace: FusionTrace) -> FusionTrace:
+    """A trace whose columns fit each other; lengths, kinds and indices of a file may be anything."""
+    count, experts = len(trace.text), len(trace.experts)
+    for name in _names():
+        column: Array = getattr(trace, name)
+        wanted = (count, experts) if name in _VECTORS else (count,)
+        if column.shape != wanted:
+            raise DataError(f"{name} has shape {column.shape}, wanted {wanted}: a row for each of the texts")
+        if column.dtype.kind not in ("biu" if name in _WHOLE else "biuf"):
+            raise DataError(f"{name} is of {column.dtype}, wanted numbers")
+    for name, low, high in (("sequence", 0, _MOST_SEQUENCES), ("expert", -1, experts)):
+        column = getattr(trace, name)
+        if count and not low <= int(column.min()) <= int(column.max()) < high:
+            raise DataError(f"{name} runs from {column.min()} to {column.max()}, wanted [{low}, {high})")
+    return trace
 
 
 def _columns(part: FusionTrace) -> dict[str, Any]:
