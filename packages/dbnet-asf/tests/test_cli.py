@@ -12,6 +12,7 @@ from PIL import Image
 from dbnet_asf import DBConfig, DBNet, datasets
 from dbnet_asf.cli import main
 from dbnet_asf.jobs import names_of
+from fusion_core.errors import InputError
 from fusion_core.testing import run_cli
 
 VERBS = ("detect", "train", "evaluate", "tune", "diagnose", "labels")
@@ -192,6 +193,11 @@ def test_render_labels_diagnose_evaluate_tune(place, tmp_path):
     assert json.loads(run_cli(main, *render, "-n", "4").stdout)["scenes"] == 1
     assert (scenes / "images" / "scene_000000.jpg").stat().st_mtime_ns == stamp
     assert len(datasets.totaltext(scenes)) == 4
+    (scenes / "scenes-0-4.partial").touch()  # as a kill leaves it
+    with pytest.raises(InputError, match="scenes is unfinished; call what makes it again"):
+        datasets.totaltext(scenes)
+    assert json.loads(run_cli(main, *render, "-n", "4").stdout)["scenes"] == 0
+    assert sorted(path.name for path in scenes.iterdir()) == ["gts", "images"]
     picture = scenes / "images" / "scene_000001.jpg"
     drawn = run_cli(
         main,

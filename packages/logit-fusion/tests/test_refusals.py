@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fusion_core.errors import ConfigError, InputError, ShapeError
+from fusion_core.errors import CheckpointError, ConfigError, InputError, ShapeError
 from logit_fusion import (
     EmptySupportError,
     FusionConfig,
@@ -17,6 +17,8 @@ from logit_fusion import (
     fuse_logits,
 )
 from logit_fusion.config import MemberConfig, ViewConfig
+from logit_fusion.corpus import load_tokenizer as corpus_tokenizer
+from logit_fusion.member import load_tokenizer
 
 DOUBLE = torch.float64
 
@@ -161,6 +163,8 @@ def test_settings_round_trip(tmp_path):
         ({"step": 3.0}, "step is 3.0"),
         ({"strategy": "best"}, "strategy"),
         ({"evidence_decay": 0.0}, "evidence_decay is 0.0"),
+        ({"alpha": float("nan")}, "alpha is nan, wanted finite numbers"),
+        ({"alpha": (0.5, float("inf"))}, r"alpha is \(0.5, inf\), wanted finite numbers"),
         ({"min_overlap": 2.0}, "min_overlap"),
         ({"kl_temperature": -1.0}, "kl_temperature"),
         ({"max_kl": -0.5}, "max_kl"),
@@ -181,3 +185,14 @@ def test_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("tokenizer.json", '{"model": 7}'), ("tokenizer_config.json", '{"eos_token": true}')]
+)
+def test_a_damaged_tokenizer_is_not_none(tmp_path, file, text):
+    corpus_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path, "small") is not None
+    (tmp_path / file).write_text(text)
+    with pytest.raises(CheckpointError, match="member 'small': .* has no tokenizer that can be read"):
+        load_tokenizer(tmp_path, "small")

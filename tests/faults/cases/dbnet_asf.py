@@ -41,7 +41,16 @@ def inputs(place: Path) -> None:
     torch.manual_seed(0)
     config = DBConfig.nano(inner=32).replace(channels=(8, 12, 16, 16), stem=8, short_side=64)
     DBNet(config).eval().save_pretrained(place / "net")
-    for folder in ("photos", "ic15/images", "ic15/gts", "total/images", "total/gts", "paddle", "synth/8"):
+    for folder in (
+        "photos",
+        "photo",
+        "ic15/images",
+        "ic15/gts",
+        "total/images",
+        "total/gts",
+        "paddle",
+        "synth/8",
+    ):
         (place / folder).mkdir(parents=True)
     for at in range(3):
         noise = np.random.default_rng(at).integers(0, 256, (70, 100, 3), np.uint8)
@@ -49,6 +58,7 @@ def inputs(place: Path) -> None:
             cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 3), None, 0, 255, cv2.NORM_MINMAX)
         )
         image.save(place / "photos" / f"p{at}.png")
+        image.save(place / "photo" / "p.png")
         for folder in ("ic15/images", "total/images", "paddle", "synth/8"):
             image.save(place / folder / f"img_{at}.jpg")
         (place / "ic15" / "gts" / f"gt_img_{at}.txt").write_text(ICDAR)
@@ -269,9 +279,10 @@ READERS = [
     _reader("train --config", (*TRAIN, "--set", "epochs=1", "--out", "run"), "train.toml", "toml"),
     _reader(
         "render --photos",
-        ("render", "--out", "scenes", "-n", "1", "--size", "64", "--photos", "{in}/photos", "-q"),
-        "photos/p0.png",
+        ("render", "--out", "scenes", "-n", "8", "--size", "64", "--photos", "{in}/photo", "-q"),
+        "photo/p.png",
         "picture",
+        "/photo",
     ),
     Reader(
         name="dbnet-asf convert CHECKPOINT",

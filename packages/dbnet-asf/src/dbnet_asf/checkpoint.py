@@ -12,7 +12,7 @@ from dbnet_asf.config import Attention, DBConfig, Mode
 from dbnet_asf.model.dbnet import DBNet
 from fusion_core.atomic import PathLike
 from fusion_core.checkpoint import KeyMap, load_foreign, load_strict
-from fusion_core.errors import CheckpointError
+from fusion_core.errors import CheckpointError, reading
 
 _FUSION = r"^decoder\.concat_attention\."
 _ATTENTION = _FUSION + r"enhanced_attention\."
@@ -71,7 +71,8 @@ def load_official(
     Raises:
         CheckpointError: missing, damaged, more than tensors, or no network of this kind.
     """
-    return from_official(load_foreign(path), k=k, mode=mode, dcn_offset=dcn_offset)
+    with reading(path, error=CheckpointError):
+        return from_official(load_foreign(path), k=k, mode=mode, dcn_offset=dcn_offset)
 
 
 def from_official(

@@ -22,7 +22,7 @@ from fusion_core.store import Manifest, take_shard
 from . import draw
 from .config import LabelConfig
 from .data import formats
-from .data.dataset import find_annotation
+from .data.dataset import UNFINISHED, find_annotation
 from .data.synth import render
 from .detect import TextDetector
 from .detection import Detection
@@ -169,6 +169,8 @@ def render_files(
 ) -> int:
     """Render synthetic scenes into ``out/images`` and their words into ``out/gts``; what is there stays.
 
+    Until all are there, ``out`` holds a mark with which no data set is read from it.
+
     The annotations are lines of 2K numbers and ``word``, or ``###`` for words to ignore: read them with
     ``datasets.totaltext(out)``.
 
@@ -198,14 +200,18 @@ def render_files(
         for index in range(first, first + count)
         if not (target / "gts" / f"gt_scene_{index:06d}.txt").is_file()
     ]
+    mark = target / f"scenes-{first}-{first + count}{UNFINISHED}"  # others may render other scenes here
+    if todo:
+        mark.touch()
     if num_workers <= 1 or len(todo) < 2:
         for _ in track(map(_render_file, todo), "scenes", total=len(todo), enabled=progress):
             pass
-        return len(todo)
-    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        done = pool.imap_unordered(_render_file, todo, chunksize=8)
-        for _ in track(done, "scenes", total=len(todo), enabled=progress):
-            pass
+    else:
+        with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+            done = pool.imap_unordered(_render_file, todo, chunksize=8)
+            for _ in track(done, "scenes", total=len(todo), enabled=progress):
+                pass
+    mark.unlink(missing_ok=True)
     return len(todo)
 
 

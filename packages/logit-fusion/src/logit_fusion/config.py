@@ -127,6 +127,9 @@ class FusionConfig(Config):
         check_step(self.step, self.alpha_range)
         for number, pair in enumerate(self.per_expert_range or ()):
             check_alpha_range(f"per_expert_range[{number}]", pair)
+        given = self.alpha if isinstance(self.alpha, tuple) else () if self.alpha is None else (self.alpha,)
+        if not all(map(math.isfinite, given)):
+            raise ConfigError(f"alpha is {self.alpha!r}, wanted finite numbers")
         check_range("kl_temperature", self.kl_temperature, 0.0, math.inf, open=True)
         if self.max_kl is not None:
             check_range("max_kl", self.max_kl, 0.0, math.inf)

@@ -200,18 +200,18 @@ def _load(source: Any, name: str, dtype: torch.dtype, device: Any, options: Mapp
 
 
 def load_tokenizer(source: Any, name: str) -> Any:
-    """A member's tokenizer, or None where its folder has none."""
+    """A member's tokenizer, or None where its folder has none.
+
+    Raises:
+        CheckpointError: it is damaged, or there is no such name on the hub.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(str(source))
     if folder.is_dir() and not any(file.name.startswith(_TOKENIZER_FILES) for file in folder.iterdir()):
         return None  # transformers 5.0 makes up an empty one
-    try:
+    with reading(f"member {name!r}: {source}", "has no tokenizer that can be read", CheckpointError):
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, AttributeError):
-        if folder.is_dir():
-            return None
-        raise CheckpointError(f"member {name!r}: {source} has no tokenizer") from None
 
 
 def load_members(

@@ -25,6 +25,9 @@ from . import formats
 from .augment import augment
 from .formats import Sample, Words
 
+UNFINISHED = ".partial"
+"""The suffix of a file that marks a folder as one that is still being filled."""
+
 
 class Example(NamedTuple):
     """An annotated picture that has been read.
@@ -205,6 +208,8 @@ def _folders(root: PathLike, labels: PathLike | None) -> tuple[Path, Path]:
     base = Path(root)
     if not base.is_dir():
         raise InputError(f"root is {str(root)!r}, wanted a folder")
+    if any(base.glob(f"*{UNFINISHED}")):
+        raise InputError(f"{root} is unfinished; call what makes it again, and it goes on where it stopped")
     images = next((path for path in sorted(base.glob("*images*")) if path.is_dir()), base)
     if labels is not None:
         return images, Path(labels)
