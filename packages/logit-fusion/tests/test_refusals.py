@@ -194,5 +194,5 @@ def test_a_damaged_tokenizer_is_not_none(tmp_path, file, text):
     corpus_tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path, "small") is not None
     (tmp_path / file).write_text(text)
-    with pytest.raises(CheckpointError, match="member 'small': .* has no tokenizer that can be read"):
+    with pytest.raises(CheckpointError, match=r"member 'small': .* has no tokenizer that can be read"):
         load_tokenizer(tmp_path, "small")

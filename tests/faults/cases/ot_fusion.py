@@ -169,7 +169,7 @@ VERIFY = ("verify-spec", "{in}/llama-a", "--spec", "{in}/spec.json")
 INTERPOLATE = ("interpolate", "{in}/a", "{in}/b", "--steps", "2", "--plain", "--data")
 
 READERS = [
-    _reader("diagnose config.json", DIAGNOSE, "a/config.json", "json", "/a"),
+    _reader("diagnose config.json", DIAGNOSE, "a/config.json", "json", "/a", "no written spec"),
     _reader("diagnose model.safetensors", DIAGNOSE, "a/model.safetensors", "safetensors", "/a"),
     _reader("fuse --stream config.json", (*STREAM, "--out", "m"), "llama-a/config.json", "json", "llama-a"),
     _reader(
