@@ -65,7 +65,7 @@ def demo(package: str) -> Command:
         patch=partial(_recorded, package),
         together=True,
         timeout=900,
-        volatile={r"\.(json|html)$": (rb"\d+\.\d s\b", rb"&#34;time&#34;: [^\n]+")},
+        volatile={r"\.(json|html)$": (rb"\d+\.\d(?: |\xc2\xa0)s\b", rb"&#34;time&#34;: [^\n]+")},
     )
 
 
