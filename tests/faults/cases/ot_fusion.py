@@ -171,7 +171,14 @@ INTERPOLATE = ("interpolate", "{in}/a", "{in}/b", "--steps", "2", "--plain", "--
 READERS = [
     _reader("diagnose config.json", DIAGNOSE, "a/config.json", "json", "/a", "no written spec"),
     _reader("diagnose model.safetensors", DIAGNOSE, "a/model.safetensors", "safetensors", "/a"),
-    _reader("fuse --stream config.json", (*STREAM, "--out", "m"), "llama-a/config.json", "json", "llama-a"),
+    _reader(
+        "fuse --stream config.json",
+        (*STREAM, "--out", "m"),
+        "llama-a/config.json",
+        "json",
+        "llama-a",
+        "the specs ",
+    ),
     _reader(
         "fuse --stream model.safetensors",
         (*STREAM, "--out", "m"),
@@ -179,12 +186,13 @@ READERS = [
         "safetensors",
         "llama-a",
     ),
-    _reader("fuse --recipe (TOML)", (*STREAM, "--out", "m"), "recipe.toml", "toml"),
+    _reader("fuse --recipe (TOML)", (*STREAM, "--out", "m"), "recipe.toml", "toml", "features="),
     _reader(
         "fuse --recipe (JSON)",
         ("fuse", "{in}/a", "{in}/b", "--recipe", "{in}/recipe.json", "--out", "m", "-q"),
         "recipe.json",
         "json",
+        "features=",
     ),
     _reader("fuse --data (.npy)", (*FUSE, "--out", "m"), "images.npy", "arrays"),
     _reader("interpolate --data (.npz)", (*INTERPOLATE, "{in}/labelled.npz"), "labelled.npz", "arrays"),

@@ -57,13 +57,15 @@ def check_states(spec: AlignmentSpec, state: Mapping[str, Tensor], who: str = "t
             continue
         tensor = state[key]
         if not tensor.is_floating_point():
-            raise DataError(f"{key} has dtype {tensor.dtype}; dequantise the model before fusing it")
+            raise DataError(f"{key} of {who} has dtype {tensor.dtype}; dequantise the model before fusing it")
         if tensor.is_meta:
             raise DataError(
                 f"{key} of {who} lies on the meta device and has no values; load the weights first"
             )
         if tensor.ndim != len(tensor_spec.axes):
-            raise SpecError(f"{key} has shape {tuple(tensor.shape)}, the spec {len(tensor_spec.axes)} axes")
+            raise SpecError(
+                f"{key} of {who} has shape {tuple(tensor.shape)}, the spec {len(tensor_spec.axes)} axes"
+            )
         for number, axis in enumerate(tensor_spec.axes):
             if axis is None:
                 continue
@@ -71,7 +73,7 @@ def check_states(spec: AlignmentSpec, state: Mapping[str, Tensor], who: str = "t
             if tensor.shape[number] != wanted:
                 names = " and ".join(part.space for part in axis_parts(axis))
                 raise ShapeError(
-                    f"{key} has shape {tuple(tensor.shape)}; axis {number} lies on {names}, which has "
+                    f"{key} of {who} has shape {tuple(tensor.shape)}; axis {number} lies on {names}, which has "
                     f"{wanted} entries"
                 )
 
