@@ -73,8 +73,8 @@ def check_states(spec: AlignmentSpec, state: Mapping[str, Tensor], who: str = "t
             if tensor.shape[number] != wanted:
                 names = " and ".join(part.space for part in axis_parts(axis))
                 raise ShapeError(
-                    f"{key} of {who} has shape {tuple(tensor.shape)}; axis {number} lies on {names}, which has "
-                    f"{wanted} entries"
+                    f"{key} of {who} has shape {tuple(tensor.shape)}; axis {number} lies on {names}, "
+                    f"which has {wanted} entries"
                 )
 
 
