@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import h5py
 import numpy as np
 import pytest
 from mantis_files import SMALL, folder_of, planes, table, write
@@ -82,3 +83,27 @@ def test_bad_input(sky, tmp_path):
     assert Cutouts.from_directory(tmp_path / "a.h5", table(9), SMALL).read(8)["ps1"].notes == (
         "ps1: not in a.h5",
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: f.attrs.__setitem__("surveys", 0), "is no packed file .* TypeError"),
+        (lambda f: f.attrs.__setitem__("schema", "x/1"), "schema is 'x/1', wanted"),
+        (lambda f: f["ps1"].__delitem__("notes"), "is no packed file .* KeyError"),
+        (lambda f: put(f["ps1"], "wcs", np.zeros((5, 3))), r"ps1/wcs has shape \(5, 3\), wanted \(5, 8\)"),
+        (lambda f: put(f["ps1"], "flags", np.full(5, b"x")), "ps1/flags is of .*, wanted numbers"),
+    ],
+)
+def test_a_damaged_file_is_named(sky, tmp_path, change, words):
+    pack(Cutouts.from_directory(sky[1], sky[0], SMALL), tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        change(file)
+    with pytest.raises(InputError, match=words) as told:
+        PackedCutouts(tmp_path / "a.h5")
+    assert str(tmp_path / "a.h5") in str(told.value)
+
+
+def put(group, name, values):
+    del group[name]
+    group[name] = values

@@ -5,6 +5,7 @@ Nothing is downloaded unless the name asks a library for weights that are not on
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -208,7 +209,13 @@ def _file(path: str, _pretrained: bool, _num_classes: int | None) -> _Found:
 
 
 def _exported(path: str) -> nn.Module:
-    return torch.export.load(path).module()
+    log = logging.getLogger("torch.export")
+    before = log.level
+    log.setLevel(logging.ERROR)  # a file that is none is told of by an error alone
+    try:
+        return torch.export.load(path).module()
+    finally:
+        log.setLevel(before)
 
 
 def _scripted(path: str) -> nn.Module:

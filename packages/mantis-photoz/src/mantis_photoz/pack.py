@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_core.checkpoint import digest_file
-from fusion_core.errors import ConfigError, InputError
+from fusion_core.errors import ConfigError, InputError, reading
 from mantis_photoz.cutouts import Cutouts
 from mantis_photoz.errors import CutoutError
 from mantis_photoz.flags import Flag
@@ -140,20 +140,28 @@ class PackedCutouts:
         import h5py
 
         self.path = Path(path)
-        try:
+        with reading(f"cutouts {self.path}", "is no packed file (write one with pack)"):
             self._file: Any = h5py.File(self.path, "r")
             if self._file.attrs.get("schema") != SCHEMA:
-                raise KeyError(f"schema is {self._file.attrs.get('schema')!r}, wanted {SCHEMA!r}")
-            self.surveys = {
-                n: Survey.from_dict(s) for n, s in json.loads(self._file.attrs["surveys"]).items()
-            }
+                raise ValueError(f"schema is {self._file.attrs.get('schema')!r}, wanted {SCHEMA!r}")
+            surveys = json.loads(self._file.attrs["surveys"])
+            self.surveys = {name: Survey.from_dict(entry) for name, entry in surveys.items()}
             self.rows = {text: row for row, text in enumerate(self._file["id"].asstr()[:])}
-        except (OSError, KeyError, ValueError) as error:
-            raise InputError(
-                f"cutouts {self.path} is no packed file ({' '.join(str(error).split())}); write one with pack"
-            ) from error
+            self._check(len(self.rows))
         self._lock = threading.Lock()
         self._checksum = ""
+
+    def _check(self, count: int) -> None:
+        """Look whether every survey has its arrays, of the sizes that the file says."""
+        for name, survey in self.surveys.items():
+            group = self._file[name]
+            shapes = {"planes": (count, len(survey.bands), survey.pixels, survey.pixels), "wcs": (count, 8)}
+            for field in ("planes", "wcs", "notes", "present", "nan_fraction", "flags"):
+                array, wanted = group[field], shapes.get(field, (count,))
+                if array.shape != wanted:
+                    raise ValueError(f"{name}/{field} has shape {array.shape}, wanted {wanted}")
+                if field != "notes" and array.dtype.kind not in "biuf":
+                    raise ValueError(f"{name}/{field} is of {array.dtype}, wanted numbers")
 
     @property
     def checksum(self) -> str:
@@ -184,7 +192,7 @@ class PackedCutouts:
                 f"{survey.pixels} of {survey.pixel_scale:g}; pack it for this model"
             )
             return absent(survey, ra, dec, words, Flag.BAD_CUTOUT)
-        with self._lock:
+        with self._lock, reading(self.path, "is damaged"):
             group = self._file[survey.name]
             planes: NDArray[np.float32] = np.asarray(group["planes"][row], np.float32)
             numbers = [float(number) for number in group["wcs"][row]]
