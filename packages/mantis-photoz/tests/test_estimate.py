@@ -293,6 +293,15 @@ def test_priors_from_files(tmp_path):
             (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=words):
             load_prior(tmp_path / name, edges)
+    for text in (
+        "0",
+        '{"z": 0, "n": [1]}',
+        '{"z": [0, 1, 2], "n": [1, 1]}',
+        '{"z": [0, 1], "n": [1, 1%s]}' % ("0" * 400),
+    ):
+        (tmp_path / "odd.json").write_text(text)
+        with pytest.raises(InputError, match=r"odd\.json cannot be read"):
+            load_prior(tmp_path / "odd.json", edges)
 
 
 def test_strange_objects_are_flagged(model, sky):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusion_core.errors import InputError
+from fusion_core.errors import InputError, reading
 from mantis_photoz.errors import ConfigError, DataError
 from mantis_photoz.pdf import BinnedPDF
 
@@ -110,10 +110,11 @@ def load_prior(path: str | os.PathLike[str], edges: Any) -> NDArray[np.float64]:
         InputError: no such columns, or nothing within the bins.
     """
     place = Path(path)
-    try:
+    with reading(f"--prior {place}"):
         z, n = _columns(place)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--prior {place} cannot be read: {' '.join(str(error).split())}") from error
+        if z.ndim != 1 or (n is not None and n.shape != z.shape):
+            has = z.shape if n is None else (z.shape, n.shape)
+            raise ValueError(f"z and n have the shapes {has}, wanted one number n for each redshift z")
     limits = np.asarray(edges, np.float64)
     if n is None:
         from mantis_photoz.prior import counts_prior

@@ -288,11 +288,13 @@ class FusionModel(nn.Module, PyTorchModelHubMixin):
         name = os.fspath(pretrained_model_name_or_path)
         options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         options |= {"force_download": force_download, "local_files_only": local_files_only}
+        stored = model_file(name, CONFIG, **options)
         try:
-            config = FusionConfig.load(model_file(name, CONFIG, **options))
+            config = FusionConfig.load(stored)
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
-        model = cls(config)
+        with reading(stored, "describes no model", CheckpointError):
+            model = cls(config)
         weights = model_file(name, WEIGHTS, **options)
         with reading(weights):
             load_strict(model, {key: _single(value) for key, value in load_tensors(weights).items()})
