@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionConfig, T5Config
+from transformers import CLIPVisionConfig, T5Config, T5PreTrainedModel
 
 from fusion_core.testing import array, parameter
 from meme_debate.composing import compose, parse
@@ -14,6 +14,8 @@ from meme_debate.meme import Debate, Meme
 from meme_debate.scoring import metrics
 
 PARTS = ("image", "encoder", "decoder", "pooled", "logits", "loss")
+# The record is of a T5 with PyTorch's attention; before it had one, its softmax was in float32 always.
+EXACT_T5 = bool(getattr(T5PreTrainedModel, "_supports_sdpa", False))
 TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 
 
@@ -58,9 +60,8 @@ def test_judge(golden, record, fusion, features):
         pytest.skip(f"fusion {fusion} is not recorded")
     out = run(settings, config, arrays, fusion, torch.float64, features=features)
     for part in PARTS:
-        golden.assert_close(
-            out[part], arrays[f"{fusion}.{part}"], rtol=0, atol=settings["atol"], what=f"{fusion}.{part}"
-        )
+        atol = settings["atol" if part == "image" or EXACT_T5 else "atol_float64_t5"]
+        golden.assert_close(out[part], arrays[f"{fusion}.{part}"], rtol=0, atol=atol, what=f"{fusion}.{part}")
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
