@@ -122,6 +122,7 @@ READERS = [
         kind="json lines",
         file="pairs.jsonl",
         argv=("score", "{in}/pairs.jsonl", *MEMBERS, "--max-length", "64", "-q"),
+        named=("error: text ",),
     ),
     Reader(
         name="logit-fusion calibrate TEXTS (.txt)",
