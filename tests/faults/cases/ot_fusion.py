@@ -168,6 +168,8 @@ DIAGNOSE = ("diagnose", "{in}/a", "{in}/b", "-q")
 VERIFY = ("verify-spec", "{in}/llama-a", "--spec", "{in}/spec.json")
 INTERPOLATE = ("interpolate", "{in}/a", "{in}/b", "--steps", "2", "--plain", "--data")
 
+DATA = ("data do not fit", "a batch is", "activations of", "labels")  # what is seen when models take them
+
 READERS = [
     _reader("diagnose config.json", DIAGNOSE, "a/config.json", "json", "/a", "no written spec"),
     _reader("diagnose model.safetensors", DIAGNOSE, "a/model.safetensors", "safetensors", "/a"),
@@ -194,8 +196,10 @@ READERS = [
         "json",
         "features=",
     ),
-    _reader("fuse --data (.npy)", (*FUSE, "--out", "m"), "images.npy", "arrays"),
-    _reader("interpolate --data (.npz)", (*INTERPOLATE, "{in}/labelled.npz"), "labelled.npz", "arrays"),
+    _reader("fuse --data (.npy)", (*FUSE, "--out", "m"), "images.npy", "arrays", *DATA),
+    _reader(
+        "interpolate --data (.npz)", (*INTERPOLATE, "{in}/labelled.npz"), "labelled.npz", "arrays", *DATA
+    ),
     _reader(
         "diagnose --data (.txt)",
         ("diagnose", "{in}/llama-a", "{in}/llama-b", "--data", "{in}/texts.txt", "-q"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusion_core.atomic import PathLike
 from fusion_core.checkpoint import KeyMap, digest_file, load_foreign, load_strict
-from fusion_core.errors import CheckpointError
+from fusion_core.errors import CheckpointError, reading
 from mantis_photoz.config import EARLY, FusionConfig
 from mantis_photoz.encoders import REPORT
 from mantis_photoz.fusion import FusionModel
@@ -63,7 +63,8 @@ def load_official(path: PathLike, *, z_max: float | None = None, sha256: str | N
     file = Path(path)
     state = load_foreign(file)
     check_hash(file, sha256)
-    return from_official(state, z_max=z_max)
+    with reading(file, error=CheckpointError):
+        return from_official(state, z_max=z_max)
 
 
 def check_hash(path: PathLike, sha256: str | None) -> None:

@@ -11,6 +11,7 @@ from fusion_core import cli
 from fusion_core.atomic import occupied
 from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
+from fusion_core.errors import reading
 from ot_fusion import __version__
 from ot_fusion.errors import InputError
 from ot_fusion.options import (
@@ -288,7 +289,8 @@ def verify_spec(
         changes = verify(loaded, found, few, tolerance=tolerance)
     except SpecError as error:
         if "changes the outputs" not in str(error):
-            raise
+            with reading(spec or model):
+                raise
         typer.echo(f"not proved: {error}", err=True)
         raise typer.Exit(3) from None
     if out is not None:
@@ -319,7 +321,8 @@ def refuse(
     """
     from ot_fusion.storage import refuse as again
 
-    again(folder, out, alpha=alpha, overwrite=overwrite, progress=False if quiet else None)
+    with reading(folder, "cannot be fused again"):
+        again(folder, out, alpha=alpha, overwrite=overwrite, progress=False if quiet else None)
     cli.emit({"out": str(out)}, json)
 
 

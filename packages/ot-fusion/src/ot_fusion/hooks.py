@@ -15,6 +15,7 @@ from fusion_core.progress import track
 from ot_fusion.config import FusionConfig
 from ot_fusion.cost import finish_cost
 from ot_fusion.errors import DataError, InputError, ShapeError, SpecError
+from ot_fusion.forward import answer
 from ot_fusion.layers import absolute_clip, feature_plan, plan_of_cost
 from ot_fusion.moments import Moments, Transform
 from ot_fusion.plan import Plan
@@ -121,6 +122,8 @@ def _rows(batch: Any) -> int:
     values = [v for v in batch.values() if isinstance(v, Tensor)] if isinstance(batch, Mapping) else [batch]
     if not values or not isinstance(values[0], Tensor):
         raise DataError(f"a batch is {type(batch).__name__}, wanted a tensor or a mapping of tensors")
+    if not values[0].ndim:
+        raise DataError("a batch is a single number, wanted a tensor with a row for each input")
     return len(values[0])
 
 
@@ -133,10 +136,10 @@ def _cut(batch: Any, start: int, stop: int) -> Any:
 def _call(model: nn.Module, batch: Any) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Mapping):
-        model(**{key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()})
+        answer(model, {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()})
     else:
         kind = next((p.dtype for p in model.parameters()), batch.dtype)
-        model(batch.to(device, kind if batch.is_floating_point() else None))
+        answer(model, batch.to(device, kind if batch.is_floating_point() else None))
 
 
 @contextmanager

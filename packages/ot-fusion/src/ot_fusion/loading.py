@@ -85,15 +85,22 @@ def load_data(word: str, *, tokenizer: str | None = None, length: int = 128) -> 
         return found() if callable(found) else found
     with reading(word, error=DataError):
         if place.suffix == ".npy":
-            return torch.from_numpy(np.load(place, allow_pickle=False))
+            return _real({"it": torch.from_numpy(np.load(place, allow_pickle=False))})["it"]
         if place.suffix == ".npz":
             with np.load(place, allow_pickle=False) as arrays:
-                return _one_or_all({key: torch.from_numpy(arrays[key]) for key in arrays.files})
+                return _one_or_all(_real({key: torch.from_numpy(arrays[key]) for key in arrays.files}))
         if place.suffix == ".safetensors":
-            return _one_or_all(dict(load_tensors(place)))
+            return _one_or_all(_real(dict(load_tensors(place))))
         if place.suffix == ".txt":
             return _texts(place, tokenizer, length)
     raise DataError(f"{word} is no .npy, .npz, .safetensors or .txt file and no module:function")
+
+
+def _real(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for key, value in tensors.items():
+        if value.is_complex():
+            raise DataError(f"{key} holds complex numbers, which no model here takes")
+    return tensors
 
 
 def _one_or_all(tensors: dict[str, Tensor]) -> Any:
@@ -142,11 +149,14 @@ def load_evaluation(word: str | None, data: Any) -> tuple[Any, str]:
     inputs, labels = split_labels(data)
     if labels is None:
         raise InputError("give --evaluate module:function, or --data with labels")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
+        raise DataError(f"labels are {labels.dtype}, wanted class indices of an integer type")
+    classes = labels.long()
 
     def loss(model: nn.Module) -> float:
         from ot_fusion.spec.verify import outputs_of
 
         logits = outputs_of(model, inputs)[0]
-        return float(nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten()))
+        return float(nn.functional.cross_entropy(logits.flatten(0, -2).float(), classes.flatten()))
 
     return loss, "cross-entropy"
