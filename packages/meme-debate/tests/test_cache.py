@@ -1,8 +1,11 @@
 """The cache of replies: one transaction for those that come together, none of them used before it is over."""
 
 import asyncio
+import contextlib
 import gc
 import sqlite3
+
+import pytest
 
 from fusion_core.errors import StoreError
 from meme_debate import Debater, Meme
@@ -160,3 +163,14 @@ def test_old_objects_rest_while_debates_are_held():
     Debater(talk, verdict=False).run([Meme("a", None, "x")], progress=False)
     assert min(seen) > 1000
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("text", ["7", "{}", "[1]", "no JSON"])
+def test_a_reply_that_is_none_is_a_broken_cache(tmp_path, text):
+    with contextlib.closing(ReplyCache(tmp_path / "c.sqlite")) as cache:
+        cache.put(KEYS[0], "harmful/1", reply(0))
+        assert cache.get(KEYS[0]) == reply(0)
+        cache._database.execute("UPDATE replies SET reply = ?", (text,))
+        with pytest.raises(StoreError, match=r"c\.sqlite is no debate cache, or broken"):
+            cache.get(KEYS[0])
+        assert (cache.hits, cache.misses) == (1, 0)

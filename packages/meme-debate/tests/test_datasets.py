@@ -278,3 +278,15 @@ def test_light_judge_on_the_authors_debates():
     found = metrics(scores, labels)
     assert found["accuracy"] >= 0.84
     assert found["macro_f1"] >= 0.82
+
+
+@pytest.mark.parametrize("name", ["harmc", "fhm", "multioff", "pridemm"])
+def test_a_table_that_is_no_text_is_named(name, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    MAKERS[name](folder)
+    for path in folder.rglob("*"):
+        if path.suffix in (".csv", ".jsonl", ".tsv"):
+            path.write_bytes(path.read_bytes() + b"\xff\n")
+    with pytest.raises(DataError, match=r"set/.*\.(csv|jsonl) cannot be read: 'utf-8' codec can't decode"):
+        convert(name, folder, tmp_path / "memes.jsonl")

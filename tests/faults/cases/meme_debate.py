@@ -249,7 +249,7 @@ def _reader(
 
 
 def _data_set(name: str, file: str, kind: str) -> Reader:
-    named = (f"/{name}", "is not there; its meme is left out", "meme ")
+    named = (f"/{name}", "is not there", "meme ")
     return _reader(
         f"convert {name}",
         ("convert", name, f"{{in}}/{name}", "--out", "m.jsonl"),

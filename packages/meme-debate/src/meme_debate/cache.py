@@ -131,13 +131,12 @@ class ReplyCache:
         """
         try:
             row = None if self._absent(key) else self._database.execute(_SELECT, (key,)).fetchone()
-        except sqlite3.Error as error:
+            found = None if row is None else _reply(row[0])
+        except (sqlite3.Error, TypeError, ValueError) as error:
             raise self._broken(error) from error
-        if row is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        return _reply(row[0])
+        self.misses += found is None
+        self.hits += found is not None
+        return found
 
     def _absent(self, key: bytes) -> bool:
         """Whether the file surely lacks a key, told without looking into it.

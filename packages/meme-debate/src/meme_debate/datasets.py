@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusion_core.errors import ConfigError, DataError, InputError
+from fusion_core.errors import ConfigError, DataError, InputError, reading
 from fusion_core.results import Result
 
 from .duplicates import Duplicates, drop_duplicates, find_duplicates
@@ -93,7 +93,7 @@ class ConvertReport(Result):
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -106,13 +106,21 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _table(path: Path) -> Iterator[Row]:
     """Rows of a ``.csv``, ``.tsv`` or ``.json`` table; the separator is the one that the head has."""
-    text = path.read_text("utf-8-sig")
-    if path.suffix == ".json":
-        rows: Any = json.loads(text)
-        yield from rows
-        return
-    head = text.partition("\n")[0]
-    yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in head else ",")
+    text = _text(path)
+    with reading(path, error=DataError):
+        if path.suffix == ".json":
+            rows: Any = json.loads(text)
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise DataError("it holds no list of objects")
+            yield from rows
+            return
+        head = text.partition("\n")[0]
+        yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in head else ",")
+
+
+def _text(path: Path) -> str:
+    with reading(path, error=DataError):
+        return path.read_text("utf-8-sig")
 
 
 def _key(path: Path, row: Row, *names: str) -> Any:

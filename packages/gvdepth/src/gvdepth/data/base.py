@@ -109,7 +109,7 @@ def read_depth(path: PathLike) -> NDArray[np.float32]:
     from PIL import Image
 
     with reading(f"depth {path}", error=DataError), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+        warnings.simplefilter("ignore")  # the limit is ours, and a broken file is an error or it is not
         with Image.open(file) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise DataError(
