@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+import torch
 import typer
 
 from fusion_core import cli
@@ -46,6 +47,12 @@ def make():
     @app.command()
     def fail_long():
         raise InputError(f"a.json: cx is {'x' * 9000}, wanted a number")
+
+    @app.command()
+    def fill(kind: str):
+        if kind == "torch":
+            torch.empty(1 << 60)
+        raise MemoryError
 
     @app.command()
     def warn():
@@ -95,6 +102,13 @@ def test_family_errors_are_one_line(kind):
     assert done.code == (1 if kind == "FusionError" else 2)
     assert done.stderr == "error: threshold is 7, wanted a number in [0, 1]\n"
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("kind", ["torch", "python"])
+def test_out_of_memory_is_one_line(kind):
+    done = run_cli(main, "fill", kind)
+    assert done.code == 1
+    assert re.fullmatch(r"error: out of memory: .+\n", done.stderr)
 
 
 def test_a_very_long_error_keeps_its_ends():

@@ -116,6 +116,10 @@ def test_merge(place, tmp_path):
             ["collect", "--model", "S", "--data", "odd.jsonl", "--out", "O"],
             "odd.jsonl, dialogue 2: dialogue is a",
         ),
+        (
+            ["collect", "--model", "S", "--data", "half.json", "--out", "O"],
+            "half.json, dialogue 1 cannot be read",
+        ),
         (["collect", "--model", "S", "--data", "n.json", "--out", "O"], "n.json holds no list of dialogues"),
         (["align", "bad", "--pivot", "P"], "manifest.json is damaged: KeyError 'schema'"),
         (["align", "none", "--pivot", "P"], "none is no store"),
@@ -144,6 +148,7 @@ def test_bad_input_is_one_line_and_exit_2(place, tmp_path, monkeypatch, argument
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.jsonl").write_text('"a text"\n{"role": "user"}\n')
     (tmp_path / "n.json").write_text("7")
+    (tmp_path / "half.json").write_text('[[{"role": "\\ud800", "content": "x"}]]')
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "manifest.json").write_text("{}")
     places = {

@@ -13,7 +13,8 @@ from fusion_core.errors import FusionError, InputError, ShapeError
 Out = TypeVar("Out")
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on whichever device."""
     words = ("out of memory", "DefaultCPUAllocator")
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
@@ -75,7 +76,7 @@ def _run(
         try:
             result = fn(batch if many else batch[0])
         except (RuntimeError, MemoryError) as error:
-            if not halve or not _out_of_memory(error):
+            if not halve or not is_out_of_memory(error):
                 raise
             if stop - start == 1:
                 raise FusionError(

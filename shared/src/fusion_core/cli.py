@@ -166,8 +166,21 @@ def run(app: typer.Typer, *words: str) -> None:
         sys.exit(2 if isinstance(error, _EXPECTED) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        sys.stderr.write(f"error: out of memory: {_short(error) or 'no more of it'}\n")
+        sys.exit(1)
     finally:
         warnings.formatwarning = as_before
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from fusion_core.batching import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _short(told: object) -> str:

@@ -362,6 +362,7 @@ READERS = [
         ),
         "d.sqlite",
         "database",
+        "127.0.0.1",  # nobody is there to be asked what the file does not say
     ),
     _data_set("harmc", "annotations/train.jsonl", "json lines"),
     _data_set("fhm", "train.jsonl", "json lines"),
