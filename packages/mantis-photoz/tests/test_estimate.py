@@ -17,7 +17,6 @@ from fusion_core.seeding import deterministic
 from mantis_photoz import PhotoZ, calibrate, citations
 from mantis_photoz.calibrate import PITMap, Temperature
 from mantis_photoz.config import FusionConfig, SurveyInput
-from mantis_photoz.corrections import load_prior
 from mantis_photoz.cutouts import Cutouts, FitsDirectory
 from mantis_photoz.errors import DataError
 from mantis_photoz.flags import Flag
@@ -274,34 +273,6 @@ def test_recalibration_and_prior(model, sky):
     cut = estimate(model, sky, prior=new)
     assert np.abs(np.asarray(cut.pdf.pmf)[:, 10:]).max() == 0
     assert citations(cut)[-1] == "saerens2002adjusting"
-
-
-def test_priors_from_files(tmp_path):
-    edges = np.array([0.0, 0.5, 1.0, 2.0])
-    (tmp_path / "p.json").write_text(json.dumps({"z": [0, 1, 2], "n": [0, 1, 0]}))
-    np.testing.assert_allclose(load_prior(tmp_path / "p.json", edges), [0.125, 0.375, 0.5])
-    Table({"z": [0.1, 0.2, 0.7]}).write(tmp_path / "p.ecsv")
-    np.testing.assert_allclose(load_prior(tmp_path / "p.ecsv", edges), np.array([3, 2, 1]) / 6)
-    Table({"redshift": [0.1]}).write(tmp_path / "q.ecsv")
-    for name, text, words in (
-        ("q.ecsv", None, "no column z among redshift"),
-        ("bad.json", '{"z": [0, 1], "n": [1, -1]}', "holds no density"),
-        ("far.json", '{"z": [5, 6], "n": [1, 1]}', "is 0 on the model's redshifts, 0 to 2"),
-        ("none.json", None, "cannot be read"),
-    ):
-        if text:
-            (tmp_path / name).write_text(text)
-        with pytest.raises(InputError, match=words):
-            load_prior(tmp_path / name, edges)
-    for text in (
-        "0",
-        '{"z": 0, "n": [1]}',
-        '{"z": [0, 1, 2], "n": [1, 1]}',
-        '{"z": [0, 1], "n": [1, 1%s]}' % ("0" * 400),
-    ):
-        (tmp_path / "odd.json").write_text(text)
-        with pytest.raises(InputError, match=r"odd\.json cannot be read"):
-            load_prior(tmp_path / "odd.json", edges)
 
 
 def test_strange_objects_are_flagged(model, sky):
