@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -207,6 +209,15 @@ def test_no_wcs(tmp_path):
     assert read(tmp_path).flags == 0
     write(tmp_path / "a.ps1.fits", planes(PS1), None, bands=PS1.bands, EXPTIME=1.0, PIXSCALE=0.25)
     assert "no WCS to resample by" in read(tmp_path).notes[0]
+
+
+def test_both_infinities_are_gaps_without_a_warning(tmp_path):
+    data = planes(PS1)
+    data[1, 3, 3], data[1, 3, 4] = np.inf, -np.inf
+    put(tmp_path, data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert read(tmp_path, nan_limit=0.1).flags == Flag.INF_PIXELS
 
 
 def test_gaps(tmp_path):

@@ -105,7 +105,9 @@ def read_planes(
     if "count" in survey.unit and not _has_zero_point(cubes[0][1].header):
         flags |= int(Flag.NO_ZERO_POINT)
     share, empty = 0.0, list[str]()
-    if not math.isfinite(float(planes.sum(dtype=np.float64))):
+    with np.errstate(invalid="ignore"):  # where both infinities are there
+        total = float(planes.sum(dtype=np.float64))
+    if not math.isfinite(total):
         infinite = np.isinf(planes)
         if infinite.any():
             flags |= int(Flag.INF_PIXELS)
