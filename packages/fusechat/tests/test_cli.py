@@ -118,7 +118,7 @@ def test_merge(place, tmp_path):
         ),
         (
             ["collect", "--model", "S", "--data", "half.json", "--out", "O"],
-            "half.json, dialogue 1 cannot be read",
+            "half.json, dialogue 1: a text holds half a surrogate pair at 0",
         ),
         (["collect", "--model", "S", "--data", "n.json", "--out", "O"], "n.json holds no list of dialogues"),
         (["align", "bad", "--pivot", "P"], "manifest.json is damaged: KeyError 'schema'"),

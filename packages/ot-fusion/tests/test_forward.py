@@ -8,25 +8,32 @@ import torch
 from torch import nn
 
 from ot_fusion.errors import DataError, SpecError
-from ot_fusion.forward import answer
+from ot_fusion.forward import call_model
 from ot_fusion.hooks import batches
 from ot_fusion.loading import load_data, load_evaluation
 
 
 def test_what_a_model_raises_is_the_cause():
-    assert answer(nn.Linear(2, 3), torch.zeros(1, 2)).shape == (1, 3)
+    assert call_model(nn.Linear(2, 3), torch.zeros(1, 2)).shape == (1, 3)
     with pytest.raises(DataError, match=r"given inputs \(1, 5\): .*mat1 and mat2") as told:
-        answer(nn.Linear(2, 3), torch.zeros(1, 5))
+        call_model(nn.Linear(2, 3), torch.zeros(1, 5))
     assert isinstance(told.value.__cause__, RuntimeError)
     with pytest.raises(DataError, match=r"which was given x \(2,\): .*unexpected keyword"):
-        answer(nn.Linear(2, 3), {"x": torch.zeros(2)})
+        call_model(nn.Linear(2, 3), {"x": torch.zeros(2)})
 
     class Complains(nn.Module):
         def forward(self, x):
             raise SpecError("as it is")
 
     with pytest.raises(SpecError, match=r"^as it is$"):
-        answer(Complains(), torch.zeros(1))
+        call_model(Complains(), torch.zeros(1))
+
+    class Fills(nn.Module):
+        def forward(self, x):
+            return torch.empty(1 << 60)
+
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        call_model(Fills(), torch.zeros(1))
 
 
 def test_a_single_number_is_no_batch():

@@ -142,7 +142,7 @@ class AdversarialSet:
             overwrite: replace a folder that holds a set; a file is replaced in any case.
 
         Raises:
-            InputError: another suffix, or a folder that is not empty.
+            InputError: another suffix, or a folder that holds something, with ``overwrite`` else than a set.
             DataError: PNG files without clean images, or not 1 or 3 channels.
         """
         target = Path(path)

@@ -39,7 +39,7 @@ def _dialogues(path: Path) -> list[Any]:
             raise DataError(f"{path} holds no list of dialogues")
         for number, dialogue in enumerate(found, 1):
             with reading(f"{path}, dialogue {number}"):
-                json_module.dumps(messages_of(dialogue), ensure_ascii=False).encode()  # no half of a pair
+                messages_of(dialogue)
     return found
 
 

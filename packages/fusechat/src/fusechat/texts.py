@@ -72,7 +72,7 @@ def messages_of(dialogue: Dialogue) -> str | list[dict[str, Any]]:
     """A dialogue's text, or its messages with ``role`` and ``content``.
 
     Raises:
-        InputError: it has neither.
+        InputError: it has neither, or half a surrogate pair, which no tokenizer takes.
 
     Example:
         >>> messages_of({"conversations": [{"role": "user", "content": "Hello"}]})
@@ -88,7 +88,7 @@ def messages_of(dialogue: Dialogue) -> str | list[dict[str, Any]]:
             )
         dialogue = found
     if isinstance(dialogue, str):
-        return dialogue
+        return _sound(dialogue)
     return [_message(entry, number) for number, entry in enumerate(_listed(dialogue))]
 
 
@@ -106,7 +106,16 @@ def _message(entry: Any, number: int) -> dict[str, Any]:
         raise InputError(
             f"message {number} is {entry!r:.80}, wanted a mapping with 'role' and a text 'content'"
         )
-    return dict(entry)
+    return {key: _sound(value) if isinstance(value, str) else value for key, value in entry.items()}
+
+
+def _sound(text: str) -> str:
+    """Text that a tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"a text holds half a surrogate pair at {error.start}: {text[:80]!r}") from error
+    return text
 
 
 def _jinja(

@@ -146,8 +146,8 @@ def ground(
 
     picture = None if image is None else read_image(image)
     camera = flags.resolve(None if picture is None else picture.shape[:2])
-    if picture is not None:
-        with reading(image or ""):
+    if image is not None and picture is not None:
+        with reading(image):
             camera = camera.for_image(*picture.shape[:2])
     middle = float(horizon(camera))
     scale = camera.fy * camera.require_height() / float(camera.normal[1])

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from fusion_core.config import Config as BaseConfig
 from fusion_core.errors import ConfigError, check_range
-from kd_trilateral.geometry import Geometry
 
 _LOSS = (
     "temperature",
@@ -147,6 +146,8 @@ class Config(BaseConfig):
 
     def __post_init__(self) -> None:
         if isinstance(self.geometry, tuple):  # a name may be registered later
+            from kd_trilateral.geometry import Geometry  # which loads PyTorch
+
             Geometry(self.geometry)
         for name, low in _LOW.items():
             check_range(name, getattr(self, name), low, float("inf"))

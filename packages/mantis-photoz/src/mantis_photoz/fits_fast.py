@@ -215,7 +215,7 @@ def _by_astropy(content: bytes, name: str) -> list[Image]:
                     found.append(
                         Image(planes if data.ndim == 3 else planes[None], header, str(unit.name).upper())
                     )
-    except Exception as error:
+    except Exception as error:  # whatever astropy meets, such as a KeyError for a missing NAXIS3
         raise CutoutError(
             f"{name} is cut off or damaged FITS ({' '.join(str(error).split())}); fetch it again"
         ) from error

@@ -15,7 +15,7 @@ from fusion_core.progress import track
 from ot_fusion.config import FusionConfig
 from ot_fusion.cost import finish_cost
 from ot_fusion.errors import DataError, InputError, ShapeError, SpecError
-from ot_fusion.forward import answer
+from ot_fusion.forward import call_model
 from ot_fusion.layers import absolute_clip, feature_plan, plan_of_cost
 from ot_fusion.moments import Moments, Transform
 from ot_fusion.plan import Plan
@@ -136,10 +136,10 @@ def _cut(batch: Any, start: int, stop: int) -> Any:
 def _call(model: nn.Module, batch: Any) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Mapping):
-        answer(model, {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()})
+        call_model(model, {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()})
     else:
         kind = next((p.dtype for p in model.parameters()), batch.dtype)
-        answer(model, batch.to(device, kind if batch.is_floating_point() else None))
+        call_model(model, batch.to(device, kind if batch.is_floating_point() else None))
 
 
 @contextmanager

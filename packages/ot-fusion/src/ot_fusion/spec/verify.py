@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fusion_core.modules import untouched
 from fusion_core.seeding import generator
 from ot_fusion.errors import SpecError
-from ot_fusion.forward import answer
+from ot_fusion.forward import call_model
 from ot_fusion.relabel import check_states, relabel
 from ot_fusion.spec.types import AlignmentSpec
 
@@ -31,7 +31,7 @@ class Verification(dict[str, float]):
 
 def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
     """The floating-point tensors that a model returns for some inputs: its logits where it names them."""
-    found = answer(model, inputs)
+    found = call_model(model, inputs)
     logits = getattr(found, "logits", None)
     if isinstance(logits, Tensor):
         return [logits]
