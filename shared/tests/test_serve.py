@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import signal
@@ -41,6 +42,17 @@ def slow():
     time.sleep(0.5)
     return "done"
 
+@app.post("/parts")
+def parts():
+    from fastapi.responses import StreamingResponse
+
+    def made():
+        for _ in range(20):
+            yield b"part"
+            time.sleep(0.02)
+
+    return StreamingResponse(made())
+
 @app.get("/broken")
 def broken():
     raise RuntimeError("no")
@@ -49,8 +61,9 @@ serve(app, port=0, concurrency=2)
 """
 
 
-@pytest.fixture(scope="module")
-def server():
+@contextlib.contextmanager
+def started(said):
+    """A server's URL; what it said is appended to the list when it has ended."""
     process = subprocess.Popen([sys.executable, "-c", APP], stderr=subprocess.PIPE, text=True)
     line = process.stderr.readline()
     found = re.search(r"http://127\.0\.0\.1:\d+", line)
@@ -58,7 +71,14 @@ def server():
     yield found[0]
     process.send_signal(signal.SIGTERM)
     assert process.wait(15) in (0, -signal.SIGTERM)
+    said += process.stderr.read().splitlines()
     process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with started([]) as url:
+        yield url
 
 
 def get(url, data=None, headers=None):
@@ -114,6 +134,21 @@ def test_unannounced_body_is_limited_too(server):
             wire.sendall((b"200\r\n" + b"y" * 512 + b"\r\n") * 3 + b"0\r\n\r\n")
             assert wire.recv(100).startswith(b"HTTP/1.1 413")
     assert get(server + "/json", b"{" + b"y" * 2000, {"Content-Type": "application/json"})[0] == 413
+
+
+def test_a_request_that_turns_bad_after_its_answer_began_is_cut_off():
+    said = []
+    with started(said) as url:
+        host, port = url.removeprefix("http://").split(":")
+        for path, first in ((b"/nowhere", b"HTTP/1.1 404"), (b"/parts", b"HTTP/1.1 200")):
+            with socket.create_connection((host, int(port)), timeout=10) as wire:
+                wire.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+                assert wire.recv(100).startswith(first)
+                wire.sendall(b"zz\r\n")
+                while wire.recv(1000):
+                    pass
+        assert get(url + "/healthz")[0] == 200
+    assert said == ["WARNING:  Invalid HTTP request received."] * 2
 
 
 def test_busy_server_says_when_to_come_again(server):

@@ -24,8 +24,8 @@ from faults.kill import fill
 EXPECTED = ("listening on ", "WARNING:  Invalid HTTP request received.")
 """What a server may say: where it is, and uvicorn's line about a client that does not speak HTTP."""
 CLIENTS = {
-    "good": 34, "reconnecting": 6, "slow": 8, "cuts its request": 4, "cuts the answer": 4, "garbage": 3,
-    "too large": 3, "wrong method": 1, "health": 1,
+    "good": 33, "reconnecting": 6, "slow": 8, "cuts its request": 4, "cuts the answer": 4, "garbage": 3,
+    "garbage after the answer": 1, "too large": 3, "wrong method": 1, "health": 1,
 }  # fmt: skip
 """64 clients at once, by what they do."""
 GOOD = ("good", "reconnecting", "slow", "health")
@@ -103,6 +103,7 @@ class Client:
             "cuts its request": self._cut_request,
             "cuts the answer": self._cut_answer,
             "garbage": self._garbage,
+            "garbage after the answer": self._garbage_late,
             "too large": self._too_large,
             "wrong method": self._wrong_method,
             "health": self._health,
@@ -230,6 +231,17 @@ class Client:
         writer.write(self.draw.choice(choices))
         await writer.drain()
         await self._clients_fault()
+
+    async def _garbage_late(self) -> None:
+        """A body that goes on, and turns bad, when the answer is there already."""
+        reader, writer = await self._connected()
+        writer.write(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await writer.drain()
+        await self._clients_fault()
+        writer.write(b"zz\r\n" + self.draw.randbytes(self.draw.randrange(100)))
+        await writer.drain()
+        await asyncio.wait_for(reader.read(), 60)
+        await asyncio.sleep(0.1)
 
     async def _too_large(self) -> None:
         _, writer = await self._connected()

@@ -205,7 +205,7 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 8000, concurrency: int 
     check_range("concurrency", concurrency, 1, float("inf"))
     uvicorn: Any = require_extra("uvicorn", "serve", "fusion-core")
     config = uvicorn.Config(
-        Limit(app, concurrency), host=host, port=port, timeout_keep_alive=5,
+        Limit(app, concurrency), host=host, port=port, http=_protocol(), timeout_keep_alive=5,
         limit_concurrency=_CONNECTIONS * concurrency,
         timeout_graceful_shutdown=10, server_header=False, log_level="warning",
     )  # fmt: skip
@@ -221,6 +221,25 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 8000, concurrency: int 
             ) from error
         _announce(host, listener.getsockname()[1])
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _protocol() -> Any:
+    """uvicorn's HTTP/1.1 on h11, which limits the size of headers, whatever else is installed.
+
+    Where a request turns out bad after its answer has begun, uvicorn tries to answer 400 all the same, and
+    that ends in a traceback; here the connection is closed.
+    """
+    h11: Any = require_extra("h11", "serve", "fusion-core")
+    found: Any = require_extra("uvicorn.protocols.http.h11_impl", "serve", "fusion-core")
+
+    class Protocol(found.H11Protocol):
+        def send_400_response(self, msg: str) -> None:
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                super().send_400_response(msg)
+            else:
+                self.transport.close()
+
+    return Protocol
 
 
 def _announce(host: str, port: int) -> None:
