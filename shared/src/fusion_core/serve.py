@@ -224,7 +224,7 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 8000, concurrency: int 
 
 
 def _protocol() -> Any:
-    """uvicorn's HTTP/1.1 on h11, which limits the size of headers, whatever else is installed.
+    """The HTTP/1.1 of uvicorn on h11, which limits the size of headers, whatever else is installed.
 
     Where a request turns out bad after its answer has begun, uvicorn tries to answer 400 all the same, and
     that ends in a traceback; here the connection is closed.
