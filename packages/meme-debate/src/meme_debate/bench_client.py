@@ -212,18 +212,20 @@ def rate_rows(folder: Path, url: str, *, debates: int, repeats: int, size: int, 
     ]  # fmt: skip
 
 
-def latency_row(folder: Path, url: str, *, rate: float, seconds: float, swap: bool) -> Row:
+def latency_row(
+    folder: Path, url: str, *, rate: float, seconds: float, swap: bool, target: str | None = ">= 1"
+) -> Row:
     """The 99th percentile of what a debate takes beside a server that answers at once."""
     number = 4 if swap else 3
-    memes = made_memes(folder, round(rate * seconds), 40_000, f"l{number}-")
-    debater = Debater(url, "stub", cache=folder / f"latency-{number}.sqlite", swap=swap)
+    memes = made_memes(folder, round(rate * seconds), 40_000, f"l{number}-{rate:g}-")
+    debater = Debater(url, "stub", cache=folder / f"latency-{number}-{rate:g}.sqlite", swap=swap)
     bare50, bare99 = _percentiles(asyncio.run(_offered_bare(url, _bodies(memes, swap), number, rate)))
     p50, p99 = _percentiles(asyncio.run(_offered(debater, memes, rate)))
     ratio = LATENCY_TARGET / p99
     return Row(
         name=f"added latency p99, {rate:.0f} debates/s offered, {number} calls", ratio=ratio, ours_s=p99,
-        reference_s=LATENCY_TARGET, reference="the target, 10 ms", target=">= 1",
-        met=check_target(ratio, ">= 1"),
+        reference_s=LATENCY_TARGET, reference="the target, 10 ms", target=target,
+        met=None if target is None else check_target(ratio, target),
         note=f"p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, the stub's own time counted as added; bare "
         f"aiohttp with the same posts {bare50 * 1e3:.1f} and {bare99 * 1e3:.1f} ms",
     )  # fmt: skip
@@ -358,6 +360,8 @@ def rows(
         for swap in (True, False):
             yield from rate_rows(folder, url, debates=debates, repeats=repeats, size=40_000, swap=swap)
             yield latency_row(folder, url, rate=rate, seconds=seconds, swap=swap)
+            if not swap:  # what the whole rate is to a machine twice as fast
+                yield latency_row(folder, url, rate=rate / 2, seconds=seconds * 2, swap=swap, target=None)
         yield cached_row(folder, url, debates=debates)
     yield encode_row()
     yield from prefix_rows(*_texts(memes, recorded))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
 import hashlib
 import io
 import os
@@ -11,6 +10,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pybase64
 
 from fusion_core.errors import InputError, check_range
 from meme_debate.meme import MAX_PIXELS
@@ -38,7 +39,7 @@ class Picture:
     @property
     def data(self) -> bytes:
         """The file in base64, ASCII; made anew each time, and only where a server is asked."""
-        return binascii.b2a_base64(self.content, newline=False)
+        return pybase64.b64encode(self.content)  # ten times as fast as the standard library's
 
     @property
     def url(self) -> str:
