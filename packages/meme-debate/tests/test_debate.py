@@ -1,6 +1,7 @@
 """Debates over HTTP: order, verdict, cache, kill -9 and resume, concurrency, backends, report."""
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from debate_stub import WORDS, Stub, answer, completion, jpeg, memes, sent_picture, task
@@ -18,6 +20,8 @@ from PIL import Image
 from fusion_core.errors import ConfigError, DataError, InputError, StoreError
 from fusion_core.testing import kill_when
 from meme_debate import Debater, Meme, Policy, load_debates
+from meme_debate.backends import Reply
+from meme_debate.cache import ReplyCache
 from meme_debate.errors import PromptVersionError
 from meme_debate.meme import save_debates, save_memes
 from meme_debate.verdict import first_side
@@ -220,6 +224,22 @@ def test_two_processes_share_a_cache(tmp_path):
         ]
         assert [run.wait(60) for run in runs] == [0, 0]
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_many_open_a_new_cache_at_once(tmp_path):
+    together = threading.Barrier(8)
+
+    def use(path, key):
+        together.wait()
+        with contextlib.closing(ReplyCache(path)) as cache:
+            cache.put(key, "harmful/1", Reply("words"))
+
+    with ThreadPoolExecutor(8) as pool:
+        for turn in range(100):  # one in some forty turns met a lock that SQLite does not wait for
+            path, keys = tmp_path / f"{turn}.sqlite", [bytes([number]) * 32 for number in range(8)]
+            list(pool.map(use, [path] * 8, keys))
+            with contextlib.closing(ReplyCache(path)) as cache:
+                assert len(cache) == 8
 
 
 def test_cache_of_something_else(tmp_path):

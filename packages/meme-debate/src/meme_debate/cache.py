@@ -20,7 +20,7 @@ from meme_debate.errors import PromptVersionError
 from meme_debate.prompts import VERSION
 
 _KIND = "meme-debate.cache/1"
-_BUSY_SECONDS = 30.0
+_BUSY_SECONDS, _LOCKED_SECONDS = 30.0, 0.01
 _SELECT = "SELECT reply FROM replies WHERE key=?"
 _INSERT = "INSERT OR IGNORE INTO replies VALUES "
 _ROWS = 64  # of one statement, which are kept prepared
@@ -88,7 +88,7 @@ class ReplyCache:
 
     def _open(self) -> None:
         execute = self._database.execute
-        execute("PRAGMA journal_mode=WAL")
+        self._write_ahead()
         execute("PRAGMA synchronous=NORMAL")
         execute("PRAGMA cache_size=-32768")
         execute("PRAGMA wal_autocheckpoint=0")  # it would wait for the disk inside a commit
@@ -115,6 +115,19 @@ class ReplyCache:
                 f"{self.path} holds replies to prompts {facts['prompts']!r}, this version asks {VERSION!r}; "
                 "name another file for the cache"
             )
+
+    def _write_ahead(self) -> None:
+        """Turn to a write-ahead log; SQLite does not wait for others here, whatever its timeout."""
+        end = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode=WAL")
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(_LOCKED_SECONDS)
+            else:
+                return
 
     def _broken(self, error: Exception) -> StoreError:
         if "unable to open" in str(error) or isinstance(error, OSError):
