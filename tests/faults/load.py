@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults.forking import Call, Child, command, serving
+from faults.forking import Child, command, serving
 from faults.kill import fill
 
 EXPECTED = ("listening on ", "WARNING:  Invalid HTTP request received.")
@@ -34,9 +33,6 @@ PACE = 0.1
 LIMIT = 8 << 20
 GROWTH = 2 << 20
 """What the memory may grow by in the second half, in bytes: more is a leak at any load worth serving."""
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,23 +320,6 @@ def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return rise * (times[-1] - times[0]), spread
 
 
-def _giving_back(call: Call) -> Call:
-    """A call in a process whose resident memory is what lives in it.
-
-    The allocator of glibc keeps what large bodies leave behind, and grows by steps for minutes; told so, it
-    gives each block of 128 KiB and more back at once.
-    """
-
-    def called() -> int | None:
-        with contextlib.suppress(OSError, AttributeError):  # another system, another allocator
-            mallopt = ctypes.CDLL(None).mallopt
-            for setting in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-                mallopt(setting, 1 << 17)
-        return call()
-
-    return called
-
-
 def load(server: Server, place: Path, inputs: Path, seconds: float, seed: int = 0) -> dict[str, Any]:
     """Load one server for some seconds, end it, and tell what came of it.
 
@@ -354,7 +333,7 @@ def load(server: Server, place: Path, inputs: Path, seconds: float, seed: int = 
     place.mkdir(parents=True, exist_ok=True)
     with serving(server.serve) as url:
         words = [word.replace("{in}", str(inputs)).replace("{url}", url) for word in server.argv]
-        child = Child(_giving_back(command(server.main, words)), place, timeout=3600)
+        child = Child(command(server.main, words), place, timeout=3600)
         try:
             port = _port(child)
             told = asyncio.run(_all(server, port, child.pid, seconds, seed))
