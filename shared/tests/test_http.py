@@ -1,5 +1,6 @@
 import asyncio
 import email.utils
+import gzip
 import itertools
 import time
 
@@ -51,7 +52,7 @@ def test_busy_server_is_asked_again(fault):
 def test_cut_connection_is_asked_again(cut, monkeypatch):
     monkeypatch.setattr("fusion_core.http._FIRST_WAIT", 0.01)
     with FaultServer([{"json": "a long answer", "cut": cut}, {"json": "whole"}]) as server:
-        answer, _ = ask(server, method="POST")  # aiohttp repeats a GET by itself
+        answer, _ = ask(server, method="POST")
     assert (answer.json(), answer.tries) == ("whole", 2)
 
 
@@ -81,7 +82,8 @@ def test_nobody_listens(monkeypatch):
         pass
     error, _ = ask(server, retries=1)
     assert isinstance(error, RequestError)
-    assert "ClientConnectorError" in str(error)
+    assert "2 tries" in str(error)
+    assert "refused" in str(error)
 
 
 def test_wait_grows(monkeypatch):
@@ -161,6 +163,91 @@ def test_endless_answer_is_cut():
     with FaultServer([{"body": b"x" * 5000}]) as server:
         error, _ = ask(server, max_body=1000)
     assert "sent more than max_body=1000 bytes" in str(error)
+
+
+def test_compressed_answer_is_measured_as_it_unfolds():
+    packed = gzip.compress(b"x" * 500_000)
+    assert len(packed) < 1000
+    step = {"body": packed, "headers": {"Content-Encoding": "gzip"}}
+    with FaultServer([step]) as server:
+        answer, _ = ask(server)
+        assert answer.body == b"x" * 500_000
+        error, _ = ask(server, max_body=1000)
+    assert "sent more than max_body=1000 bytes" in str(error)
+
+
+def test_damaged_compression_is_a_failed_try(monkeypatch):
+    monkeypatch.setattr("fusion_core.http._FIRST_WAIT", 0.01)
+    with FaultServer([{"body": b"no gzip", "headers": {"Content-Encoding": "gzip"}}, {"json": 1}]) as server:
+        answer, _ = ask(server)
+    assert (answer.json(), answer.tries) == (1, 2)
+
+
+def test_json_params_and_headers():
+    with FaultServer([{"json": 1}]) as server:
+        call = {"json": {"a": ["ä"]}, "params": {"q": "x y", "n": 2}, "headers": {"X-Mark": "call"}}
+        ask(server, call, method="POST", path="/p?q=1", headers={"X-Mark": "client", "X-Other": "client"})
+    seen = server.requests[0]
+    assert (seen.json(), seen.path) == ({"a": ["ä"]}, "/p?q=1&q=x+y&n=2")
+    assert (seen.headers["x-mark"], seen.headers["x-other"]) == ("call", "client")
+    assert seen.headers["content-type"] == "application/json"
+
+
+def test_redirects_are_followed_unless_they_must_not_be(monkeypatch):
+    monkeypatch.setattr("fusion_core.http._FIRST_WAIT", 0.01)
+    moved = {"status": 302, "headers": {"Location": "/there"}}
+    with FaultServer([moved, {"json": 1}]) as server:
+        answer, _ = ask(server)
+        assert (answer.json(), [request.path for request in server.requests]) == (1, ["/", "/there"])
+    with FaultServer([moved]) as server:
+        error, _ = ask(server, follow_redirects=False)
+        assert (error.status, error.tries, len(server.requests)) == (302, 1, 1)
+        error, _ = ask(server, retries=0)
+        assert "too many redirects" in str(error)
+        assert len(server.requests) == 1 + 11
+
+
+def test_the_environment_changes_nothing(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with FaultServer([{"json": 1, "headers": {"Set-Cookie": "a=b"}}]) as server:
+        answer, _ = ask(server, {}, {}, concurrency=1)
+    assert answer[1].json() == 1
+    assert all("cookie" not in request.headers for request in server.requests)
+
+
+def test_a_cancelled_request_frees_its_place():
+    async def main(url):
+        async with Client(1, retries=0) as client:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(client.request("GET", url), 0.2)
+            return await client.request("GET", url)
+
+    with FaultServer([{"hang": True}, {"json": 1}]) as server:
+        assert asyncio.run(main(server.url)).json() == 1
+
+
+@pytest.mark.parametrize("where", ["client", "call"])
+def test_a_header_that_cannot_be_sent_is_told_without_its_value(where):
+    headers = {"Authorization": "Bearer sk-secret\n"}
+
+    async def main():
+        async with Client(headers=headers if where == "client" else None) as client:
+            await client.request("GET", "http://127.0.0.1:9", headers=headers)
+
+    with pytest.raises(InputError, match=r"the header 'Authorization' .* line break") as caught:
+        asyncio.run(main())
+    assert "sk-secret" not in repr(caught.value)
+    assert caught.value.__suppress_context__
+
+
+def test_no_method():
+    async def main():
+        async with Client() as client:
+            await client.request("GE T", "http://127.0.0.1:9")
+
+    with pytest.raises(InputError, match="method 'GE T'"):
+        asyncio.run(main())
 
 
 def test_wrong_type():

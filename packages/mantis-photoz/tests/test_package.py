@@ -23,7 +23,7 @@ HEAVY = (
     "timm",
     "transformers",
     "cv2",
-    "aiohttp",
+    "pyreqwest",
     "pyarrow",
     "qp",
 )

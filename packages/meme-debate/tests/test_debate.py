@@ -412,4 +412,4 @@ def test_import_is_light():
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert not {"transformers", "sklearn", "aiohttp", "matplotlib", "pandas"} & set(found)
+    assert not {"transformers", "sklearn", "aiohttp", "pyreqwest", "matplotlib", "pandas"} & set(found)

@@ -85,7 +85,7 @@ async def _hold(debater: Debater, memes: Sequence[Meme]) -> Took:
 @asynccontextmanager
 async def _posting(url: str) -> AsyncGenerator[Callable[[bytes], Awaitable[None]], None]:
     """Gives what posts a body by aiohttp alone and reads the answer."""
-    aiohttp: Any = require_extra("aiohttp", "http", "fusion-core")
+    aiohttp: Any = require_extra("aiohttp", "bench", "meme-debate")
     headers = {"Content-Type": "application/json"}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 

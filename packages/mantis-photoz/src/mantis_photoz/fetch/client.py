@@ -117,7 +117,7 @@ def fetch(
     Raises:
         InputError: a survey without a service, or ``out`` holds a run and ``resume`` is False.
         DataError: a bad catalogue.
-        MissingExtraError: aiohttp is not installed.
+        MissingExtraError: pyreqwest is not installed.
     """
     found = read_catalog(catalog)
     chosen = dict(SURVEYS if surveys is None else surveys)
@@ -125,7 +125,7 @@ def fetch(
         raise InputError(f"surveys {unknown} have no service here, wanted some of ps1, {', '.join(LAYERS)}")
     if dry_run:
         return _counted(found, chosen)
-    require_extra("aiohttp", "fetch", "mantis-photoz")
+    require_extra("pyreqwest", "fetch", "mantis-photoz")
     place = Path(out)
     path = place / "manifest.jsonl"
     if path.exists() and not resume:

@@ -87,7 +87,9 @@ class HttpBackend:
         headers = {**_HEADERS, **({"Authorization": f"Bearer {key}"} if key else {})}
         if self._open:
             raise InputError("this debater runs already; make another one for a second run at the same time")
-        async with Client(concurrency, headers=headers, **self._client_options) as client:
+        async with Client(
+            concurrency, headers=headers, follow_redirects=False, **self._client_options
+        ) as client:
             self._client, self._open = client, True
             if self._borrower is not None:
                 self._borrower._client = client
@@ -108,7 +110,7 @@ class HttpBackend:
         body = self.body(call)
         for turn in range(_MALFORMED_TRIES):
             try:
-                answer = await self._client.request("POST", self.url, data=body, allow_redirects=False)
+                answer = await self._client.request("POST", self.url, data=body)
             except RequestError as error:
                 raise self._told(error) from error
             try:
