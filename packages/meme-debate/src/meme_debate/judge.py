@@ -26,6 +26,7 @@ from fusion_core.errors import (
 )
 from fusion_core.numerics import masked_mean
 
+from .attention import use_attention
 from .calibrate import Calibration
 from .fusion import CrossAttention
 from .official import KEYS, text_config_of, vision_config_of
@@ -160,6 +161,7 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         tower = CLIPVisionModel(vision)
         self.image_transformer: nn.Module = getattr(tower, "vision_model", tower)
         self.text_transformer = T5ForConditionalGeneration(text)
+        use_attention(self.text_transformer)
         self.text_config: Any = text
         self.vision_config: Any = vision
         encoder: Any = self.text_transformer.encoder
