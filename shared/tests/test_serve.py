@@ -1,5 +1,7 @@
 import contextlib
 import json
+import os
+import platform
 import re
 import signal
 import socket
@@ -184,3 +186,33 @@ def test_place_is_taken():
         serve(FastAPI(), port=70000)
     with pytest.raises(ConfigError, match="max_body is 0"):
         secure(FastAPI(), max_body=0)
+
+
+BLOCKS = """
+import ctypes
+from fusion_core.serve import give_memory_back
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
+
+libc.mallinfo2.restype = Info
+told = give_memory_back()
+libc.free(libc.malloc(16 << 20))
+before = libc.mallinfo2().hblks
+blocks = [libc.malloc(2 << 20) for _ in range(5)]
+print(told, libc.mallinfo2().hblks - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+@pytest.mark.parametrize(("settings", "said"), [({}, "True 5"), ({"GLIBC_TUNABLES": "a.b=1"}, "False 0")])
+def test_large_blocks_are_the_systems_own(settings, said):
+    clean = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_")}
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKS], env=clean | settings, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == said

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import platform
 import socket
 import sys
 import time
@@ -24,6 +27,8 @@ METRICS = "/metrics"
 _RETRY_SECONDS = 1
 _MISFITS = 20
 _CONNECTIONS = 16  # for each request at once: idle and slow ones are held, a flood is not
+_OWN_BYTES = 1 << 20
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -219,8 +224,26 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 8000, concurrency: int 
             raise InputError(
                 f"cannot listen on {host}:{port}: {error.strerror or error}; name another --host or --port"
             ) from error
+        give_memory_back()
         _announce(host, listener.getsockname()[1])
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def give_memory_back() -> bool:
+    """Let blocks of 1 MiB and more go back to the system when they are freed, for the rest of the process.
+
+    glibc stops doing that for sizes that it has seen freed, up to 32 MiB: the bodies of requests then come to
+    lie between longer-lived objects, and a server grows for hours. Whoever sets ``MALLOC_MMAP_THRESHOLD_`` or
+    ``GLIBC_TUNABLES`` is not overruled.
+
+    Returns:
+        Whether the allocator was told so; it is glibc's only that can be.
+    """
+    if any(os.environ.get(name) for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
+        return False
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _OWN_BYTES))
 
 
 def _protocol() -> Any:
