@@ -1,8 +1,8 @@
-"""Attention with dropout on a CPU, for the fused judge's training.
+"""Attention on a CPU for the fused judge's training.
 
 There PyTorch's own takes a plain path for T5, whose position bias needs a gradient: it guards against rows
-without any key, and draws a double of 64 bits for each weight that it may drop. Both take more time than the
-products. Every row of the judge has a key, and 16 bits are enough to drop a weight.
+without any key, and draws 64 bits for each weight that it may drop. Both take more time than the products.
+Every row of the judge has a key, and 16 bits are enough to drop a weight.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _forward(
     dropout: float = 0.0, scaling: float | None = None, position_bias: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What transformers calls: :func:`attention` where it is the faster one, PyTorch's own elsewhere."""
-    if dropout and query.device.type == "cpu":
+    if module.training and query.device.type == "cpu":
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         causal = bool(getattr(module, "is_causal", False))
         found = attention(
