@@ -99,7 +99,7 @@ def test_the_sign_test_counts_images():
     def outcome(*rows):
         won = {name: [torch.tensor(row, dtype=torch.bool)] for name, row in zip("ab", rows, strict=True)}
         ones = {name: [torch.ones(3, dtype=torch.bool)] for name in "ab"}
-        return demo_module._Outcome(ones, won, [], 1.0, torch.zeros(0), torch.zeros(0))
+        return demo_module._Outcome(ones, won, [], [1.0], torch.zeros(0), torch.zeros(0))
 
     first, second = outcome([1, 1, 0], [1, 0, 0]), outcome([0, 1, 1], [0, 0, 1])
     assert demo_module.sign_test(first, second, ["a", "b"]) == (1, 1, 1.0)
