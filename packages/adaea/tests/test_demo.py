@@ -11,6 +11,7 @@ from adaea.scenes import CAPTIONS, FOLDER, SCENES, load_scenes, make_scenes
 from adaea.zoo import ARCHITECTURES, BLACK_BOXES, SURROGATES, load_network, make_network
 from fusion_core.demo import run_demo
 from fusion_core.errors import InputError
+from fusion_core.processes import second_process
 from fusion_core.seeding import generator
 
 
@@ -69,6 +70,9 @@ def test_training_learns(adversarial):
 def short(monkeypatch):
     monkeypatch.setattr(demo_module, "IMAGES", {"quick": 6, "full": 8})
     monkeypatch.setattr(demo_module, "SETTINGS", {"alpha": 8 / 255, "steps": 2})
+    monkeypatch.setattr(
+        demo_module, "second_process", lambda: second_process(wanted=False)
+    )  # its job runs here
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -99,7 +103,7 @@ def test_the_sign_test_counts_images():
     def outcome(*rows):
         won = {name: [torch.tensor(row, dtype=torch.bool)] for name, row in zip("ab", rows, strict=True)}
         ones = {name: [torch.ones(3, dtype=torch.bool)] for name in "ab"}
-        return demo_module._Outcome(ones, won, [], 1.0, torch.zeros(0), torch.zeros(0))
+        return demo_module._Outcome(ones, won, [], [1.0], torch.zeros(0), torch.zeros(0))
 
     first, second = outcome([1, 1, 0], [1, 0, 0]), outcome([0, 1, 1], [0, 0, 1])
     assert demo_module.sign_test(first, second, ["a", "b"]) == (1, 1, 1.0)

@@ -13,8 +13,8 @@ from fusion_core.testing import run_cli
 
 
 def test_demo_in_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_module, "STEPS", 4)
-    monkeypatch.setattr(demo_module, "HELD_OUT", 6)
+    monkeypatch.setitem(demo_module.STEPS, "quick", 4)
+    monkeypatch.setitem(demo_module.HELD_OUT, "quick", 6)
     done = run_cli(main, "demo", "--out", tmp_path / "out", "--json")
     assert done.code == 0, done.stderr
     found = json.loads(done.stdout)

@@ -196,6 +196,23 @@ def test_overlap_is_warned_of(data):
         fit(student(), (x, y), (x[:10], y[:10]), teacher=zt, epochs=1, **FAST)
 
 
+def test_a_refit_goes_on_from_what_was_learned(data):
+    x, y, zt = data
+    settings = {"teacher": zt, "epochs": 3, "batch_size": 16, "every": 2, "test": (x, y), **FAST}
+    whole = fit(student(), (x, y), refit=True, **settings)
+    first = fit(student(), (x, y), **settings)
+    before = list(first.metrics)
+    second = fit(student(), (x, y), refit=True, learned=first, **settings)
+    assert same_state(whole.student, second.student)
+    assert same_state(whole.ratio, second.ratio)
+    assert whole.metrics == second.metrics
+    np.testing.assert_array_equal(whole.audit.alpha, second.audit.alpha)
+    np.testing.assert_array_equal(whole.trace.rows().alpha, second.trace.rows().alpha)
+    assert first.metrics == before
+    with pytest.raises(ConfigError, match="learned comes of other settings"):
+        fit(student(), (x, y), refit=True, learned=first, **{**settings, "epochs": 4})
+
+
 def test_bad_input(data):
     x, y, zt = data
     for error, words, change in (

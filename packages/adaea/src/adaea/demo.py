@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
 from fusion_core.device import threads
 from fusion_core.errors import require_extra
+from fusion_core.processes import second_process
 from fusion_core.report import Claim, Figure
 from fusion_core.results import plain
 from fusion_core.seeding import generator
@@ -54,9 +55,14 @@ class _Outcome:
     right: Mapping[str, list[Tensor]]
     won: Mapping[str, list[Tensor]]
     weights: Sequence[Any]
-    kept: float
+    shares: Sequence[float]
     adversarial: Tensor
     keep: Tensor
+
+    @property
+    def kept(self) -> float:
+        """Share of the pixels that the filter kept."""
+        return sum(self.shares) / len(self.shares)
 
 
 def black_boxes() -> dict[str, nn.Module]:
@@ -88,33 +94,72 @@ def _parts(count: int, seeds: Sequence[int], *, full: bool) -> dict[int, Tensor]
     return {seed: order[i * size : (i + 1) * size].sort().values for i, seed in enumerate(seeds)}
 
 
-def _attack(
-    words: str,
-    eps: float,
-    parts: Mapping[int, Tensor],
-    data: tuple[Tensor, Tensor],
-    surrogates: Mapping[str, nn.Module],
-    targets: Mapping[str, nn.Module],
-) -> _Outcome:
+@dataclass(frozen=True)
+class _Lab:
+    """The networks, the images that may serve, and the settings of all attacks."""
+
+    surrogates: Mapping[str, nn.Module]
+    targets: Mapping[str, nn.Module]
+    data: tuple[Tensor, Tensor]
+    settings: Mapping[str, Any]
+
+
+def _lab(settings: Mapping[str, Any]) -> _Lab:
+    from adaea.zoo import SURROGATES, load_network
+
+    surrogates = {name: load_network(name) for name in SURROGATES}
+    return _Lab(surrogates, black_boxes(), chosen_images(surrogates), settings)
+
+
+def _attack(words: str, eps: float, parts: Mapping[int, Tensor], lab: _Lab) -> _Outcome:
     from adaea.evaluation import predictions
     from adaea.runs import run_attack
     from adaea.words import parse_attack
 
-    images, labels = data
-    attack = parse_attack(words, eps=eps, **SETTINGS)
-    right: dict[str, list[Tensor]] = {name: [] for name in {**surrogates, **targets}}
+    images, labels = lab.data
+    everyone = {**lab.surrogates, **lab.targets}
+    attack = parse_attack(words, eps=eps, **lab.settings)
+    right: dict[str, list[Tensor]] = {name: [] for name in everyone}
     won: dict[str, list[Tensor]] = {name: [] for name in right}
     runs: list[Any] = []
     for seed, rows in parts.items():
-        run = run_attack(words, attack, surrogates, images[rows], labels[rows], seed=seed)
+        run = run_attack(words, attack, lab.surrogates, images[rows], labels[rows], seed=seed)
         runs.append(run)
-        for name, model in {**surrogates, **targets}.items():
+        for name, model in everyone.items():
             before = predictions(model, images[rows], batch_size=200)
             after = predictions(model, run.set.adversarial, batch_size=200)
             right[name].append(before == labels[rows])
             won[name].append((before == labels[rows]) & (after != labels[rows]))
-    kept = sum(float(run.kept.mean()) for run in runs) / len(runs)
-    return _Outcome(right, won, [run.weights for run in runs], kept, runs[0].set.adversarial, runs[0].keep)
+    weights, shares = [run.weights for run in runs], [float(run.kept.mean()) for run in runs]
+    return _Outcome(right, won, weights, shares, runs[0].set.adversarial, runs[0].keep)
+
+
+def _attacks_beside(
+    jobs: Sequence[tuple[str, float, Mapping[int, list[int]]]], settings: Mapping[str, Any]
+) -> list[tuple[Any, ...]]:
+    """What a second process does: attacks of some words and budgets on rows by seed, as plain values."""
+    lab = _lab(settings)
+    found: list[tuple[Any, ...]] = []
+    for words, eps, rows in jobs:
+        parts = {seed: torch.tensor(listed) for seed, listed in rows.items()}
+        made = _attack(words, eps, parts, lab)
+        counts = [{k: [t.tolist() for t in v] for k, v in one.items()} for one in (made.right, made.won)]
+        found.append((*counts, made.weights, made.shares))
+    return found
+
+
+def _unpacked(values: tuple[Any, ...]) -> _Outcome:
+    """An outcome of the second process; without the pictures, which are of the first seed."""
+    right, won = ({k: [torch.tensor(t) for t in v] for k, v in one.items()} for one in values[:2])
+    return _Outcome(right, won, values[2], values[3], torch.empty(0), torch.empty(0))
+
+
+def _joined(first: _Outcome, second: _Outcome) -> _Outcome:
+    """One outcome of two over different seeds."""
+    right = {name: [*first.right[name], *second.right[name]] for name in first.right}
+    won = {name: [*first.won[name], *second.won[name]] for name in first.won}
+    weights, shares = [*first.weights, *second.weights], [*first.shares, *second.shares]
+    return replace(first, right=right, won=won, weights=weights, shares=shares)
 
 
 def _rate(outcome: _Outcome, name: str) -> Interval:
@@ -256,34 +301,36 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
 
 
 def _demo(out: Path, *, full: bool, seed: int) -> Demo:
-    from adaea.zoo import SURROGATES, load_network
-
-    surrogates = {name: load_network(name) for name in SURROGATES}
-    targets = black_boxes()
-    data = chosen_images(surrogates)
+    lab, attacks = _lab(SETTINGS), FULL if full else QUICK
     seeds = list(range(seed, seed + SEEDS))
-    parts = _parts(len(data[1]), seeds, full=full)
-    outcomes = {
-        label: _attack(words, EPS, parts, data, surrogates, targets)
-        for label, words in (FULL if full else QUICK).items()
-    }
-    white, black = list(surrogates), list(targets)
+    parts = _parts(len(lab.data[1]), seeds, full=full)
+    rows = {number: part.tolist() for number, part in parts.items()}
+    last, first = {seeds[-1]: rows[seeds[-1]]}, {seeds[0]: rows[seeds[0]]}
+    curve = [(label, eps) for label in ("Ens", "AdaEA") for eps in BUDGETS if eps != EPS]
+    jobs = [(words, EPS, last) for words in attacks.values()]
+    jobs += [(QUICK[label], eps, first) for label, eps in curve[1:]]
+    with second_process() as start:  # it takes the last seed and most of the other budgets: half of the work
+        beside = start(_attacks_beside, jobs, SETTINGS)
+        label, eps = curve[0]
+        budget = _attack(QUICK[label], eps, {seeds[0]: parts[seeds[0]]}, lab)
+        mine = {number: parts[number] for number in seeds[:-1]}
+        outcomes = {label: _attack(words, EPS, mine, lab) for label, words in attacks.items()}
+        others = [_unpacked(values) for values in beside()]
+    joined = zip(outcomes.items(), others, strict=False)  # the other budgets come after
+    outcomes = {label: _joined(outcome, other) for (label, outcome), other in joined}
+    budgets: dict[str, dict[float, _Outcome]] = {"Ens": {}, "AdaEA": {}}
+    for (label, eps), outcome in zip(curve, [budget, *others[len(attacks) :]], strict=True):
+        budgets[label][eps] = outcome
+    white, black = list(lab.surrogates), list(lab.targets)
     each = len(next(iter(parts.values())))
     title = f"Strict ASR, momentum 0.9, eps 16/255, step 2/255, 12 steps; {each} images per seed"
     count = each * len(seeds)
     records, lines = _pairs(outcomes, black)
-    first = {seeds[0]: parts[seeds[0]]}
-    curve = {
-        label: {
-            eps: _attack(QUICK[label], eps, first, data, surrogates, targets) for eps in BUDGETS if eps != EPS
-        }
-        for label in ("Ens", "AdaEA")
-    }
-    figures = _figures(out, outcomes, curve, surrogates, targets, data, parts)
+    figures = _figures(out, outcomes, budgets, lab, parts)
     settings = {
         "eps": EPS,
         **SETTINGS,
-        "attacks": FULL if full else QUICK,
+        "attacks": attacks,
         "images": count,
         "surrogates": white,
         "black_boxes": black,
@@ -304,9 +351,7 @@ def _figures(
     out: Path,
     outcomes: Mapping[str, _Outcome],
     curve: Mapping[str, Mapping[float, _Outcome]],
-    surrogates: Mapping[str, nn.Module],
-    targets: Mapping[str, nn.Module],
-    data: tuple[Tensor, Tensor],
+    lab: _Lab,
     parts: Mapping[int, Tensor],
 ) -> list[Figure]:
     from adaea import figures
@@ -315,10 +360,10 @@ def _figures(
     from adaea.scenes import CAPTIONS
 
     rows = next(iter(parts.values()))
-    images, labels = data[0][rows], data[1][rows]
+    images, labels = lab.data[0][rows], lab.data[1][rows]
     adversarial = outcomes["AdaEA"].adversarial
     audited = "vgg12"
-    before, after = (predictions(targets[audited], x, batch_size=200) for x in (images, adversarial))
+    before, after = (predictions(lab.targets[audited], x, batch_size=200) for x in (images, adversarial))
     shown = pick_columns(labels, before, after)
     name = lambda number: CAPTIONS[int(number)]
     titles = [(name(labels[i]), name(before[i]), name(after[i])) for i in shown]
@@ -334,7 +379,7 @@ def _figures(
         model=audited,
     )
     adaptive = {label: outcomes[label].weights[0] for label in ("AdaEA", "AdaEA (linear AGM)")}
-    weights = figures.weights(out / "weights.png", adaptive, list(surrogates))
+    weights = figures.weights(out / "weights.png", adaptive, list(lab.surrogates))
     part = slice(0, 1)
     series = {
         name: {
@@ -344,7 +389,7 @@ def _figures(
             }
             for label in curve
         }
-        for name in targets
+        for name in lab.targets
     }
     return [grid, weights, figures.curves(out / "curve.png", series, rate="strict ASR")]
 
@@ -352,7 +397,9 @@ def _figures(
 def _cut(outcome: _Outcome, part: slice) -> _Outcome:
     right = {name: listed[part] for name, listed in outcome.right.items()}
     won = {name: listed[part] for name, listed in outcome.won.items()}
-    return _Outcome(right, won, outcome.weights[part], outcome.kept, outcome.adversarial, outcome.keep)
+    return _Outcome(
+        right, won, outcome.weights[part], outcome.shares[part], outcome.adversarial, outcome.keep
+    )
 
 
 method = Method(

@@ -292,7 +292,7 @@ add_demo(
     app,
     "fusechat",
     "A tiny pivot learns from two sources with other tokenizers; nothing is downloaded.",
-    "Five seeds instead of two (minutes).",
+    "Five seeds instead of two, and longer tuning (minutes).",
 )
 
 

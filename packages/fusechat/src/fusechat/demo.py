@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ PAPER = (
 )
 METRIC = "bits_per_character"
 SFT = "fine-tuning only"
-STEPS, LR = 110, 2e-3
-HELD_OUT: int | None = None  # texts to count on; all
+STEPS, LR = {"quick": 80, "full": 110}, 2e-3
+HELD_OUT: dict[str, int | None] = {"quick": 60, "full": None}  # texts to count on; None = all 120
 SEEDS = {"quick": 2, "full": 5}
 TARGETS = {
     "source 1, lambda 0.9 (paper)": ("source1", 0.1),
@@ -68,25 +69,21 @@ def _stores(texts: Sequence[str], folder: Path) -> None:
         )
 
 
-def batches(
-    texts: Sequence[str], stores: Mapping[str, Any], source: str, seed: int, steps: int = STEPS
-) -> list[Any]:
-    """The batches of one run: random texts with a source's aligned distributions.
+def batches(texts: Sequence[str], stores: Mapping[str, Any], seed: int, steps: int) -> dict[str, list[Any]]:
+    """The batches of one run by source: random texts with that source's aligned distributions.
 
     Args:
         texts: for the pivot.
-        stores: top-10 distributions by model.
-        source: whose distributions.
+        stores: top-10 distributions by model, the pivot's among them.
         seed: of the draws; the same rows for every source.
         steps: how many.
     """
     from fusechat.collate import FusionCollator
 
-    pivot = load_tokenizer("pivot")
     collate = FusionCollator(
-        pivot,
-        [stores[source]],
-        tokenizers=[load_tokenizer(source)],
+        load_tokenizer("pivot"),
+        list(stores.values()),
+        tokenizers=[load_tokenizer(name) for name in stores],
         pivot=stores["pivot"],
         mask="all",
         vocab="prefix",
@@ -96,7 +93,11 @@ def batches(
     draws = generator(seed, "demo")
     rows = [torch.randint(0, len(texts), (BATCH,), generator=draws).tolist() for _ in range(steps)]
     picked: list[list[Any]] = [[texts[i] for i in row] for row in rows]
-    return [collate(batch) for batch in picked]
+    made = [collate(batch) for batch in picked]  # a text is encoded once for all sources
+    return {
+        name: [replace(batch, sources=batch.sources[n : n + 1]) for batch in made]
+        for n, name in enumerate(stores)
+    }
 
 
 def tuned(made: Sequence[Any], weight: float) -> Any:
@@ -133,6 +134,19 @@ def _merged(parents: Sequence[Any], base: Any) -> dict[str, Any]:
     return found
 
 
+def bits_before(held_out: int | None) -> dict[str, float]:
+    """Held-out bits per character of the three models as they ship, each with its own tokenizer.
+
+    Args:
+        held_out: texts to count on; None takes all.
+    """
+    texts = load_corpus().held_out[:held_out]
+    return {
+        name: bits_per_character(load_model(name), load_tokenizer(name), texts)
+        for name in ("source1", "source2", "pivot")
+    }
+
+
 def tune_and_merge(
     folder: Path, number: int, targets: Sequence[str], steps: int, held_out: int | None
 ) -> dict[str, float]:
@@ -149,7 +163,7 @@ def tune_and_merge(
 
     corpus, pivot = load_corpus(), load_tokenizer("pivot")
     stores = {name: TopKStore(folder / name) for name in ("pivot", "source1", "source2")}
-    made = {name: batches(corpus.tuning, stores, name, number, steps) for name in stores}
+    made = batches(corpus.tuning, stores, number, steps)
     models = {SFT: tuned(made["source1"], 0.0)}
     for name in targets:
         source, weight = TARGETS[name]
@@ -165,31 +179,29 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
 
     Args:
         out: gets the pictures.
-        full: five seeds instead of two.
+        full: five seeds instead of two, more steps, and all held-out texts.
         seed: the first.
     """
     require_extra("matplotlib", "demo", "fusechat")
-    seeds = [seed + n for n in range(SEEDS["full" if full else "quick"])]
+    mode = "full" if full else "quick"
+    seeds = [seed + n for n in range(SEEDS[mode])]
     corpus = load_corpus()
-    texts = corpus.held_out[:HELD_OUT]
     table = Comparison({METRIC: {"better": "lower"}}, SFT, seeds, "Held-out bits per character")
     with tempfile.TemporaryDirectory() as folder, second_process() as start:
+        before = start(bits_before, HELD_OUT[mode])  # what the other process needs is loaded meanwhile
         _stores(corpus.tuning, Path(folder))
 
         def job(number: int) -> Any:
             chosen = [
                 name for name in TARGETS if full or (name not in SLOW and (number == seed or name != CONTROL))
             ]
-            return Path(folder), number, chosen, STEPS, HELD_OUT
+            return Path(folder), number, chosen, STEPS[mode], HELD_OUT[mode]
 
         # Tiny networks are mostly Python's work, which threads do not share: every other seed goes there.
         beside = {number: start(tune_and_merge, *job(number)) for number in seeds[1::2]}
-        alone = {
-            name: bits_per_character(load_model(name), load_tokenizer(name), texts)
-            for name in ("source1", "source2", "pivot")
-        }
         here = {number: tune_and_merge(*job(number)) for number in seeds[::2]}
         found = here | {number: wait() for number, wait in beside.items()}
+        alone = before()
     for number in seeds:
         for name, value in alone.items():
             label = "pivot before" if name == "pivot" else f"{name[:-1]} {name[-1]} (own tokenizer)"
@@ -198,7 +210,7 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
             table.add(name, METRIC, number, value)
     figures = [_points(table, out / "bits.png"), _strip(corpus.held_out, out / "strip.png")]
     settings = {
-        "steps": STEPS,
+        "steps": STEPS[mode],
         "lr": LR,
         "k": 10,
         "alignment": "span",

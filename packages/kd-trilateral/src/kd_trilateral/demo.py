@@ -31,6 +31,7 @@ MORE = ("alone", "const:0.3", "const:0.5", "const:0.9", "ada", "wls", "tgeo:froz
 CLEAN = ("alone", "const:0.5", "const:0.9", "wls", "tgeo")
 # The settings of the recorded experiment: an outer step at each student step, v without preconditioner.
 RECIPE: dict[str, Any] = {"every": 1, "precondition": False, "val_batch_size": 64, "device": "cpu"}
+QUICK = {"every": 2, "steps": 200}  # of the quick mode: fewer outer steps, and at most so many of the student
 _VARIANT = "Compact geometry with a bounded outer loss (preset robust) beats a fixed ratio and WLS"
 AUDIT: Any = {"better": "higher", "percent": False}
 
@@ -47,10 +48,14 @@ def audit_auc(result: FitResult, kind: torch.Tensor) -> float | None:
 class _Bench:
     """Runs methods on draws of one task and keeps what the pictures need."""
 
-    def __init__(self, task: str, noise: tuple[float, float], val_noise: float, seeds: Sequence[int]) -> None:
+    def __init__(
+        self, task: str, noise: tuple[float, float], val_noise: float, seeds: Sequence[int], *, full: bool
+    ) -> None:
         self.task, self.noise, self.val_noise, self.seeds = task, noise, val_noise, list(seeds)
+        self.full = full
         self.drawn: dict[int, Task] = {}
         self.first: dict[str, FitResult] = {}
+        self.robust: dict[int, FitResult] = {}
         self.settings: dict[str, Any] = {}
         self.teacher: list[float] = []
 
@@ -71,9 +76,11 @@ class _Bench:
         found: dict[tuple[str, int], float] = {}
 
         def watch(name: str, seed: int, result: FitResult) -> None:
-            if seed == self.seeds[0] and not all_rows:
+            if seed == self.seeds[0]:
                 self.first[name] = result
-            value = audit_auc(result, self.draw(seed).kind) if audit and not all_rows else None
+            if name == "TGeo robust":
+                self.robust[seed] = result
+            value = audit_auc(result, self.draw(seed).kind) if audit else None
             if value is not None and not name.startswith(("KD", "student")):
                 found[name, seed] = value
 
@@ -81,6 +88,8 @@ class _Bench:
             return self.draw(seed).splits
 
         self.settings = {**RECIPE, **self.draw(self.seeds[0]).settings}
+        if not self.full:
+            self.settings |= {**QUICK, "steps": min(QUICK["steps"], self.settings["steps"])}
         config = Config().replace(**self.settings)
         chosen = dict(method_settings(word) for word in methods)
         if all_rows:
@@ -119,6 +128,7 @@ def _on_all_rows(bench: _Bench, chosen: dict[str, dict[str, Any]], config: Confi
                 rows.val if refit else rows.test,  # a heuristic ratio never looks at held-out rows
                 teacher=rows.teacher if refit else torch.cat([rows.teacher, rows.val_teacher]),
                 val_teacher=rows.val_teacher if refit else None,
+                learned=bench.robust.get(seed) if refit else None,
                 test=rows.test,
                 num_classes=rows.num_classes,
                 config=config.replace(**{**settings, "seed": seed}),
@@ -318,50 +328,85 @@ def _title(task: str, noise: tuple[float, float], val_noise: float) -> str:
 
 
 def _table(
-    task: str, noise: tuple[float, float], val_noise: float, seeds: list[int], methods: Sequence[str]
+    task: str, noise: tuple[float, float], val_noise: float, seeds: list[int], methods: Any, full: bool
 ) -> dict[str, Any]:
     """One table as plain values: what a second process computes."""
-    return _Bench(task, noise, val_noise, seeds).run(methods, _title(task, noise, val_noise)).to_dict()
+    bench = _Bench(task, noise, val_noise, seeds, full=full)
+    return bench.run(methods, _title(task, noise, val_noise)).to_dict()
+
+
+def _spoilt(bench: _Bench) -> list[Comparison]:
+    """The methods on spoilt rows, and some of them where everyone trains on the held-out rows too."""
+    title = _title(bench.task, bench.noise, bench.val_noise)
+    rows = ("const:0.5", "wls", "tgeo:refit")
+    return [
+        bench.run(MORE if bench.full else NOISY, title, audit=True),
+        bench.run(rows, f"{title}; everyone trains on the held-out rows too", all_rows=True),
+    ]
+
+
+def _spoilt_beside(
+    task: str, noise: tuple[float, float], val_noise: float, seeds: list[int], full: bool
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """The same in a second process, and the teacher's accuracy for each seed."""
+    bench = _Bench(task, noise, val_noise, seeds, full=full)
+    return [table.to_dict() for table in _spoilt(bench)], bench.teacher
+
+
+def _joined(first: Comparison, second: Comparison) -> Comparison:
+    """One table of two that hold different seeds."""
+    metrics = {**first.metrics, **second.metrics}
+    whole = Comparison(metrics, first.baseline, [*first.seeds, *second.seeds], first.title)
+    for part in (first, second):
+        for row in part.rows():
+            for seed, value in zip(part.seeds, row["values"], strict=True):
+                if value is not None:
+                    whole.add(row["method"], row["metric"], seed, value)
+    return whole
 
 
 def _demo(
     out: Path, full: bool, task: str, noise: tuple[float, float], val_noise: float, seeds: list[int]
 ) -> Demo:
-    main, clean = _Bench(task, noise, val_noise, seeds), (0.0, 0.0)
+    clean = (0.0, 0.0)
     tables: list[Comparison] = []
     claims: list[Claim] = []
     notes: list[str] = []
-    with second_process(task == "digits" and any(noise)) as start:
+    two = task == "digits" and any(noise)
+    # The other process takes the last seed of the spoilt rows and all that is not spoilt: half of the work.
+    beside = seeds[-1:] if two and len(seeds) > 1 else []
+    main = _Bench(task, noise, val_noise, seeds[: len(seeds) - len(beside)], full=full)
+    with second_process(two) as start:
         if not any(noise):
             tables.append(main.run(CLEAN, _title(task, noise, val_noise)))
             claims.append(_clean_claim(tables[0]))
             audited = False
         else:
-            beside = start(_table, task, clean, 0.0, seeds, CLEAN)
+            rest = start(_spoilt_beside, task, noise, val_noise, beside, full) if beside else None
+            untouched = start(_table, task, clean, 0.0, seeds, CLEAN, full)
             more = full and task == "digits"
+            few = ("alone", "const:0.5", "const:0.9", "wls", "tgeo")
             others = [
-                (
-                    name,
-                    start(
-                        _table, name, faults, 0.0, seeds, ("alone", "const:0.5", "const:0.9", "wls", "tgeo")
-                    ),
-                )
+                (name, start(_table, name, faults, 0.0, seeds, few, full))
                 for name, faults in (("cancer", (0.3, 0.3)), ("ctr", clean))
                 if more
             ]
-            tables.append(main.run(MORE if full else NOISY, _title(task, noise, val_noise), audit=True))
+            tables += _spoilt(main)
+            methods = ("const:0.5", "wls", "tgeo:paper", "tgeo")
+            held = [_table(task, noise, 0.3, seeds, methods, full)] if more else []
+            if rest is not None:
+                parts, teacher = rest()
+                pairs = zip(tables, map(Comparison.from_dict, parts), strict=True)
+                tables = [_joined(one, other) for one, other in pairs]
+                main.teacher += teacher
             audited = any(row["metric"] == "audit" for row in tables[0].rows())
             claims += _noisy_claims(tables[0]) if audited else []
-            title = _title(task, noise, val_noise) + "; everyone trains on the held-out rows too"
-            tables.append(main.run(("const:0.5", "wls", "tgeo:refit"), title, all_rows=True))
             claims.append(_refit_claim(tables[1]))
-            tables.append(Comparison.from_dict(beside()))
+            tables.append(Comparison.from_dict(untouched()))
             claims.append(_clean_claim(tables[2]))
-            if more:
-                methods = ("const:0.5", "wls", "tgeo:paper", "tgeo")
-                spoilt = _Bench(task, noise, 0.3, seeds).run(methods, _title(task, noise, 0.3))
-                claims.append(_fragile_claim({"clean": tables[0], "spoilt": spoilt}))
-                tables.append(spoilt)
+            for table in map(Comparison.from_dict, held):
+                claims.append(_fragile_claim({"clean": tables[0], "spoilt": table}))
+                tables.append(table)
             for name, table in others:
                 tables.append(Comparison.from_dict(table()))
                 notes.extend(f"{name}: {sentence}" for sentence in judge(tables[-1]))
@@ -379,6 +424,11 @@ def _demo(
         "repeated here.",
         *notes,
     ]
+    if not full:
+        steps = f"{main.settings['steps']} student steps, the ratio network moves at every second"
+        notes.append(
+            f"Quick mode: {steps}; the recorded experiment (--full) takes 300, and moves it at each."
+        )
     if task == "ctr" or full:
         notes.append("ctr is a faithful simulation of click logs, not real data: none ships in a wheel.")
     figures = [_picture(main, out)] if audited else []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusion_core.checkpoint import PathLike, digest
 from fusion_core.device import resolve_device
-from fusion_core.errors import DataError, FusionWarning
+from fusion_core.errors import ConfigError, DataError, FusionWarning
 from fusion_core.modules import logits_of, untouched
 from fusion_core.progress import track
 from fusion_core.seeding import generator
@@ -102,6 +102,7 @@ def fit(
     teacher: Teacher,
     test: Any = None,
     val_teacher: Tensor | None = None,
+    learned: FitResult | None = None,
     config: Config | None = None,
     num_classes: int | None = None,
     out: PathLike | None = None,
@@ -124,6 +125,8 @@ def fit(
         test: rows for the metrics of each epoch; never used for any choice.
         val_teacher: logits of ``val``, where ``refit`` or ``val_mix`` needs them and the teacher is no
             module.
+        learned: with ``refit``, what the same call without it returned: its ratio network is taken, and not
+            learned a second time; the outcome is the same, bit for bit.
         config: settings; keyword arguments replace single ones: ``fit(..., epochs=30, ratio="wls", seed=1)``.
         num_classes: K; None = from the teacher's logits.
         out: run directory, written after each epoch; None = nothing is written.
@@ -138,7 +141,7 @@ def fit(
         student, loss, trace, metrics and the final ratio of every training row.
 
     Raises:
-        ConfigError: a setting is unknown or out of range.
+        ConfigError: a setting is unknown or out of range, or ``learned`` comes of other settings.
         DataError: rows, labels or teacher logits that cannot be used.
         StoreError: ``resume`` of a run with other settings or data.
         DivergedError: the loss left the finite numbers.
@@ -152,6 +155,8 @@ def fit(
     config = config or Config()
     if settings:
         config = config.replace(**settings)
+    if learned is not None and learned.config.replace(refit=True) != config:
+        raise ConfigError("learned comes of other settings; wanted those of this refit, but for refit=False")
     if out is not None:
         check_out(out, resume=resume, overwrite=overwrite)
     device = resolve_device(config.device)
@@ -181,6 +186,7 @@ def fit(
         num_workers=num_workers,
         logits_from=logits_from,
         num_classes=2 if config.task == "binary" else num_classes or source.num_classes,
+        learned=learned,
     )
     if out is not None:
         data = digest(rows.fingerprint(), run.held.fingerprint(), source.digest())
@@ -217,6 +223,7 @@ class _Run:
     num_workers: int
     logits_from: Callable[[Any], Tensor] | None
     num_classes: int
+    learned: FitResult | None = None
     directory: RunDirectory | None = None
 
     def __post_init__(self) -> None:
@@ -242,7 +249,10 @@ class _Run:
         fresh = copy.deepcopy(self.student) if config.refit else None
         first = self.directory.phase() if self.directory is not None else 0
         state = Progress(0, 0, AlphaTrace(config.trace_capacity), [])
-        if first == 0:
+        if first == 0 and self.learned is not None:
+            self.loss.load_state_dict(self.learned.ratio.state_dict())
+            state = Progress(0, 0, self.learned.trace, list(self.learned.metrics))
+        elif first == 0:
             state = self._phase(0, state, self.ids, progress)
         if fresh is not None:
             with torch.no_grad():
