@@ -256,7 +256,7 @@ class Debater:
                         if on_error == "raise" or isinstance(error, _ENDS_THE_RUN):
                             raise
                         silent -= isinstance(error, BackendError)
-                        if not silent and not any(found):  # nobody answers; the others would wait in vain
+                        if silent <= 0 and not any(found):  # nobody answers; the others would wait in vain
                             raise
                         failed.append((place, str(error)))
                     next(bar, None)
