@@ -31,6 +31,7 @@ FILES = [
 ]
 SCRIPTS = {entry.name: entry for entry in entry_points(group="console_scripts")}
 OURS = {member.script for member in members()}
+HELP: dict[tuple[str, ...], str] = {}
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 every_package = pytest.mark.parametrize("member", packages(), ids=lambda member: member.name)
@@ -57,7 +58,9 @@ def command_lines(path: Path) -> Iterator[list[str]]:
 def help_of(
     script: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """What ``script words... --help`` prints; the call must end with 0."""
+    """What ``script words... --help`` prints; the call must end with 0. Several lines show the same verb."""
+    if (script, *words) in HELP:
+        return HELP[script, *words]
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr(sys, "argv", [script, *words, "--help"])
     capsys.readouterr()
@@ -67,7 +70,8 @@ def help_of(
         status = end.code
     said = capsys.readouterr()
     assert status in (0, None), f"{script} {' '.join(words)} --help: {said.out}{said.err}"
-    return re.sub(r"\x1b\[[0-9;]*m", "", said.out)
+    HELP[script, *words] = re.sub(r"\x1b\[[0-9;]*m", "", said.out)
+    return HELP[script, *words]
 
 
 @every_file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -94,11 +95,16 @@ def test_every_command_of_every_package_has_its_place():
     assert sum(load.CLIENTS.values()) == 64
 
 
-def _leaf(case, words):
-    """The command that the words call, and those that follow its name."""
+@cache
+def _commands(module):
     from typer.main import get_command
 
-    command = get_command(importlib.import_module(case.main.partition(":")[0]).app)
+    return get_command(importlib.import_module(module).app)
+
+
+def _leaf(case, words):
+    """The command that the words call, and those that follow its name."""
+    command = _commands(case.main.partition(":")[0])
     rest = list(words)
     while rest and (below := getattr(command, "commands", None)):
         command = below[rest.pop(0)]

@@ -94,8 +94,9 @@ def test_printing_and_frames(report):
     assert "my_model+bits:2" in text
     assert "own or may test" in text
     assert len(report.to_dataframe()) == len(report.rows)
-    assert "AuditReport" not in report.to_html()
-    assert "Scope of use" in report.to_html()
+    page = report.to_html()
+    assert "AuditReport" not in page
+    assert "Scope of use" in page
 
 
 @pytest.mark.parametrize(

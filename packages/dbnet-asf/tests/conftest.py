@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -44,15 +45,17 @@ def official_name():
 def official_state():
     """A configuration -> the authors' state dict of it, filled as the golden cases say."""
 
+    drawn = cache(lambda name, shape: torch.from_numpy(parameter(name, shape)))  # no test writes into them
+
     def make(config, prefix=""):
         from dbnet_asf.model.dbnet import DBNet
 
         with torch.device("meta"):
-            shapes = {k: v.shape for k, v in DBNet(config).state_dict().items()}
+            shapes = {k: tuple(v.shape) for k, v in DBNet(config).state_dict().items()}
         width = shapes["neck.lateral.3.weight"][1]
         unused = {"fc.weight": (1000, width), "fc.bias": (1000,), "smooth.weight": (256, 2048, 1, 1)}
         names = {_official_name(name): shape for name, shape in shapes.items()}
         names |= {f"backbone.{name}": shape for name, shape in unused.items()}
-        return {prefix + name: torch.from_numpy(parameter(name, shape)) for name, shape in names.items()}
+        return {prefix + name: drawn(name, shape) for name, shape in names.items()}
 
     return make

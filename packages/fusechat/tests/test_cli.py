@@ -179,8 +179,7 @@ def test_bad_input_is_one_line_and_exit_2(place, tmp_path, monkeypatch, argument
         ("fingerprint", {"model": "no/such"}, "no/such has no tokenizer"),
     ],
 )
-def test_a_store_whose_manifest_is_odd(place, tmp_path, monkeypatch, name, value, words):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_store_whose_manifest_is_odd(place, tmp_path, name, value, words):
     common = ("--data", place / "texts.txt", "--max-length", 16, "--limit", 2, "--device", "cpu", "-q")
     done = run_cli(main, "collect", "--model", place / "source1", *common, "--out", tmp_path / "store")
     assert done.code == 0, done.stderr

@@ -7,6 +7,7 @@ import pytest
 
 from fusion_core.testing import run_cli
 from kd_trilateral import demo as demo_module
+from kd_trilateral import tasks
 from kd_trilateral.cli import main
 
 RUN = """
@@ -20,8 +21,24 @@ device = "cpu"
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def teachers():
+    """Each command makes its task anew, and the teacher follows from the rows and the seed: one training."""
+    train, trained = tasks._train_teacher, {}
+
+    def once(net, x, y, seed, **options):
+        key = (seed, x.numpy().tobytes(), y.numpy().tobytes(), *options.items())
+        if key not in trained:
+            trained[key] = train(net, x, y, seed, **options)
+        return trained[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "_train_teacher", once)
+        yield
+
+
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
+def run_dir(tmp_path_factory, teachers):
     place = tmp_path_factory.mktemp("cli")
     (place / "run.toml").write_text(RUN)
     done = run_cli(main, "train", str(place / "run.toml"), "--out", str(place / "run"), "--json", "--quiet")

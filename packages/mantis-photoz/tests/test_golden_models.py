@@ -25,7 +25,8 @@ def timm():
 
 def filled(config, dtype):
     """A network with the weights that its official names give, loaded through the key map."""
-    empty = FusionModel(config)
+    with torch.device("meta"):  # random weights would be overwritten
+        empty = FusionModel(config)
     state = {
         name: torch.from_numpy(detfill.parameter(name, value.shape)).to(
             dtype if value.is_floating_point() else value.dtype
@@ -40,7 +41,7 @@ def filled(config, dtype):
             config.bins,
             config.hidden,
         )
-    load_strict(empty.to(dtype), mapped)
+    load_strict(empty.to_empty(device="cpu").to(dtype), mapped)
     return empty.eval()
 
 

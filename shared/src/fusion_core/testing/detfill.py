@@ -35,7 +35,10 @@ def array(name: str, shape: Sequence[int], scale: float = 1.0, shift: float = 0.
         [-0.907, -0.428]
     """
     stream = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
-    return np.asarray(stream.standard_normal(tuple(shape)) * scale + shift)
+    drawn = np.asarray(stream.standard_normal(tuple(shape)))
+    drawn *= scale  # in place: a large network has hundreds of millions of these
+    drawn += shift
+    return drawn
 
 
 def parameter(name: str, shape: Sequence[int]) -> NDArray[np.float64]:

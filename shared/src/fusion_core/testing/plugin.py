@@ -1,4 +1,4 @@
-"""The pytest plugin of the workspace: recorded ("golden") cases, devices, one thread per test process."""
+"""The pytest plugin of the workspace: golden cases, devices, one thread per test process and no model hub."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is first imported, after this
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # likewise; a name on no disk fails at once, without retries
 
 _SETTINGS = "cases.json"
 # rtol, atol of a comparison with float64 records, by the dtype that computed.
