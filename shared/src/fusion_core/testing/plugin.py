@@ -39,6 +39,16 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Begin each worker with its own part of the tests, so that fewer of them make a module's fixtures twice."""
+    if config.getoption("dist") != "load":  # the default; whoever asks for another way gets it
+        return None
+    from xdist.scheduler.worksteal import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Fill ``device`` with the devices present and ``golden_file`` with the files that match."""
     if "device" in metafunc.fixturenames:
