@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Begin each worker with its own part of the tests, so that fewer of them make a module's fixtures twice."""
+    """Begin each worker with its own part of the tests, so that fewer make a module's fixtures twice."""
     if config.getoption("dist") != "load":  # the default; whoever asks for another way gets it
         return None
     from xdist.scheduler.worksteal import WorkStealingScheduling
