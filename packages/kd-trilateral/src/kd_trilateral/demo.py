@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -373,8 +374,9 @@ def _demo(
     claims: list[Claim] = []
     notes: list[str] = []
     two = task == "digits" and any(noise)
-    # The other process takes the last seed of the spoilt rows and all that is not spoilt: half of the work.
+    # The other process takes the last seed of the spoilt rows and most that is not spoilt: half of the work.
     beside = seeds[-1:] if two and len(seeds) > 1 else []
+    own = seeds[:1] if beside and not full else []
     main = _Bench(task, noise, val_noise, seeds[: len(seeds) - len(beside)], full=full)
     with second_process(two) as start:
         if not any(noise):
@@ -383,7 +385,7 @@ def _demo(
             audited = False
         else:
             rest = start(_spoilt_beside, task, noise, val_noise, beside, full) if beside else None
-            untouched = start(_table, task, clean, 0.0, seeds, CLEAN, full)
+            untouched = start(_table, task, clean, 0.0, seeds[len(own) :], CLEAN, full)
             more = full and task == "digits"
             few = ("alone", "const:0.5", "const:0.9", "wls", "tgeo")
             others = [
@@ -394,6 +396,7 @@ def _demo(
             tables += _spoilt(main)
             methods = ("const:0.5", "wls", "tgeo:paper", "tgeo")
             held = [_table(task, noise, 0.3, seeds, methods, full)] if more else []
+            first = [_table(task, clean, 0.0, own, CLEAN, full)] if own else []
             if rest is not None:
                 parts, teacher = rest()
                 pairs = zip(tables, map(Comparison.from_dict, parts), strict=True)
@@ -402,7 +405,7 @@ def _demo(
             audited = any(row["metric"] == "audit" for row in tables[0].rows())
             claims += _noisy_claims(tables[0]) if audited else []
             claims.append(_refit_claim(tables[1]))
-            tables.append(Comparison.from_dict(untouched()))
+            tables.append(reduce(_joined, map(Comparison.from_dict, [*first, untouched()])))
             claims.append(_clean_claim(tables[2]))
             for table in map(Comparison.from_dict, held):
                 claims.append(_fragile_claim({"clean": tables[0], "spoilt": table}))
