@@ -27,7 +27,7 @@ METRICS = "/metrics"
 _RETRY_SECONDS = 1
 _MISFITS = 20
 _CONNECTIONS = 16  # for each request at once: idle and slow ones are held, a flood is not
-_OWN_BYTES = 1 << 20
+_OWN_BYTES = 128 << 10  # what glibc begins with
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -230,9 +230,9 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 8000, concurrency: int 
 
 
 def give_memory_back() -> bool:
-    """Let blocks of 1 MiB and more go back to the system when they are freed, for the rest of the process.
+    """Let blocks of 128 KiB and more go back to the system when they are freed, for the rest of the process.
 
-    glibc stops doing that for sizes that it has seen freed, up to 32 MiB: the bodies of requests then come to
+    glibc begins so, and stops doing that for sizes that it has seen freed, up to 32 MiB: the bodies of requests then come to
     lie between longer-lived objects, and a server grows for hours. Whoever sets ``MALLOC_MMAP_THRESHOLD_`` or
     ``GLIBC_TUNABLES`` is not overruled.
 
