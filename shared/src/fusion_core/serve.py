@@ -232,9 +232,9 @@ def serve(app: Any, host: str = "127.0.0.1", port: int = 8000, concurrency: int 
 def give_memory_back() -> bool:
     """Let blocks of 128 KiB and more go back to the system when they are freed, for the rest of the process.
 
-    glibc begins so, and stops doing that for sizes that it has seen freed, up to 32 MiB: the bodies of requests then come to
-    lie between longer-lived objects, and a server grows for hours. Whoever sets ``MALLOC_MMAP_THRESHOLD_`` or
-    ``GLIBC_TUNABLES`` is not overruled.
+    glibc begins so, and stops doing that for sizes that it has seen freed, up to 32 MiB: the bodies of
+    requests then come to lie between longer-lived objects, and a server grows for hours. Whoever sets
+    ``MALLOC_MMAP_THRESHOLD_`` or ``GLIBC_TUNABLES`` is not overruled.
 
     Returns:
         Whether the allocator was told so; it is glibc's only that can be.
