@@ -1,8 +1,7 @@
 """Many requests to few hosts: one pooled session, retries that listen to the server, a rate per host.
 
-The transport is pyreqwest (extra ``http``), loaded by the first :class:`Client` that is entered: sending and
-receiving is work of a thread outside of Python's lock, so that a call costs the event loop less than half of
-what it does with aiohttp.
+The transport is pyreqwest (extra ``http``), loaded by the first :class:`Client` that is entered: it sends and
+receives in a thread outside of Python's lock, so that the event loop has little to do for a call.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     import pyreqwest.types
 
 _IDLE = timedelta(seconds=15)  # of a kept connection; many servers close theirs after some more
-_LONGEST = 1e9  # seconds, which is more than a timedelta's days would need
+_LONGEST = 1e9  # seconds, some thirty years: a timedelta ends somewhere
 _SECRET = ("authorization", "api-key", "x-api-key", "cookie", "proxy-authorization")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 
