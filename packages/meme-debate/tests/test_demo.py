@@ -19,6 +19,7 @@ from meme_debate.demo_pages import choose_cards
 from meme_debate.detection import detect
 from meme_debate.encoding import pixels_of
 from meme_debate.fused import score_memes
+from meme_debate.judge import FUSIONS
 from meme_debate.policy import Policy
 from meme_debate.shipped import checkpoint, load_judges, save_judges, shipped_tokenizer
 from meme_debate.stand_in import make_judge
@@ -137,22 +138,37 @@ def test_one_seed_shows_what_the_demo_claims(judged, tmp_path):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """A few memes with debates, whose judges are trained here."""
-    scale = SCALES["quick"]._replace(train=48, test=16, seeds=1, steps=2)
+    """A few memes with debates, their pixels, what is prepared of them, and judges that are trained here."""
+    scale = SCALES["quick"]._replace(train=48, test=16, seeds=1, steps=2, fusions=FUSIONS)
     tower = partial(demonstration.train_tower, steps=3)
     with Worker(tmp_path_factory.mktemp("few"), scale, [7]) as worker, pytest.MonkeyPatch.context() as patch:
         patch.setattr(demonstration, "train_tower", tower)
-        return scale, dict(demonstration.seed_sets(worker))[7], demonstration.train_seeds(worker)[7]
+        prepared = dict(demonstration.prepared(worker))[7]
+        scores = demonstration.run_seeds(worker)[7][0]
+        return scale, prepared, worker.pixels(7), demonstration.train_seeds(worker)[7], scores
+
+
+def test_judges_of_the_second_process_are_those_trained_here(few):
+    scale, prepared, _, judges, scores = few
+    trained = demonstration.Prepared(prepared.sets, judges, prepared.features)
+    assert set(words.order(scale.fusions)) == set(scores)
+    for fusion in scale.fusions:
+        for row, parts in demonstration._fused(trained, fusion).items():
+            np.testing.assert_allclose(scores[row]["test"], parts["test"], atol=1e-6)
+            untrained = demonstration._fused(prepared, fusion)[row]["test"]
+            assert not np.allclose(parts["test"], untrained, atol=1e-4)
 
 
 def test_trained_judges_come_back_from_their_file(few, tmp_path):
-    scale, sets, judges = few
+    _, prepared, _, judges, _ = few
+    sets = prepared.sets
     path = tmp_path / "judges.safetensors"
-    save_judges(judges, path)
-    again = {fusion: make_judge(shipped_tokenizer(path), fusion, 99) for fusion in scale.fusions}
+    shipped = {fusion: judge for fusion, judge in judges.items() if fusion != "final"}
+    save_judges(shipped, path)
+    again = {fusion: make_judge(shipped_tokenizer(path), fusion, 99) for fusion in shipped}
     load_judges(again, path)
     memes, said = sets["test"].memes[:4], list(sets["test"].debates[:4])
-    for fusion, judge in judges.items():
+    for fusion, judge in shipped.items():
         assert again[fusion].tokenizer.get_vocab() == judge.tokenizer.get_vocab()
         before, after = (score_memes(each, memes, said) for each in (judge, again[fusion]))
         np.testing.assert_allclose(after, before, atol=2e-2)  # float16
@@ -163,10 +179,11 @@ def test_trained_judges_come_back_from_their_file(few, tmp_path):
 
 
 def test_pixels_of_the_worker_are_the_judges(few):
-    _, sets, _ = few
-    for name, part in sets.items():
-        assert part.pixels.shape == (len(part.items), 3, PIXELS, PIXELS)
-        assert torch.equal(part.pixels[3], pixels_of(part.items[3].meme.image, PIXELS)), name
+    _, prepared, pixels, _, _ = few
+    for name, part in prepared.sets.items():
+        assert pixels[name].shape == (len(part.items), 3, PIXELS, PIXELS)
+        found = torch.from_numpy(pixels[name][3])
+        assert torch.equal(found, pixels_of(part.items[3].meme.image, PIXELS)), name
 
 
 def test_shipped_words_are_those_of_the_demos_memes():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusion_core.checkpoint import load_tensors, save_tensors
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo
 from fusion_core.device import threads
+from fusion_core.processes import second_process
 from fusion_core.report import Figure, Page
 
 from . import demo_claims as words
@@ -34,11 +36,12 @@ from .scoring import metrics
 from .shipped import checkpoint, load_judges, shipped_tokenizer
 from .stand_in import make_judge, train_tower
 from .stand_in_memes import StandIn
-from .stand_in_work import LIGHT, SCALES, TEXT_ONLY, VERDICT, Scale, Worker
+from .stand_in_work import LIGHT, SCALES, TEXT_ONLY, VERDICT, Scale, Worker, read_parts
 from .tokens import word_tokenizer
 from .training import decay_groups, linear_schedule
 
 Floats = NDArray[np.float64]
+Scores = dict[str, dict[str, Floats]]
 ACCURACY = "accuracy"
 UNSEEN = "unseen photographs"
 WORKERS = 2
@@ -51,7 +54,6 @@ class Set:
 
     items: list[StandIn]
     debates: list[Debate]
-    pixels: Tensor
 
     @property
     def memes(self) -> list[Meme]:
@@ -99,11 +101,10 @@ def _accuracy(scores: Floats, labels: NDArray[np.int64]) -> float:
 
 
 @torch.no_grad()
-def _states(judge: Judge, part: Set) -> Features:
+def _states(judge: Judge, part: Set, pixels: Tensor) -> Features:
     """The tower's states of a part's pictures, and of the gray one where a picture is withheld."""
-    gray = pixels_of(None, part.pixels.shape[-1])[None]
-    pictures = torch.cat([part.pixels, gray])
-    states = [judge.image_states(rows) for rows in pictures.split(256)]
+    gray = pixels_of(None, pixels.shape[-1])[None]
+    states = [judge.image_states(rows) for rows in torch.cat([pixels, gray]).split(256)]
     place = np.array([len(part.items) if each.hidden else i for i, each in enumerate(part.items)], np.int64)
     return Features(torch.cat(states).numpy(), place)
 
@@ -117,29 +118,67 @@ class Prepared:
     features: dict[str, Features]
 
 
-def _prepare(sets: dict[str, Set], scale: Scale, seed: int, *, shipped: bool = False) -> Prepared:
+def _untrained(train: Set, fusions: Sequence[Fusion], seed: int) -> dict[Fusion, Judge]:
+    pairs = zip(train.memes, train.debates, strict=True)
+    tokenizer = word_tokenizer([judge_text(meme, said) for meme, said in pairs])
+    return {fusion: make_judge(tokenizer, fusion, seed) for fusion in fusions}
+
+
+def _give_tower(judges: dict[Fusion, Judge], tower: dict[str, Tensor]) -> None:
+    for judge in judges.values():
+        judge.image_transformer.load_state_dict(tower)
+        judge.image_transformer.requires_grad_(False)
+
+
+def _prepare(
+    sets: dict[str, Set], pixels: dict[str, Tensor], scale: Scale, seed: int, *, shipped: bool = False
+) -> Prepared:
     train = sets["train"]
     if shipped:
         tokenizer = shipped_tokenizer(checkpoint(seed))
-    else:
-        pairs = zip(train.memes, train.debates, strict=True)
-        tokenizer = word_tokenizer([judge_text(meme, said) for meme, said in pairs])
-    judges: dict[Fusion, Judge] = {fusion: make_judge(tokenizer, fusion, seed) for fusion in scale.fusions}
-    first = judges["layerwise"]
-    if shipped:
+        judges: dict[Fusion, Judge] = {
+            fusion: make_judge(tokenizer, fusion, seed) for fusion in scale.fusions
+        }
         load_judges(judges, checkpoint(seed))
     else:
-        train_tower(first, train.items, train.pixels, seed=seed)
-    for judge in judges.values():
-        judge.image_transformer.load_state_dict(first.image_transformer.state_dict())
-        judge.image_transformer.requires_grad_(False)
-    return Prepared(sets, judges, {name: _states(first, part) for name, part in sets.items()})
+        judges = _untrained(train, scale.fusions, seed)
+        train_tower(judges["layerwise"], train.items, pixels["train"], seed=seed)
+    first = judges["layerwise"]
+    _give_tower(judges, first.image_transformer.state_dict())
+    return Prepared(sets, judges, {name: _states(first, part, pixels[name]) for name, part in sets.items()})
 
 
-def _fused(made: Prepared, fusion: Fusion) -> dict[str, dict[str, Floats]]:
+def _write_prepared(made: Prepared, path: Path) -> None:
+    """The tower and the states of all pictures, for another process."""
+    tower = made.judges["layerwise"].image_transformer.state_dict()
+    state = {f"tower.{key}": value for key, value in tower.items()}
+    for name, part in made.features.items():
+        assert isinstance(part.states, np.ndarray)
+        state |= {
+            f"states.{name}": torch.from_numpy(part.states),
+            f"place.{name}": torch.from_numpy(part.place),
+        }
+    save_tensors(path, state)
+
+
+def _read_prepared(path: Path, parts: dict[str, Set], fusions: Sequence[Fusion], seed: int) -> Prepared:
+    """What :func:`_write_prepared` wrote, with judges as they were before their training."""
+    state = load_tensors(path)
+    judges = _untrained(parts["train"], fusions, seed)
+    _give_tower(
+        judges,
+        {key.removeprefix("tower."): value for key, value in state.items() if key.startswith("tower.")},
+    )
+    features = {
+        name: Features(state[f"states.{name}"].numpy(), state[f"place.{name}"].numpy()) for name in parts
+    }
+    return Prepared(parts, judges, features)
+
+
+def _fused(made: Prepared, fusion: Fusion) -> Scores:
     """Scores of one trained judge, with and without debate."""
     judge, sets = made.judges[fusion], made.sets
-    found: dict[str, dict[str, Floats]] = {}
+    found: Scores = {}
     for name, part in sets.items():
         if name == "train":
             continue
@@ -154,72 +193,105 @@ def _fused(made: Prepared, fusion: Fusion) -> dict[str, dict[str, Floats]]:
     return found
 
 
+def _trained(made: Prepared, scale: Scale, seed: int) -> Scores:
+    """Train all judges; their scores."""
+    found: Scores = {}
+    for fusion, judge in made.judges.items():
+        fit(judge, made.sets["train"], made.features["train"], scale, seed)
+        found |= _fused(made, fusion)
+    return found
+
+
+def _trained_beside(folder: Path, memes: int, seed: int, scale: Scale, fusions: Sequence[Fusion]) -> Scores:
+    """The same in a second process, from the worker's folder."""
+    parts = {name: Set(*part) for name, part in read_parts(folder, memes, seed).items()}
+    return _trained(_read_prepared(_prepared_file(folder, seed), parts, fusions, seed), scale, seed)
+
+
+def _prepared_file(folder: Path, seed: int) -> Path:
+    return folder / f"prepared-{seed}.safetensors"
+
+
 def is_shipped(seeds: Sequence[int], scale: Scale) -> bool:
     """Whether trained judges for these seeds come with the package: the quick demo's own."""
     return scale == SCALES["quick"] and seeds[0] == 0 and all(checkpoint(seed).exists() for seed in seeds)
 
 
-def seed_sets(worker: Worker) -> Iterator[tuple[int, dict[str, Set]]]:
-    """Memes, debates and pixels of each seed, as soon as the worker has them."""
+def prepared(worker: Worker, *, shipped: bool = False) -> Iterator[tuple[int, Prepared]]:
+    """Each seed's judges, memes, debates and states of pictures, as soon as the worker has what they need."""
     pixels: dict[int, dict[str, Tensor]] = {}
     for seed in worker.seeds:
-        parts = worker.parts(seed)
+        sets = {name: Set(*part) for name, part in worker.parts(seed).items()}
         known = worker.memes_seed(seed)
         if known not in pixels:
-            pixels[known] = {name: torch.from_numpy(each) for name, each in worker.pixels(seed).items()}
-        yield seed, {name: Set(*part, pixels[known][name]) for name, part in parts.items()}
+            pixels = {known: {name: torch.from_numpy(each) for name, each in worker.pixels(seed).items()}}
+        yield seed, _prepare(sets, pixels[known], worker.scale, seed, shipped=shipped)
 
 
 @threads()
 def train_seeds(worker: Worker) -> dict[int, dict[Fusion, Judge]]:
     """Train the judges of every seed: what :mod:`meme_debate.train_checkpoints` writes."""
     found: dict[int, dict[Fusion, Judge]] = {}
-    with ThreadPoolExecutor(WORKERS) as pool:
-        jobs: list[Future[None]] = []
-        for seed, sets in seed_sets(worker):
-            made = _prepare(sets, worker.scale, seed)
-            found[seed] = made.judges
-            how = sets["train"], made.features["train"], worker.scale, seed
-            jobs += [pool.submit(fit, judge, *how) for judge in made.judges.values()]
-        for job in jobs:
-            job.result()
+    for seed, made in prepared(worker):
+        for judge in made.judges.values():
+            fit(judge, made.sets["train"], made.features["train"], worker.scale, seed)
+        found[seed] = made.judges
     return found
 
 
+def _share(fusions: Sequence[Fusion], number: int) -> tuple[list[Fusion], list[Fusion]]:
+    """Which judges of a seed are trained here, layer-wise among them, and which in the second process.
+
+    Over two seeds each has as many, and of an odd number of seeds the second process, which does nothing
+    else, has more.
+
+    Example:
+        >>> _share(["none", "final", "layerwise"], 0), _share(["none", "final", "layerwise"], 1)
+        ((['layerwise'], ['none', 'final']), (['layerwise', 'none'], ['final']))
+    """
+    order = sorted(fusions, key=lambda fusion: fusion != "layerwise")
+    own = (len(order) + number % 2) // 2
+    return order[:own], order[own:]
+
+
 @threads()
-def run_seeds(worker: Worker) -> dict[int, tuple[dict[str, dict[str, Floats]], Judge, dict[str, Set]]]:
+def run_seeds(worker: Worker) -> dict[int, tuple[Scores, Judge, dict[str, Set]]]:
     """Scores of every judge on every part by the row's name, the layer-wise judge, and the memes, by seed.
 
-    Torch runs on one thread; seeds and fusions are shared by two, which tiny networks use better.
+    Torch runs on one thread; judges that are not trained yet are shared with a second process, as two threads
+    of tiny networks mostly wait for each other.
     """
     scale, shipped = worker.scale, is_shipped(worker.seeds, worker.scale)
-
-    def judged(made: Prepared, fusion: Fusion, seed: int) -> dict[str, dict[str, Floats]]:
-        if not shipped:
-            fit(made.judges[fusion], made.sets["train"], made.features["train"], scale, seed)
-        return _fused(made, fusion)
-
     made: dict[int, Prepared] = {}
-    jobs: dict[int, list[Future[dict[str, dict[str, Floats]]]]] = {}
-    with ThreadPoolExecutor(WORKERS) as pool:
+    scores: dict[int, list[Callable[[], Scores]]] = {}
+    with second_process(not shipped) as start, ThreadPoolExecutor(WORKERS) as pool:
         pool.submit(import_module, "matplotlib.figure")  # which the pictures need, while the networks compute
-        for seed, sets in seed_sets(worker):
-            made[seed] = one = _prepare(sets, scale, seed, shipped=shipped)
-            jobs[seed] = [pool.submit(judged, one, fusion, seed) for fusion in scale.fusions]
+        for number, (seed, one) in enumerate(prepared(worker, shipped=shipped)):
+            made[seed] = one
             states = {name: part[np.arange(len(part))][:, 0].numpy() for name, part in one.features.items()}
             worker.ask_pictures(seed, states)
-    found: dict[int, tuple[dict[str, dict[str, Floats]], Judge, dict[str, Set]]] = {}
-    for seed, one in made.items():
-        light = worker.light(seed)
-        rows = {name: light[key] for name, key in _ROWS.items()}
-        rows[words.PICTURE_ONLY] = worker.pictures(seed)
-        for job in jobs[seed]:
-            rows |= job.result()
-        found[seed] = (
-            {name: rows[name] for name in words.order(scale.fusions)},
-            one.judges["layerwise"],
-            one.sets,
-        )
+            if shipped:
+                scores[seed] = [pool.submit(_fused, one, fusion).result for fusion in scale.fusions]
+                continue
+            own, others = _share(scale.fusions, number)
+            _write_prepared(one, _prepared_file(worker.folder, seed))
+            there = worker.folder, worker.memes_seed(seed), seed, scale, others
+            later = start(_trained_beside, *there)
+            one.judges = {fusion: one.judges[fusion] for fusion in own}
+            here = _trained(one, scale, seed)
+            scores[seed] = [lambda found=here: found, later]
+        found: dict[int, tuple[Scores, Judge, dict[str, Set]]] = {}
+        for seed, one in made.items():
+            light = worker.light(seed)
+            rows = {name: light[key] for name, key in _ROWS.items()}
+            rows[words.PICTURE_ONLY] = worker.pictures(seed)
+            for score in scores[seed]:
+                rows |= score()
+            found[seed] = (
+                {name: rows[name] for name in words.order(scale.fusions)},
+                one.judges["layerwise"],
+                one.sets,
+            )
     return found
 
 

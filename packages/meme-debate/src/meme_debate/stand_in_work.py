@@ -121,9 +121,7 @@ class Worker:
     def parts(self, seed: int) -> dict[str, Part]:
         """Memes and debates of a seed by part, once they are there."""
         self._wait("debates", seed)
-        items = read_items(self.folder, self.memes_seed(seed))
-        by_id = {debate.id: debate for debate in load_debates(self.folder / f"debates-{seed}.jsonl")}
-        return {name: Part(part, [by_id[each.meme.id] for each in part]) for name, part in items.items()}
+        return read_parts(self.folder, self.memes_seed(seed), seed)
 
     def pixels(self, seed: int) -> dict[str, NDArray[np.float32]]:
         """The pictures of a seed's memes by part, (N, 3, S, S), none withheld."""
@@ -195,6 +193,21 @@ def read_items(folder: Path, seed: int) -> dict[str, list[StandIn]]:
         ]
         for name, part in document.items()
     }  # fmt: skip
+
+
+def read_parts(folder: Path, memes: int, seed: int) -> dict[str, Part]:
+    """Memes and debates by part, as they are in the folder.
+
+    Args:
+        folder: the worker's.
+        memes: the seed of the memes.
+        seed: that of the debates.
+    """
+    by_id = {debate.id: debate for debate in load_debates(folder / f"debates-{seed}.jsonl")}
+    return {
+        name: Part(part, [by_id[each.meme.id] for each in part])
+        for name, part in read_items(folder, memes).items()
+    }
 
 
 def make_parts(folder: Path, scale: Scale, seed: int) -> dict[str, list[StandIn]]:
