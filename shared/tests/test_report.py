@@ -303,3 +303,24 @@ def test_cards_fill_the_contents_bar(comparison):
     assert '<section class="card" id="method-one" aria-labelledby="method-one-title">' in page
     assert '<h2 id="method-one-title">One method</h2>' in page
     assert "<nav" not in part.html()
+
+
+def test_comparisons_of_different_seeds_are_joined():
+    metrics = {"nll": {"better": "lower"}}
+    first, second = Comparison(metrics, "plain", [3], "both"), Comparison(metrics, "plain", [1, 2], "other")
+    first.add("plain", "nll", 3, 0.5)
+    first.add("ours", "nll", 3, math.nan)
+    second.add("plain", "nll", 1, 0.25)
+    second.add("late", "nll", 2, 1.0)
+    whole = first.joined(second)
+    assert (whole.seeds, whole.title, whole.methods) == ([3, 1, 2], "both", ["plain", "ours", "late"])
+    assert {row["method"]: row["values"] for row in whole.rows()} == {
+        "plain": [0.5, 0.25, None], "ours": [None, None, None], "late": [None, None, 1.0],
+    }  # fmt: skip
+    with pytest.raises(DataError, match="has 'nll' for seed 3 already"):
+        whole.add("ours", "nll", 3, 0.0)  # a run that diverged is one that was made
+    assert first.methods == ["plain", "ours"]
+    with pytest.raises(InputError, match="none twice"):
+        first.joined(Comparison(metrics, "plain", [3]))
+    with pytest.raises(InputError, match="baseline of other is 'ours', wanted 'plain'"):
+        first.joined(Comparison(metrics, "ours", [4]))

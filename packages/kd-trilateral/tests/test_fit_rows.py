@@ -294,7 +294,9 @@ def test_callables_get_the_seed_only_where_they_ask(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="no process groups on Windows")
 def test_the_demos_second_process_goes_with_the_first(tmp_path):
-    command = [sys.executable, "-m", "kd_trilateral", "demo", "--full", "--out", str(tmp_path / "d")]
+    # Libraries that are still being imported swallow Ctrl-C, or end Python by the signal.
+    code = "import sklearn.datasets, matplotlib.figure; from kd_trilateral.cli import main; main()"
+    command = [sys.executable, "-c", code, "demo", "--full", "--out", str(tmp_path / "d")]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     demo = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_ctrl_c, **quiet)
 

@@ -84,6 +84,25 @@ class Comparison:
             raise DataError(f"{method!r} has {metric!r} for seed {seed} already")
         numbers[seed] = float(value)
 
+    def joined(self, other: Comparison) -> Comparison:
+        """One comparison of two with different seeds, these ones first.
+
+        Args:
+            other: with this one's baseline; its metrics may be others.
+
+        Raises:
+            InputError: another baseline, or a seed that both have.
+        """
+        if other.baseline != self.baseline:
+            raise InputError(f"baseline of other is {other.baseline!r}, wanted {self.baseline!r}")
+        whole = Comparison(
+            {**self.metrics, **other.metrics}, self.baseline, [*self.seeds, *other.seeds], self.title
+        )
+        for part in (self, other):
+            for key, numbers in part._values.items():
+                whole._values.setdefault(key, {}).update(numbers)
+        return whole
+
     def rows(self) -> list[dict[str, Any]]:
         """One row per method and metric, as in the JSON document; ``values`` follow ``seeds``."""
         return [

@@ -15,7 +15,7 @@ from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
 from fusion_core.device import threads
 from fusion_core.errors import require_extra
-from fusion_core.processes import second_process
+from fusion_core.processes import Start, second_process
 from fusion_core.report import Claim, Figure
 from fusion_core.results import plain
 from fusion_core.seeding import generator
@@ -295,12 +295,12 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    require_extra("matplotlib.figure", "demo", "adaea")
-    with threads():
-        return _demo(out, full=full, seed=seed)
+    with threads(), second_process() as start:
+        require_extra("matplotlib.figure", "demo", "adaea")  # meanwhile the other process loads torch
+        return _demo(out, start, full=full, seed=seed)
 
 
-def _demo(out: Path, *, full: bool, seed: int) -> Demo:
+def _demo(out: Path, start: Start, *, full: bool, seed: int) -> Demo:
     lab, attacks = _lab(SETTINGS), FULL if full else QUICK
     seeds = list(range(seed, seed + SEEDS))
     parts = _parts(len(lab.data[1]), seeds, full=full)
@@ -309,13 +309,13 @@ def _demo(out: Path, *, full: bool, seed: int) -> Demo:
     curve = [(label, eps) for label in ("Ens", "AdaEA") for eps in BUDGETS if eps != EPS]
     jobs = [(words, EPS, last) for words in attacks.values()]
     jobs += [(QUICK[label], eps, first) for label, eps in curve[1:]]
-    with second_process() as start:  # it takes the last seed and most of the other budgets: half of the work
-        beside = start(_attacks_beside, jobs, SETTINGS)
-        label, eps = curve[0]
-        budget = _attack(QUICK[label], eps, {seeds[0]: parts[seeds[0]]}, lab)
-        mine = {number: parts[number] for number in seeds[:-1]}
-        outcomes = {label: _attack(words, EPS, mine, lab) for label, words in attacks.items()}
-        others = [_unpacked(values) for values in beside()]
+    # The other process takes the last seed and most of the other budgets: half of the work.
+    beside = start(_attacks_beside, jobs, SETTINGS)
+    label, eps = curve[0]
+    budget = _attack(QUICK[label], eps, {seeds[0]: parts[seeds[0]]}, lab)
+    mine = {number: parts[number] for number in seeds[:-1]}
+    outcomes = {label: _attack(words, EPS, mine, lab) for label, words in attacks.items()}
+    others = [_unpacked(values) for values in beside()]
     joined = zip(outcomes.items(), others, strict=False)  # the other budgets come after
     outcomes = {label: _joined(outcome, other) for (label, outcome), other in joined}
     budgets: dict[str, dict[float, _Outcome]] = {"Ens": {}, "AdaEA": {}}

@@ -182,13 +182,12 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         full: five seeds instead of two, more steps, and all held-out texts.
         seed: the first.
     """
-    require_extra("matplotlib", "demo", "fusechat")
     mode = "full" if full else "quick"
     seeds = [seed + n for n in range(SEEDS[mode])]
-    corpus = load_corpus()
-    table = Comparison({METRIC: {"better": "lower"}}, SFT, seeds, "Held-out bits per character")
     with tempfile.TemporaryDirectory() as folder, second_process() as start:
+        require_extra("matplotlib", "demo", "fusechat")
         before = start(bits_before, HELD_OUT[mode])  # what the other process needs is loaded meanwhile
+        corpus = load_corpus()
         _stores(corpus.tuning, Path(folder))
 
         def job(number: int) -> Any:
@@ -202,6 +201,7 @@ def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
         here = {number: tune_and_merge(*job(number)) for number in seeds[::2]}
         found = here | {number: wait() for number, wait in beside.items()}
         alone = before()
+    table = Comparison({METRIC: {"better": "lower"}}, SFT, seeds, "Held-out bits per character")
     for number in seeds:
         for name, value in alone.items():
             label = "pivot before" if name == "pivot" else f"{name[:-1]} {name[-1]} (own tokenizer)"

@@ -16,7 +16,7 @@ from fusion_core.demo import Demo, Method
 from fusion_core.device import threads
 from fusion_core.errors import InputError, require_extra
 from fusion_core.plotting import clean_axes, new_figure, save_figure
-from fusion_core.processes import second_process
+from fusion_core.processes import Start, second_process
 from fusion_core.report import Claim, Figure
 from fusion_core.stats import Paired, paired_t, summary
 from kd_trilateral.comparing import METRICS, compare, judge
@@ -305,12 +305,12 @@ def demo(
     Raises:
         InputError: ``noise`` is not two shares.
     """
-    require_extra("sklearn.datasets", "demo", "kd-trilateral")
-    require_extra("matplotlib.figure", "demo", "kd-trilateral")
     run = list(range(seed, seed + (seeds or (5 if full else 3))))
     spoilt = ((0.0, 0.0) if task == "ctr" else (0.3, 0.3)) if noise is None else _shares(noise)
-    with threads():
-        return _demo(out, full, task, spoilt, val_noise, run)
+    with threads(), second_process(two := task == "digits" and any(spoilt)) as start:
+        require_extra("sklearn.datasets", "demo", "kd-trilateral")  # meanwhile the other process loads torch
+        require_extra("matplotlib.figure", "demo", "kd-trilateral")
+        return _demo(out, full, task, spoilt, val_noise, run, start, two=two)
 
 
 def _shares(noise: str | tuple[float, float]) -> tuple[float, float]:
@@ -354,65 +354,52 @@ def _spoilt_beside(
     return [table.to_dict() for table in _spoilt(bench)], bench.teacher
 
 
-def _joined(first: Comparison, second: Comparison) -> Comparison:
-    """One table of two that hold different seeds."""
-    metrics = {**first.metrics, **second.metrics}
-    whole = Comparison(metrics, first.baseline, [*first.seeds, *second.seeds], first.title)
-    for part in (first, second):
-        for row in part.rows():
-            for seed, value in zip(part.seeds, row["values"], strict=True):
-                if value is not None:
-                    whole.add(row["method"], row["metric"], seed, value)
-    return whole
-
-
 def _demo(
-    out: Path, full: bool, task: str, noise: tuple[float, float], val_noise: float, seeds: list[int]
-) -> Demo:
+    out: Path, full: bool, task: str, noise: tuple[float, float], val_noise: float, seeds: list[int],
+    start: Start, *, two: bool,
+) -> Demo:  # fmt: skip
     clean = (0.0, 0.0)
     tables: list[Comparison] = []
     claims: list[Claim] = []
     notes: list[str] = []
-    two = task == "digits" and any(noise)
     # The other process takes the last seed of the spoilt rows and most that is not spoilt: half of the work.
     beside = seeds[-1:] if two and len(seeds) > 1 else []
     own = seeds[:1] if beside and not full else []
     main = _Bench(task, noise, val_noise, seeds[: len(seeds) - len(beside)], full=full)
-    with second_process(two) as start:
-        if not any(noise):
-            tables.append(main.run(CLEAN, _title(task, noise, val_noise)))
-            claims.append(_clean_claim(tables[0]))
-            audited = False
-        else:
-            rest = start(_spoilt_beside, task, noise, val_noise, beside, full) if beside else None
-            untouched = start(_table, task, clean, 0.0, seeds[len(own) :], CLEAN, full)
-            more = full and task == "digits"
-            few = ("alone", "const:0.5", "const:0.9", "wls", "tgeo")
-            others = [
-                (name, start(_table, name, faults, 0.0, seeds, few, full))
-                for name, faults in (("cancer", (0.3, 0.3)), ("ctr", clean))
-                if more
-            ]
-            tables += _spoilt(main)
-            methods = ("const:0.5", "wls", "tgeo:paper", "tgeo")
-            held = [_table(task, noise, 0.3, seeds, methods, full)] if more else []
-            first = [_table(task, clean, 0.0, own, CLEAN, full)] if own else []
-            if rest is not None:
-                parts, teacher = rest()
-                pairs = zip(tables, map(Comparison.from_dict, parts), strict=True)
-                tables = [_joined(one, other) for one, other in pairs]
-                main.teacher += teacher
-            audited = any(row["metric"] == "audit" for row in tables[0].rows())
-            claims += _noisy_claims(tables[0]) if audited else []
-            claims.append(_refit_claim(tables[1]))
-            tables.append(reduce(_joined, map(Comparison.from_dict, [*first, untouched()])))
-            claims.append(_clean_claim(tables[2]))
-            for table in map(Comparison.from_dict, held):
-                claims.append(_fragile_claim({"clean": tables[0], "spoilt": table}))
-                tables.append(table)
-            for name, table in others:
-                tables.append(Comparison.from_dict(table()))
-                notes.extend(f"{name}: {sentence}" for sentence in judge(tables[-1]))
+    if not any(noise):
+        tables.append(main.run(CLEAN, _title(task, noise, val_noise)))
+        claims.append(_clean_claim(tables[0]))
+        audited = False
+    else:
+        rest = start(_spoilt_beside, task, noise, val_noise, beside, full) if beside else None
+        untouched = start(_table, task, clean, 0.0, seeds[len(own) :], CLEAN, full)
+        more = full and task == "digits"
+        few = ("alone", "const:0.5", "const:0.9", "wls", "tgeo")
+        others = [
+            (name, start(_table, name, faults, 0.0, seeds, few, full))
+            for name, faults in (("cancer", (0.3, 0.3)), ("ctr", clean))
+            if more
+        ]
+        tables += _spoilt(main)
+        methods = ("const:0.5", "wls", "tgeo:paper", "tgeo")
+        held = [_table(task, noise, 0.3, seeds, methods, full)] if more else []
+        first = [_table(task, clean, 0.0, own, CLEAN, full)] if own else []
+        if rest is not None:
+            parts, teacher = rest()
+            pairs = zip(tables, map(Comparison.from_dict, parts), strict=True)
+            tables = [one.joined(other) for one, other in pairs]
+            main.teacher += teacher
+        audited = any(row["metric"] == "audit" for row in tables[0].rows())
+        claims += _noisy_claims(tables[0]) if audited else []
+        claims.append(_refit_claim(tables[1]))
+        tables.append(reduce(Comparison.joined, map(Comparison.from_dict, [*first, untouched()])))
+        claims.append(_clean_claim(tables[2]))
+        for table in map(Comparison.from_dict, held):
+            claims.append(_fragile_claim({"clean": tables[0], "spoilt": table}))
+            tables.append(table)
+        for name, table in others:
+            tables.append(Comparison.from_dict(table()))
+            notes.extend(f"{name}: {sentence}" for sentence in judge(tables[-1]))
     accuracy = 100 * float(np.mean(main.teacher))
     notes = [
         f"The clean teacher reaches {accuracy:.1f} % on the test rows; wrong rows are made by rolling its "
