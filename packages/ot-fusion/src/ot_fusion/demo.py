@@ -15,6 +15,7 @@ from torch import nn
 
 from fusion_core.comparison import Comparison
 from fusion_core.demo import Demo, Method
+from fusion_core.device import threads
 from fusion_core.errors import require_extra
 from fusion_core.report import Claim, Figure
 from ot_fusion.config import FusionConfig
@@ -297,6 +298,7 @@ def _figures(data: Digits, nets: list[nn.Sequential], out: Path) -> list[Figure]
     ]
 
 
+@threads()
 def demo(out: Path, *, full: bool = False, seed: int = 0) -> Demo:
     """Train, fuse, compare.
 
