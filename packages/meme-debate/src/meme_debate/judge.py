@@ -99,10 +99,17 @@ _VISION_SIZES = (
 
 
 def _check_sizes(text: Any, vision: Any) -> None:
-    """Of nothing PyTorch makes empty layers, with a warning; of far too much an overflow, or no end."""
+    """Of nothing PyTorch makes empty layers, with a warning; of far too much an overflow, or no end.
+
+    Flags that are none pass the first versions of transformers 5, which take any words for yes.
+    """
     for config, names in ((text, _TEXT_SIZES), (vision, _VISION_SIZES)):
         for name in names:
             check_range(name, getattr(config, name), 1, 1_000 if name.endswith("layers") else 1 << 31)
+        for name, usual in vars(type(config)()).items():
+            flag = isinstance(usual, bool) and not name.startswith("_")
+            if flag and not isinstance(value := getattr(config, name), bool):
+                raise ConfigError(f"{name} is {value!r}, wanted true or false")
 
 
 class Judge(nn.Module, PyTorchModelHubMixin):
