@@ -73,7 +73,8 @@ def second_process(wanted: bool = True) -> Generator[Start, None, None]:
         try:
             ours.send_bytes(data)
         except OSError as error:
-            waiting.remove(future)
+            with contextlib.suppress(ValueError):  # which has been told already
+                waiting.remove(future)
             raise _gone() from error
         return future.result
 
