@@ -324,3 +324,13 @@ def test_comparisons_of_different_seeds_are_joined():
         first.joined(Comparison(metrics, "plain", [3]))
     with pytest.raises(InputError, match="baseline of other is 'ours', wanted 'plain'"):
         first.joined(Comparison(metrics, "ours", [4]))
+
+
+def test_hidden_words_of_a_wide_table_do_not_widen_the_page(comparison, tmp_path):
+    page = Page("wide")
+    page.table(comparison)
+    page.save(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert re.search(r'<div class="scroll"[^>]*>\s*<table.*class="unseen".*</table>', text, re.DOTALL)
+    assert re.search(r"\.unseen \{ position: absolute;", text)
+    assert re.search(r"\.scroll \{ position: relative; overflow-x: auto;", text)
