@@ -28,22 +28,19 @@ def test_jobs_run_elsewhere_one_after_the_other_on_one_thread():
     assert not active_children()
 
 
+AWKWARD = """
 class Awkward(Exception):
-    """An error that pickle cannot make again."""
+    pass
 
-    def __init__(self, first, second):
-        super().__init__(first)
-
-
-def awkward():
-    raise Awkward("odd", "words")
+raise Awkward("odd")
+"""  # an error of a class that no other process can import
 
 
 def test_what_pickle_does_not_carry_is_an_error_and_no_end():
     with second_process() as start:
         with pytest.raises((AttributeError, pickle.PicklingError)):
             start(lambda: 1)
-        odd, closure, last = start(awkward), start(operator.attrgetter, "a"), start(abs, -3)
+        odd, closure, last = start(exec, AWKWARD, {}), start(operator.attrgetter, "a"), start(abs, -3)
         with pytest.raises(FusionError, match="Awkward: odd"):
             odd()
         assert closure()
