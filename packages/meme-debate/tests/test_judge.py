@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -197,6 +198,8 @@ def test_bad_input_is_told(inputs):
         ("config.json", ("vision_config", "hidden_act"), 10**40, "holds no fused judge"),
         ("config.json", ("text_config", "d_ff"), 0, "d_ff is 0, wanted a number in"),
         ("config.json", ("vision_config", "intermediate_size"), 0, "intermediate_size is 0"),
+        ("config.json", ("vision_config", "attention_dropout"), math.inf, "attention_dropout is inf, wanted"),
+        ("config.json", ("text_config", "dropout_rate"), -0.5, "dropout_rate is -0.5, wanted"),
         ("calibration.json", ("temperature",), 0, "temperature is 0.0, wanted"),
         ("calibration.json", ("band",), [0.1, 2.0], "band is 2.0, wanted"),
     ],

@@ -103,6 +103,8 @@ def _check_sizes(text: Any, vision: Any) -> None:
 
     Flags that are none pass the first versions of transformers 5, which take any words for yes.
     """
+    for config, dropout in ((text, "dropout_rate"), (vision, "attention_dropout")):
+        check_range(dropout, getattr(config, dropout), 0, 1)
     for config, names in ((text, _TEXT_SIZES), (vision, _VISION_SIZES)):
         for name in names:
             check_range(name, getattr(config, name), 1, 1_000 if name.endswith("layers") else 1 << 31)
