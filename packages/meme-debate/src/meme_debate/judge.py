@@ -98,9 +98,10 @@ _VISION_SIZES = (
 )
 
 
-def _check_sizes(text: Any, vision: Any) -> None:
-    """Of nothing PyTorch makes empty layers, with a warning; of far too much an overflow, or no end.
+def _check_configs(text: Any, vision: Any) -> None:
+    """Refuse what PyTorch and transformers would take, or tell of late and in other words.
 
+    Of sizes of nothing PyTorch makes empty layers, with a warning; of far too much an overflow, or no end.
     Flags that are none pass the first versions of transformers 5, which take any words for yes.
     """
     for config, dropout in ((text, "dropout_rate"), (vision, "attention_dropout")):
@@ -161,7 +162,7 @@ class Judge(nn.Module, PyTorchModelHubMixin):
             if isinstance(vision_config, CLIPVisionConfig)
             else CLIPVisionConfig(**vision_config)
         )
-        _check_sizes(text, vision)
+        _check_configs(text, vision)
         text.use_cache = False
         self.fusion: Fusion = fusion
         self.settings = (
@@ -361,7 +362,7 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         from transformers import AutoTokenizer
 
         with reading(f"text {text} or vision {vision}", "cannot be loaded", CheckpointError):
-            _check_sizes(T5Config.from_pretrained(text), CLIPVisionConfig.from_pretrained(vision))
+            _check_configs(T5Config.from_pretrained(text), CLIPVisionConfig.from_pretrained(vision))
         with reading(f"text {text}", "cannot be loaded", CheckpointError):
             t5 = T5ForConditionalGeneration.from_pretrained(text)
             tokenizer = AutoTokenizer.from_pretrained(text)
