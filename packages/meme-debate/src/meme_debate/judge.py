@@ -132,7 +132,7 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         settings: how texts and pictures are prepared and what the classes mean; see :class:`JudgeSettings`.
 
     Raises:
-        ConfigError: another fusion, or settings that do not exist.
+        ConfigError: another fusion, settings that do not exist, or a size, a flag or a dropout that is none.
 
     Example:
         >>> import torch
