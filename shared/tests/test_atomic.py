@@ -111,6 +111,13 @@ def test_unwritable_place_is_named(tmp_path):
         pass
     with pytest.raises(InputError, match="name a writable place"), atomic_directory(tmp_path / "file" / "a"):
         pass
+    (tmp_path / "taken").mkdir()
+    with (
+        pytest.raises(InputError, match=r"cannot write .*taken.*name another"),
+        atomic_write(tmp_path / "taken"),
+    ):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
 
 
 def test_directory_refuses_a_filled_one(tmp_path):

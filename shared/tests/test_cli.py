@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 import subprocess
@@ -5,6 +6,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +55,14 @@ def make():
         if kind == "torch":
             torch.empty(1 << 60)
         raise MemoryError
+
+    @app.command()
+    def touch(path: str):
+        Path(path).open("rb").close()
+
+    @app.command()
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     @app.command()
     def warn():
@@ -109,6 +119,15 @@ def test_out_of_memory_is_one_line(kind):
     done = run_cli(main, "fill", kind)
     assert done.code == 1
     assert re.fullmatch(r"error: out of memory: .+\n", done.stderr)
+
+
+def test_what_the_system_refuses_is_one_line_with_the_file(tmp_path):
+    done = run_cli(main, "touch", tmp_path)
+    assert (done.code, done.stderr) == (2, f"error: {tmp_path}: Is a directory\n")
+    done = run_cli(main, "touch", tmp_path / ("n" * 300))
+    assert (done.code, done.stderr.endswith("nnn: File name too long\n")) == (2, True)
+    done = run_cli(main, "full")
+    assert (done.code, done.stderr) == (1, "error: No space left on device\n")
 
 
 def test_a_very_long_error_keeps_its_ends():

@@ -18,6 +18,7 @@ from fusion_core.errors import (
     check_finite,
     check_range,
     check_shape,
+    naming,
     reading,
     require_extra,
 )
@@ -73,6 +74,15 @@ def test_check_finite():
 def test_check_range_open(value):
     with pytest.raises(ConfigError, match=r"temperature is .*, wanted a number in \(0, inf\)"):
         check_range("temperature", value, 0.0, float("inf"), open=True)
+
+
+def test_naming_adds_a_file_that_the_error_does_not_name():
+    with pytest.raises(ShapeError, match=r"^a\.toml: x has shape"), naming("a.toml"):
+        check_shape("x", torch.zeros(2), "batch classes")
+    for error in (ConfigError("a.toml holds nothing"), MissingExtraError("pip install x"), KeyError("k")):
+        with pytest.raises(type(error)) as found, naming("a.toml"):
+            raise error
+        assert found.value is error
 
 
 def test_check_range_closed():

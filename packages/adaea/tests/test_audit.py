@@ -7,6 +7,7 @@ from torch import nn
 from adaea import AdaEA, AdversarialSet, Ens, audit, compare, evaluate, importance
 from adaea.evaluation import predictions
 from adaea.zoo import load_network
+from fusion_core.checkpoint import load_tensors, save_tensors
 from fusion_core.errors import ConfigError, DataError, FusionWarning, InputError, ShapeError, StoreError
 from fusion_core.stats import mcnemar
 
@@ -173,6 +174,12 @@ def test_save_and_resume(tmp_path, data, surrogates, report, monkeypatch):
         )
     assert json.dumps(resumed.to_dict()) == json.dumps(whole.to_dict())
     assert not shards.parent.exists()
+    trace = tmp_path / "run" / "adv" / "Ens-eps8.trace.safetensors"
+    kept = load_tensors(trace)
+    for other in ({"kept": kept["kept"]}, kept | {"losses": kept["losses"][:1]}):
+        save_tensors(trace, other)  # a trace that is none: the attack is made again
+        audit(Net(0), surrogates=surrogates, data=data, out=tmp_path / "run", resume=True, **OPTIONS)
+        assert all(torch.equal(value, kept[name]) for name, value in load_tensors(trace).items())
     with pytest.raises(StoreError, match="seed"):
         audit(Net(0), surrogates=surrogates, data=data, out=tmp_path / "run", resume=True, seed=1, **OPTIONS)
     other = {**surrogates, "a": Net(9)}

@@ -58,6 +58,18 @@ def test_gray_images_and_sets_without_targets(tmp_path):
     assert found.adversarial.shape == made.adversarial.shape
 
 
+@pytest.mark.parametrize("eps", ["x", None, True, -0.1, float("nan"), [0.1]])
+def test_a_set_of_no_radius_is_refused(eps, tmp_path):
+    with pytest.raises(DataError, match=r"eps is .*, wanted a number >= 0 such as 8/255"):
+        AdversarialSet(torch.zeros(1, 3, 4, 4), torch.zeros(1).long(), info={"eps": eps})
+    make().save(tmp_path / "png")
+    record = json.loads((tmp_path / "png" / "set.json").read_text())
+    record["info"]["eps"] = eps
+    (tmp_path / "png" / "set.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"set\.json: .*eps is"):
+        AdversarialSet.load(tmp_path / "png")
+
+
 def test_a_changed_file_is_noticed(tmp_path):
     made = make()
     made.save(tmp_path / "set.safetensors")

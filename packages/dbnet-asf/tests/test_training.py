@@ -16,7 +16,7 @@ from dbnet_asf.model.dbnet import DBOutput
 from dbnet_asf.reduction import Reduction
 from dbnet_asf.schedule import learning_rate, one_cycle, polynomial_lr
 from dbnet_asf.targets import Targets
-from dbnet_asf.train import make_optimizer, make_scheduler
+from dbnet_asf.train import make_optimizer, make_scheduler, training_layout
 from fusion_core.errors import ConfigError, InputError
 from fusion_core.seeding import rng
 from fusion_core.testing import spawn
@@ -61,6 +61,22 @@ def fit(out, net=None, **settings):
     augment = AugmentConfig.none().to_dict()
     trainer = Trainer(net, Bars(), device="cpu", **{**QUICK, "augment": augment, **settings})
     return net, trainer.fit(out, progress=False, **options)
+
+
+def test_narrow_nets_train_in_a_layout_that_the_processor_can_learn_in(tmp_path):
+    narrow = DBConfig.nano(inner=32).replace(channels=(8, 12, 16, 16), stem=8, short_side=64)
+    assert training_layout(DBNet(narrow)) is torch.contiguous_format
+    assert training_layout(DBNet(DBConfig.nano())) is torch.channels_last
+    seen = []
+
+    class Sees(DBNet):
+        def forward(self, images):
+            last = torch.channels_last
+            seen.extend(t.is_contiguous(memory_format=last) for t in (images, self.backbone.stem[0].weight))
+            return super().forward(images)
+
+    fit(tmp_path / "run", Sees(narrow), steps=1)
+    assert seen == [False, False]
 
 
 @pytest.mark.slow

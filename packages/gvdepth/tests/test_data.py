@@ -25,6 +25,7 @@ from gvdepth.augment import (
 from gvdepth.config import AugmentConfig
 from gvdepth.data import KITTI, RIGS, Folder, Sample, Simulated, Subset, open_data, read_depth, write_depth
 from gvdepth.data.base import make_sample
+from gvdepth.errors import CameraError
 
 CAMERA = Camera(
     fx=60, fy=62, cx=49.0, cy=18.0, width=100, height=40, camera_height=1.5, pitch_deg=-1, roll_deg=2
@@ -85,6 +86,10 @@ def test_kitti_split(kitti, tmp_path):
 
 
 def test_kitti_refuses(tmp_path, kitti):
+    calibration = kitti / DATE / "calib_cam_to_cam.txt"
+    calibration.write_text(calibration.read_text().replace("P_rect_02: 72.0", "P_rect_02: -72.0"))
+    with pytest.raises(CameraError, match=r"calib_cam_to_cam\.txt: fx is -72"):
+        KITTI(kitti)[0]
     with pytest.raises(InputError, match="is no folder"):
         KITTI(tmp_path / "nothing")
     with pytest.raises(InputError, match="holds no frame"):
@@ -114,6 +119,9 @@ def test_folder(tmp_path):
         Folder(tmp_path, labeled=False)[1]
     with pytest.raises(InputError, match="has no folder images/"):
         Folder(tmp_path / "images")
+    CAMERA.replace(camera_height=None).save(tmp_path / "cameras" / "a.json")
+    with pytest.raises(CameraError, match=r"a\.json: camera_height is not known"):
+        Folder(tmp_path, labeled=False)[0]
 
 
 def test_depth_files(tmp_path):

@@ -117,6 +117,16 @@ def test_a_manifest_without_classes_is_damaged(tmp_path):
         kdt.TeacherCache.open(tmp_path / "t.kdc")
 
 
+def test_a_manifest_without_shards_is_damaged(tmp_path):
+    build_in_small_shards(tmp_path / "t.kdc")
+    path = tmp_path / "t.kdc" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["shards"][0]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=r"t\.kdc: its shards have \d+ rows, its manifest tells of 40"):
+        kdt.TeacherCache.open(tmp_path / "t.kdc")
+
+
 def test_another_teacher_or_data_is_refused_by_name(tmp_path):
     teacher, data = problem()
     kdt.TeacherCache.build(teacher, data, tmp_path / "t.kdc")

@@ -112,6 +112,7 @@ def test_cache_build_info_verify(run_dir):
         (["train", "RUN", "--out", "x", "--set", "data=kd_trilateral.tasks:nothing"], "nothing"),
         (["train", "RUN", "--out", "x", "--device", "cuda:9"], "cuda:9"),
         (["compare", "RUN", "--ratios", "magic"], "magic"),
+        (["compare", "RUN", "--set", "geometry=round"], "run.toml: geometry is 'round'"),
         (["inspect", "nowhere"], "no run directory"),
         (["demo", "--task", "imagenet"], "--task"),
         (["demo", "--noise", "much"], "two shares"),

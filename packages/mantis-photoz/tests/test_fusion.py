@@ -220,6 +220,15 @@ def test_bad_settings(change: dict[str, Any], words: str) -> None:
         config("early", **change)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-320, float("inf"), float("nan")])
+def test_a_noise_that_float32_cannot_divide_by_is_refused(value: float) -> None:
+    for name in ("noise", "fwhm"):
+        with pytest.raises(ConfigError, match=rf"{name} is .*, wanted a number in \[1e-20, 1e\+20\]"):
+            SurveyInput(2, 16, 1.0, **{name: (1.0, value)})
+        with pytest.raises(ConfigError, match="wanted 2 positive numbers"):
+            SurveyInput(2, 16, 1.0, **{name: (1.0,)})
+
+
 def test_unknown_names_are_told() -> None:
     with pytest.raises(ConfigError, match="did you mean fusion"):
         FusionConfig.from_dict({"fusio": "early"})

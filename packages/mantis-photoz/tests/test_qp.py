@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -78,3 +79,8 @@ def test_bad_input(tmp_path):
     (tmp_path / "x.hdf5").write_text("x")
     with pytest.raises(InputError, match="is no qp file"):
         read_qp(tmp_path / "x.hdf5")
+    write_qp(pdf, tmp_path / "y.hdf5")
+    with h5py.File(tmp_path / "y.hdf5", "r+") as file:
+        file["meta/bins"][:] = 0.0
+    with pytest.raises(InputError, match=r"y\.hdf5: edges do not increase"):
+        read_qp(tmp_path / "y.hdf5")

@@ -247,6 +247,16 @@ def test_convert_lists_missing_pictures_and_does_the_others(tmp_path):
     assert [meme.id for meme in load_memes(tmp_path / "m.jsonl")] == ["a", "c"]
 
 
+def test_convert_lists_a_picture_whose_name_no_system_takes(tmp_path):
+    make_harm(tmp_path)
+    path = tmp_path / "annotations" / "train.jsonl"
+    path.write_text(path.read_text().replace("b.png", "b" * 300))
+    done = run_cli(main, "convert", "harmc", tmp_path, "--out", tmp_path / "m.jsonl")
+    assert done.code == 2
+    assert f"error: left out images/{'b' * 300}: it is not there" in done.stderr
+    assert [meme.id for meme in load_memes(tmp_path / "m.jsonl")] == ["a", "c"]
+
+
 def measured_file(test=Path(__file__)):
     """The Harm-C debates that the authors publish: in ``../shared/data`` of the repository, or as named."""
     named = os.environ.get("MEME_DEBATE_HARM_C")

@@ -12,13 +12,15 @@ import torch
 from judges import TEXT, VISION, make_judge, make_memes
 from torch import nn
 
-from fusion_core.checkpoint import load_tensors
+from fusion_core.checkpoint import load_tensors, save_tensors
 from fusion_core.errors import CheckpointError, ConfigError, FusionError, InputError, ShapeError
 from fusion_core.testing import spawn
+from meme_debate.detection import score
 from meme_debate.fused import gather, score_memes, share_of_rank
 from meme_debate.fusion import CrossAttention, cross_attention
 from meme_debate.judge import FUSIONS, Judge
 from meme_debate.settings import JudgeSettings
+from meme_debate.text_judge import TextJudge
 from meme_debate.training import JudgeTrainConfig, train_judge
 
 
@@ -113,6 +115,25 @@ def test_save_and_load_give_the_same_judge(tmp_path):
     assert (back.fusion, back.settings, back.calibration) == (judge.fusion, judge.settings, judge.calibration)
     assert back.digest() == judge.digest()
     assert np.array_equal(score_memes(back, memes, debates), score_memes(judge, memes, debates))
+
+
+def test_damaged_weights_are_named(tmp_path):
+    memes, debates = make_memes()
+    judge = make_judge(max_length=64)
+    torch.nn.init.constant_(next(judge.parameters()), float("nan"))
+    with pytest.raises(CheckpointError, match=r"no finite score; .*model\.safetensors damaged"):
+        score(judge, memes, debates)
+    light = TextJudge(min_df=1).fit(["a good day", "a bad day"], [0, 1])
+    light.save(tmp_path / "light")
+    state = load_tensors(tmp_path / "light" / "model.safetensors")
+    for bad in (float("nan"), 1e300):
+        save_tensors(tmp_path / "light" / "model.safetensors", {**state, "idf": state["idf"] * bad})
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: idf holds values other than"):
+            TextJudge.load(tmp_path / "light")
+    save_tensors(
+        tmp_path / "light" / "model.safetensors", {**state, "coef": state["coef"].to(torch.bfloat16)}
+    )
+    TextJudge.load(tmp_path / "light").predict_proba(["a day"])
 
 
 def official_file(path, judge, **extra):

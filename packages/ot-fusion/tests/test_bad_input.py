@@ -42,7 +42,7 @@ X = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
         (lambda: fuse([NET, OTHER], data=[]), DataError, "no samples"),
         (lambda: fuse([NET, OTHER], data=3), DataError, "data is int"),
         (lambda: fuse([NET, OTHER], data=["text"]), DataError, "a batch is str"),
-        (lambda: fuse([NET, OTHER], data=X[:1]), DataError, "at least 2 samples"),
+        (lambda: fuse([NET, OTHER], data=X[:1]), DataError, "standardising takes at least 2"),
         (
             lambda: fuse([NET, OTHER], data=X.log()),
             DataError,

@@ -1,6 +1,7 @@
 """The command line: every verb, exit codes, one line on bad input."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -215,6 +216,19 @@ def test_bad_input_is_one_line_and_exit_2(place, tmp_path, arguments, words):
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_named(place, models, tmp_path):
+    broken = models.make("llama", seed=0).float()
+    torch.nn.init.constant_(broken.get_parameter("model.norm.weight"), float("nan"))
+    broken.save_pretrained(tmp_path / "nan")
+    for words in (["diagnose"], ["fuse", "-o", tmp_path / "o"], ["fuse", "--stream", "-o", tmp_path / "o"]):
+        done = run_cli(main, words[0], tmp_path / "nan", place / "llama-b", *words[1:], "-q")
+        assert (done.code, len(done.stderr.strip().splitlines())) == (2, 1)
+        assert re.search(r"(nan: model\.norm\.weight|model\.norm\.weight of nan) holds", done.stderr), (
+            done.stderr
+        )
+    assert not (tmp_path / "o").exists()
 
 
 def make_net():

@@ -52,3 +52,13 @@ def test_complex_numbers_and_labels_of_another_kind(tmp_path):
         None, {"inputs": torch.zeros(2, 2), "labels": torch.ones(2, dtype=torch.uint8)}
     )
     assert measure(nn.Linear(2, 3)) > 0
+    for labels, words in (
+        ([], "labels are 0 classes, wanted 2: one for each output"),
+        ([0, 3], r"labels hold 3, wanted 0 to 2 \(-100: left out\)"),
+        ([-1, 0], "labels hold -1, wanted 0 to 2"),
+    ):
+        wrong, _ = load_evaluation(None, {"inputs": torch.zeros(2, 2), "labels": torch.tensor(labels).long()})
+        with pytest.raises(DataError, match=words):
+            wrong(nn.Linear(2, 3))
+    partly, _ = load_evaluation(None, {"inputs": torch.zeros(2, 2), "labels": torch.tensor([-100, 1])})
+    assert partly(nn.Linear(2, 3)) > 0

@@ -1,5 +1,6 @@
 """Specifications: each shipped one is proved by random legal relabellings; mistakes are found and named."""
 
+import json
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -120,6 +121,11 @@ def test_a_spec_survives_its_file(name, tmp_path):
     spec = spec_for(models.make(name))
     save_spec(spec, tmp_path / "spec.json")
     assert load_spec(tmp_path / "spec.json") == spec
+    document = json.loads((tmp_path / "spec.json").read_text())
+    next(iter(document["tensors"].values()))[0] = []
+    (tmp_path / "empty.json").write_text(json.dumps(document))
+    with pytest.raises(SpecError, match=r"empty\.json: an axis of a tensor has an empty list"):
+        load_spec(tmp_path / "empty.json")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(SpecError, match="holds no specification"):
         load_spec(tmp_path / "bad.json")

@@ -59,7 +59,10 @@ def atomic_write(path: PathLike, mode: Literal["wb", "w"] = "wb") -> Generator[I
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
+        try:
+            temporary.replace(target)
+        except OSError as error:  # a directory of that name
+            raise InputError(f"cannot write {path}: {error.strerror or error}; name another place") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

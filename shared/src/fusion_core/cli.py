@@ -144,8 +144,9 @@ def run(app: typer.Typer, *words: str) -> None:
         *words: put before those of the command line, such as the verb of a script of its own.
 
     Raises:
-        SystemExit: 2 for bad input, checkpoints, stores and missing extras, 1 for others of the family, 130
-            after Ctrl-C; typer's own codes otherwise.
+        SystemExit: 2 for bad input, checkpoints, stores, missing extras and files that the system refuses, 1
+            for others of the family and other errors of the system, 130 after Ctrl-C; typer's own codes
+            otherwise.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign shows "?" instead of failing
@@ -166,6 +167,12 @@ def run(app: typer.Typer, *words: str) -> None:
         sys.exit(2 if isinstance(error, _EXPECTED) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # a file that cannot be reached or written, a full disk
+        if error.errno is None:
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        sys.stderr.write(f"error: {_short(f'{place}{error.strerror}')}\n")
+        sys.exit(1 if error.filename is None else 2)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise

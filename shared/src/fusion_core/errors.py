@@ -58,6 +58,33 @@ class FusionWarning(UserWarning):
 
 
 @contextmanager
+def naming(path: str | os.PathLike[str]) -> Generator[None, None, None]:
+    """Let every error of the family inside name a file: the one that asked for what went wrong.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FusionError: the error inside, of its own class.
+
+    Example:
+        >>> with naming("run.toml"):
+        ...     raise ConfigError("geometry is 'x', wanted 'auto'")
+        Traceback (most recent call last):
+        fusion_core.errors.ConfigError: run.toml: geometry is 'x', wanted 'auto'
+    """
+    name = os.fspath(path)
+    try:
+        yield
+    except MissingExtraError:
+        raise
+    except FusionError as found:
+        if name in str(found):
+            raise
+        raise type(found)(f"{name}: {found}") from found
+
+
+@contextmanager
 def reading(
     path: str | os.PathLike[str], fault: str = "cannot be read", error: type[FusionError] = InputError
 ) -> Generator[None, None, None]:
@@ -83,13 +110,10 @@ def reading(
     """
     name = os.fspath(path)
     try:
-        yield
-    except MissingExtraError:
+        with naming(path):
+            yield
+    except FusionError:
         raise
-    except FusionError as found:
-        if name in str(found):
-            raise
-        raise type(found)(f"{name}: {found}") from found
     except OSError as found:
         raise error(f"{name} {fault}: {found.strerror or found}") from found
     except Exception as found:

@@ -142,6 +142,7 @@ READERS = [
             "--out",
             "page",
         ),
+        named=("error: text ",),
     ),
     Reader(
         name="logit-fusion generate --file",

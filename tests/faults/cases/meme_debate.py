@@ -264,7 +264,7 @@ PREDICT = ("judge", "predict", *MEMES, *JUDGE)
 ABOUT = ("is about no meme", "debate ")
 
 READERS = [
-    _reader("judge predict MEMES", PREDICT, "memes.jsonl", "json lines", *ABOUT),
+    _reader("judge predict MEMES", PREDICT, "memes.jsonl", "json lines", *ABOUT, several=True),
     _reader("judge predict --debates", PREDICT, "debates.jsonl", "json lines", *ABOUT),
     _reader(
         "judge train MEMES",
@@ -336,7 +336,12 @@ READERS = [
         "toml",
     ),
     _reader(
-        "detect MEMES", ("detect", *MEMES, *JUDGE, "--out", "cards"), "memes.jsonl", "json lines", *ABOUT
+        "detect MEMES",
+        ("detect", *MEMES, *JUDGE, "--out", "cards"),
+        "memes.jsonl",
+        "json lines",
+        *ABOUT,
+        several=True,
     ),
     _reader(
         "detect image", ("detect", *MEMES, *JUDGE, "--out", "cards"), "images/2.png", "picture", several=True

@@ -168,7 +168,13 @@ DIAGNOSE = ("diagnose", "{in}/a", "{in}/b", "-q")
 VERIFY = ("verify-spec", "{in}/llama-a", "--spec", "{in}/spec.json")
 INTERPOLATE = ("interpolate", "{in}/a", "{in}/b", "--steps", "2", "--plain", "--data")
 
-DATA = ("data do not fit", "a batch is", "activations of", "labels")  # what is seen when models take them
+DATA = (
+    "data do not fit",
+    "data give ",
+    "a batch is",
+    "activations of",
+    "labels",
+)  # what is seen when models take them
 
 READERS = [
     _reader("diagnose config.json", DIAGNOSE, "a/config.json", "json", "/a", "no written spec"),
@@ -205,6 +211,7 @@ READERS = [
         ("diagnose", "{in}/llama-a", "{in}/llama-b", "--data", "{in}/texts.txt", "-q"),
         "texts.txt",
         "fields",
+        *DATA,
     ),
     _reader("verify-spec --spec", VERIFY, "spec.json", "json"),
     _reader(

@@ -73,6 +73,8 @@ class AdversarialSet:
             raise ShapeError(
                 f"clean has shape {tuple(self.clean.shape)}, wanted {tuple(self.adversarial.shape)}"
             )
+        if "eps" in self.info:
+            _radius(self.info["eps"])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,7 +92,7 @@ class AdversarialSet:
         """
         if "eps" not in self.info:
             raise DataError("the set does not say its eps; give info={'eps': ...}")
-        return float(self.info["eps"])
+        return _radius(self.info["eps"])
 
     @property
     def norm(self) -> str:
@@ -218,7 +220,17 @@ class AdversarialSet:
 def _mapping(info: Any) -> dict[str, Any]:
     if not isinstance(info, dict):
         raise CheckpointError(f"its record is a {type(info).__name__}, wanted settings by name")
+    if "eps" in info:
+        _radius(info["eps"])
     return info
+
+
+def _radius(eps: Any) -> float:
+    known = isinstance(eps, int | float | np.number) and not isinstance(eps, bool)
+    radius = float(eps) if known else float("nan")
+    if not 0 <= radius < float("inf"):
+        raise DataError(f"the set's eps is {eps!r}, wanted a number >= 0 such as 8/255")
+    return radius
 
 
 def is_png_set(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from adaea.wrappers import half_precision
 from fusion_core.batching import map_batches
 from fusion_core.checkpoint import digest, digest_state, load_tensors, save_tensors
 from fusion_core.device import resolve_device
-from fusion_core.errors import CheckpointError, InputError, StoreError
+from fusion_core.errors import CheckpointError, InputError, StoreError, check_shape, reading
 from fusion_core.modules import logits_of, untouched
 from fusion_core.progress import track
 from fusion_core.results import plain
@@ -303,17 +303,34 @@ def _finished(folder: Path, key: str, made_from: dict[str, Any]) -> AttackRun | 
         return None
     try:
         found = AdversarialSet.load(folder / f"{key}.safetensors")
-        trace = load_tensors(folder / f"{key}.trace.safetensors")
-    except CheckpointError:
+        run = _with_trace(found, folder / f"{key}.trace.safetensors")
+    except (CheckpointError, InputError):
         return None
-    before = found.info.get("fingerprint") or {}
+    before = found.info.get("fingerprint")
+    before = before if isinstance(before, dict) else {}
     if differing := sorted(key for key in {*before, *made_from} if before.get(key) != made_from.get(key)):
         raise StoreError(
             f"{folder / key}.safetensors was made with other settings ({', '.join(differing)} differ); name "
             "another directory or pass overwrite"
         )
-    weights, kept, losses = (trace[name].numpy() for name in ("weights", "kept", "losses"))
-    return AttackRun(found, weights, kept, losses, trace["keep"].bool())
+    return run
+
+
+def _with_trace(found: AdversarialSet, path: Path) -> AttackRun:
+    """A set with the trace of its attack.
+
+    Raises:
+        CheckpointError: the trace is missing, damaged, or of other images.
+    """
+    count, _, height, width = found.adversarial.shape
+    with reading(path, "is no trace of the set", CheckpointError):
+        trace = load_tensors(path)
+        sizes = check_shape("weights", trace["weights"], "images steps surrogates", images=count)
+        check_shape("kept", trace["kept"], "images steps", images=count, steps=sizes["steps"])
+        check_shape("losses", trace["losses"], "images steps surrogates", **sizes)
+        check_shape("keep", trace["keep"], "images 1 height width", images=count, height=height, width=width)
+        weights, kept, losses = (trace[name].float().numpy() for name in ("weights", "kept", "losses"))
+        return AttackRun(found, weights, kept, losses, trace["keep"].bool())
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:

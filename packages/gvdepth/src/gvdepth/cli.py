@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ import typer
 from fusion_core import cli
 from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
-from fusion_core.errors import InputError, reading
+from fusion_core.errors import InputError, naming, reading
 from gvdepth import __version__
 from gvdepth.cli_options import CameraFlags, camera_options, check_sizes, pair, read_depths
 
@@ -260,13 +261,16 @@ def train(
     """
     from gvdepth.config import TrainConfig
     from gvdepth.data import open_data
-    from gvdepth.train import Trainer, build_model
+    from gvdepth.train import Trainer, build_model, check_views
 
     found = TrainConfig() if config is None else TrainConfig.load(config)
     found = found.override(settings or [])
     samples = open_data(data, split=split, limit=limit)
+    with nullcontext() if config is None else naming(config):
+        model = build_model(found)
+        check_views(found, model)
     trainer = Trainer(
-        build_model(found),
+        model,
         samples,
         found,
         out=out,

@@ -21,7 +21,7 @@ from gvdepth.data.base import Samples
 from gvdepth.losses import consistency_loss
 from gvdepth.modeling import GVDepth
 
-__all__ = ["AugmentConfig", "TrainConfig", "Trainer", "build_model", "train_step"]
+__all__ = ["AugmentConfig", "TrainConfig", "Trainer", "build_model", "check_views", "train_step"]
 
 Key = tuple[int, int, int, int]
 """Epoch, place of the sample in the epoch, index of the sample, number of the batch that draws the sizes."""
@@ -166,6 +166,20 @@ def build_model(config: TrainConfig) -> GVDepth:
         return GVDepth(config.model)
 
 
+def check_views(config: TrainConfig, model: GVDepth) -> None:
+    """Check that the views that a recipe cuts out are large enough for a model.
+
+    Raises:
+        InputError: they are not.
+    """
+    least = min(config.augment.size or (config.augment.min_height,))
+    if least < model.least_size:
+        raise InputError(
+            f"augment.size or min_height is {least}, wanted at least {model.least_size}: the model's least "
+            "size"
+        )
+
+
 class Trainer:
     """Train a model on a data set; run it under ``accelerate launch`` for several processes.
 
@@ -205,12 +219,7 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.out, self.validate = model, config or TrainConfig(), Path(out), validate
         config = self.config
-        least = min(config.augment.size or (config.augment.min_height,))
-        if least < model.least_size:
-            raise InputError(
-                f"augment.size or min_height is {least}, wanted at least {model.least_size}: the model's "
-                f"least size"
-            )
+        check_views(config, model)
         optimizer = torch.optim.AdamW(
             model.parameter_groups(config.lr, config.encoder_lr_scale),
             lr=config.lr,

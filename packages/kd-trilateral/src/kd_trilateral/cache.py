@@ -168,6 +168,10 @@ class TeacherCache:
             raise StoreError(f"{path} holds {found.kind}, wanted a teacher cache of format {_FORMAT}")
         if teacher is not None:
             wanted["teacher"] = digest_state(teacher.state_dict())
+        if found.complete and len(found) != wanted.get("rows"):
+            raise StoreError(
+                f"{path}: its shards have {len(found)} rows, its manifest tells of {wanted.get('rows')}"
+            )
         if data is not None:
             rows = Rows(data)
             wanted |= {"rows": len(rows), "data": rows.fingerprint()}

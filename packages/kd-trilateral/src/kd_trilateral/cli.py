@@ -48,6 +48,18 @@ def _callable(config: Any, name: str, file: Path) -> Callable[..., Any]:
     return found
 
 
+def _student(config: Any, file: Path) -> Callable[..., Any]:
+    """What makes a student; the geometry is looked up too, which the user's own modules may have named."""
+    from fusion_core.errors import naming
+    from kd_trilateral.geometry import Geometry
+
+    make = _callable(config, "student", file)
+    if config.geometry is not None:
+        with naming(file):
+            Geometry.named(config.geometry, 2)
+    return make
+
+
 def _seeded(make: Callable[..., Any], seed: int) -> Any:
     """Call with the seed where a parameter is named so or must be given."""
     import inspect
@@ -119,7 +131,7 @@ def train(
     check_out(out, resume=resume, overwrite=overwrite)
     splits = _splits(settings, settings.seed, config)
     result = fit(
-        _seeded(_callable(settings, "student", config), settings.seed),
+        _seeded(_student(settings, config), settings.seed),
         splits.train,
         splits.val,
         teacher=splits.teacher,
@@ -172,7 +184,7 @@ def compare(
 
     settings = _load(config, sets)
     methods = dict(method(word) for word in ratios.split(",") if word.strip())
-    make = _callable(settings, "student", config)
+    make = _student(settings, config)
     report = run_compare(
         lambda s: _splits(settings, s, config),
         lambda s: _seeded(make, s),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fusion_core.errors import DataError, InputError, reading
+from fusion_core.errors import DataError, InputError, naming, reading
 from logit_fusion.config import FusionConfig
 
 __all__ = [
@@ -145,9 +146,10 @@ def load(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.disable_progress_bar()
     source, small, named = members(large, base, experts)
-    start = FusionConfig()
-    if small is None and (Path(large) / CONFIG_NAME).is_file():
-        start = FusionConfig.load(Path(large) / CONFIG_NAME)
+    start, saved = FusionConfig(), Path(large) / CONFIG_NAME
+    whole = small is None and saved.is_file()  # a folder that says itself what is in it
+    if whole:
+        start = FusionConfig.load(saved)
     settings = settings_of(start, **options)
     device, places = "auto", dict[str, str]()
     for text in devices or []:
@@ -156,16 +158,17 @@ def load(
             places[name] = place
         else:
             device = text
-    return FusedModel.from_pretrained(
-        source,
-        small,
-        named,
-        settings=settings,
-        preset=preset,
-        dtype=dtype,
-        device=device,
-        device_map=places or None,
-    )
+    with naming(saved) if whole else nullcontext():
+        return FusedModel.from_pretrained(
+            source,
+            small,
+            named,
+            settings=settings,
+            preset=preset,
+            dtype=dtype,
+            device=device,
+            device_map=places or None,
+        )
 
 
 def read_texts_file(path: Path, limit: int | None = None) -> list[Any]:

@@ -51,8 +51,12 @@ class SurveyInput(Config):
         check_range("pixel_scale", self.pixel_scale, 0.0, math.inf, open=True)
         for name in ("noise", "fwhm"):
             values = getattr(self, name)
-            if values is not None and (len(values) != self.bands or min(values) <= 0):
+            if values is None:
+                continue
+            if len(values) != self.bands:
                 raise ConfigError(f"{name} is {values}, wanted {self.bands} positive numbers, one per band")
+            for value in values:  # which float32 divides by
+                check_range(name, value, 1e-20, 1e20)
 
     @property
     def side(self) -> int:

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_core.atomic import atomic_write
-from fusion_core.errors import ConfigError, InputError, require_extra
+from fusion_core.errors import ConfigError, InputError, reading, require_extra
 from mantis_photoz.pdf import BinnedPDF
 
 QUANTILES = 101
@@ -143,9 +144,10 @@ def read_qp(path: str | os.PathLike[str], edges: Any = None) -> tuple[BinnedPDF,
         MissingExtraError: qp is not installed.
     """
     qp = _qp()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            ensemble = qp.read(str(path))
-    except Exception as error:
-        raise InputError(f"{path} is no qp file: {' '.join(str(error).split())[:200]}") from error
-    return from_qp(ensemble, edges), dict(ensemble.ancil or {})
+    with (
+        reading(path, "is no qp file"),
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # densities are checked here
+    ):
+        ensemble = qp.read(str(path))
+        return from_qp(ensemble, edges), dict(ensemble.ancil or {})

@@ -118,6 +118,13 @@ def _table(path: Path) -> Iterator[Row]:
         yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in head else ",")
 
 
+def _there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _text(path: Path) -> str:
     with reading(path, error=DataError):
         return path.read_text("utf-8-sig")
@@ -297,7 +304,7 @@ def convert(
     missing: list[str] = []
     for record in records:
         image = place / record.image
-        if not image.is_file():
+        if not _there(image):
             missing.append(record.image)
             continue
         label = _label(record, wanted, None if positive is not None else known.negative)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_core.batching import map_batches
+from fusion_core.errors import CheckpointError
 
 from .ablations import fields_of
 from .composing import First
@@ -87,7 +88,7 @@ def score_memes(
 
     Raises:
         InputError: a picture cannot be read.
-        CheckpointError: the judge has no tokenizer.
+        CheckpointError: the judge has no tokenizer, or its weights give scores that are not finite.
     """
     if not memes:
         return np.zeros(0)
@@ -112,6 +113,11 @@ def score_memes(
             scores[list(rows)] = found.numpy()
     finally:
         judge.train(mode)
+    if bad := int((~np.isfinite(scores)).sum()):
+        raise CheckpointError(
+            f"the judge gives {bad} of {len(scores)} memes no finite score; are the weights in its "
+            "model.safetensors damaged?"
+        )
     return judge.calibration.apply(scores) if calibrated else scores
 
 

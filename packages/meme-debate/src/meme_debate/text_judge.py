@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fusion_core.checkpoint import atomic_directory, digest, load_tensors, save_tensors
-from fusion_core.errors import CheckpointError, DataError, InputError
+from fusion_core.errors import CheckpointError, DataError, InputError, reading
 from fusion_core.progress import track
 from fusion_core.seeding import rng
 
@@ -27,6 +27,7 @@ __all__ = ["TextJudge", "folds"]
 
 Floats = NDArray[np.float64]
 SCHEMA = "meme-debate.text-judge/1"
+_LARGEST = 1e9  # of a weight that was learned
 CONFIG, WEIGHTS, CALIBRATION, CARD = "config.json", "model.safetensors", "calibration.json", "card.md"
 
 
@@ -298,12 +299,17 @@ class TextJudge:
             raise CheckpointError(f"{folder} holds no text judge: {error}") from error
         size = (len(words),)
         shapes: dict[str, tuple[int, ...]] = {"idf": size, "coef": size, "intercept": (1,)}
-        arrays = load_tensors(place / WEIGHTS, shapes=shapes)
+        with reading(place / WEIGHTS, "holds no text judge", CheckpointError):
+            arrays = load_tensors(place / WEIGHTS, shapes=shapes)
+            for name, array in arrays.items():
+                if not array.is_floating_point() or not bool((array.abs() <= _LARGEST).all()):
+                    raise CheckpointError(f"{name} holds values other than numbers up to {_LARGEST:g}")
+            idf, judge.coef = (arrays[name].double().numpy() for name in ("idf", "coef"))
+            judge.intercept = float(arrays["intercept"][0])
         try:
-            judge._tfidf = TfIdf.of(words, arrays["idf"].numpy(), judge.ngrams)
+            judge._tfidf = TfIdf.of(words, idf, judge.ngrams)
         except DataError as error:
             raise CheckpointError(f"{folder} holds no text judge: vocabulary: {error}") from error
-        judge.coef, judge.intercept = arrays["coef"].numpy(), float(arrays["intercept"][0])
         if (place / CALIBRATION).is_file():
             judge.calibration = Calibration.load(place / CALIBRATION)
         return judge

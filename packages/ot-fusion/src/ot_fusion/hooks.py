@@ -340,7 +340,7 @@ def _transformed(z: Tensor, transform: str) -> Tensor:
         z = z - z.mean(0)
     if transform == "std":
         if len(z) < 2:
-            raise DataError(f"standardising takes at least 2 samples, there are {len(z)}")
+            raise DataError(f"data give {len(z)} samples, standardising takes at least 2")
         return z / (z.std(0) + 1e-9)
     if transform == "norm":
         length = z.norm(dim=0)

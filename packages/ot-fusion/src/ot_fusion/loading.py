@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fusion_core.checkpoint import load_tensors
-from fusion_core.errors import reading, require_extra
+from fusion_core.errors import check_finite, naming, reading, require_extra
 from fusion_core.modules import load_object
 from ot_fusion.errors import DataError, InputError
 
+_IGNORED = -100  # torch's own word for a label that does not count
 __all__ = ["load_data", "load_evaluation", "load_model", "split_labels"]
 
 
@@ -30,11 +31,15 @@ def load_model(
 
     Raises:
         InputError: neither, or a folder whose class transformers does not have.
+        NonFiniteError: weights of a folder that are NaN or infinite.
         MissingExtraError: transformers is not installed.
     """
     place = Path(word)
     if place.is_dir():
         model = _folder(place)
+        with naming(place):
+            for name, value in model.named_parameters():
+                check_finite(name, value)
     elif ":" in word:
         found = load_object(word)
         model = found() if callable(found) and not isinstance(found, nn.Module) else found
@@ -157,6 +162,12 @@ def load_evaluation(word: str | None, data: Any) -> tuple[Any, str]:
         from ot_fusion.spec.verify import outputs_of
 
         logits = outputs_of(model, inputs)[0]
+        rows, outputs = logits[..., 0].numel(), logits.shape[-1]
+        if classes.numel() != rows:
+            raise DataError(f"labels are {classes.numel()} classes, wanted {rows}: one for each output")
+        wrong = classes[(classes != _IGNORED) & ((classes < 0) | (classes >= outputs))]
+        if len(wrong):
+            raise DataError(f"labels hold {int(wrong[0])}, wanted 0 to {outputs - 1} ({_IGNORED}: left out)")
         return float(nn.functional.cross_entropy(logits.flatten(0, -2).float(), classes.flatten()))
 
     return loss, "cross-entropy"

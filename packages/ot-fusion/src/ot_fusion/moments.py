@@ -114,7 +114,7 @@ class Moments:
             return s0, s1, cross
         if transform == "std":
             if self.count < 2:
-                raise DataError(f"standardising takes at least 2 samples, there are {self.count}")
+                raise DataError(f"data give {self.count} samples, standardising takes at least 2")
             d0, d1 = ((s / (self.count - 1)).sqrt() + _TINY for s in (s0, s1))
             return s0 / d0.square(), s1 / d1.square(), cross / d0[:, None] / d1[None, :]
         raw0, raw1 = s0 + self.count * mean0.square(), s1 + self.count * mean1.square()

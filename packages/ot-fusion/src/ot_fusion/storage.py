@@ -19,7 +19,7 @@ from torch import Tensor
 from fusion_core.atomic import PathLike, atomic_directory, atomic_write, occupied, resumable_directory
 from fusion_core.checkpoint import digest, digest_file, load_tensors, save_tensors
 from fusion_core.demo import package_version
-from fusion_core.errors import CheckpointError, reading
+from fusion_core.errors import CheckpointError, NonFiniteError, naming, reading
 from fusion_core.progress import track
 from fusion_core.results import dump_json
 from fusion_core.shards import ShardReader, ShardWriter
@@ -244,6 +244,7 @@ def fuse_folders(
 
     Raises:
         InputError: ``out`` is not empty, or features ``acts`` without maps.
+        NonFiniteError: a parent's weights are NaN or infinite.
     """
     place = Path(out)
     if occupied(place) and not overwrite:
@@ -281,11 +282,21 @@ def fuse_folders(
                 if key not in writer:
                     one = {key: states[anchor][key]}
                     parts = {name: _One(state, key, specs[anchor]) for name, state in aligned.items()}
-                    writer.add(key, mix_states(one, parts, weights, anchor, specs[anchor], config)[key])
+                    mixed = mix_states(one, parts, weights, anchor, specs[anchor], config)[key]
+                    _check_mixed(key, mixed, states)
+                    writer.add(key, mixed)
         save_maps(plans, work / MAPS)
         with atomic_write(work / SETTINGS, "w") as file:
             file.write(dump_json(document))
     return plans
+
+
+def _check_mixed(key: str, mixed: Tensor, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse NaN and infinity, and name the parents that they come from."""
+    if not mixed.is_floating_point() or bool(torch.isfinite(mixed).all()):
+        return
+    bad = [name for name, s in states.items() if key in s and not bool(torch.isfinite(s[key]).all())]
+    raise NonFiniteError(f"{key} of {' and '.join(bad or states)} holds NaN or infinity")
 
 
 class _Mapped(Mapping[str, Tensor]):
@@ -335,10 +346,11 @@ def _cached_maps(
     for name, state in states.items():
         if name == anchor:
             continue
-        if config.strategy == "consistent":
-            found = _weights_only(state, states[anchor], specs[name], specs[anchor], config)
-        else:
-            found = flow_pair(state, states[anchor], specs[name], specs[anchor], None, config).maps
+        with naming(f"{name} to {anchor}"):
+            if config.strategy == "consistent":
+                found = _weights_only(state, states[anchor], specs[name], specs[anchor], config)
+            else:
+                found = flow_pair(state, states[anchor], specs[name], specs[anchor], None, config).maps
         prefix = f"{name}/" if len(states) > 2 else ""
         plans |= {prefix + key: plan for key, plan in found.items()}
     save_maps(plans, work / MAPS)

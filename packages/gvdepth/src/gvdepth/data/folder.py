@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fusion_core.atomic import PathLike
-from fusion_core.errors import InputError
+from fusion_core.errors import InputError, naming
 from fusion_core.images import list_images, read_image
 from gvdepth.camera import Camera
 from gvdepth.data.base import Sample, make_sample, read_depth
@@ -28,6 +28,7 @@ class Folder:
 
     Raises:
         InputError: no images, no camera, or an image without depth; the file is named.
+        CameraError: a camera file that cannot be read, or does not say the height.
     """
 
     def __init__(self, root: PathLike, *, camera: Camera | None = None, labeled: bool = True) -> None:
@@ -40,7 +41,7 @@ class Folder:
         self.depths = [self._depth_of(path) for path in self.images]
         self._camera = camera
         if camera is None and not (self.root / "cameras").is_dir():
-            self._camera = Camera.load(self._camera_file(self.root / "camera"))
+            self._camera = self._load(self.root / "camera")
 
     def _depth_of(self, image: Path) -> Path | None:
         base = self.root / "depth" / image.relative_to(self.root / "images")
@@ -66,7 +67,14 @@ class Folder:
         if self._camera is not None:
             return self._camera
         name = self.images[index].relative_to(self.root / "images")
-        return Camera.load(self._camera_file(self.root / "cameras" / name.with_suffix("")))
+        return self._load(self.root / "cameras" / name.with_suffix(""))
+
+    def _load(self, base: Path) -> Camera:
+        file = self._camera_file(base)
+        with naming(file):
+            camera = Camera.load(file)
+            camera.require_height()
+        return camera
 
     def __getitem__(self, index: int) -> Sample:
         path, depth = self.images[index], self.depths[index]

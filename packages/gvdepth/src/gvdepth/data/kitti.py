@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fusion_core.atomic import PathLike
-from fusion_core.errors import DataError, InputError
+from fusion_core.errors import DataError, InputError, naming
 from fusion_core.images import read_image
 from gvdepth.camera import Camera
 from gvdepth.data.base import Sample, make_sample, read_depth
@@ -130,4 +130,5 @@ def _camera(path: Path, side: int, date: str, width: int, height: int) -> Camera
     from gvdepth.cameras import PRESETS
 
     preset = f"kitti/{date}" if f"kitti/{date}" in PRESETS else "kitti"
-    return Camera.from_kitti(path, index=side, width=width, height=height).with_preset(preset)
+    with naming(path):
+        return Camera.from_kitti(path, index=side, width=width, height=height).with_preset(preset)

@@ -59,6 +59,8 @@ def _axis_out(axis: Axis | Concat | None) -> Any:
 def _axis_in(value: Any) -> Axis | Concat | None:
     if value is None:
         return None
+    if value == []:
+        raise SpecError("an axis of a tensor has an empty list, wanted the spaces that lie on it")
     return Concat(tuple(Axis(**part) for part in value)) if isinstance(value, list) else Axis(**value)
 
 
