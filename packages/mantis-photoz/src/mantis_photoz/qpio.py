@@ -147,7 +147,7 @@ def read_qp(path: str | os.PathLike[str], edges: Any = None) -> tuple[BinnedPDF,
     with (
         reading(path, "is no qp file"),
         contextlib.redirect_stdout(io.StringIO()),
-        warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # densities are checked here
+        warnings.catch_warnings(action="ignore"),  # densities are checked here
     ):
         ensemble = qp.read(str(path))
         return from_qp(ensemble, edges), dict(ensemble.ancil or {})
