@@ -119,6 +119,7 @@ def test_presets():
         ({"cy": -401.0}, "cy is -401"),
         ({"cy": "mid"}, "cy is 'mid', wanted a pixel position"),
         ({"width": 0}, "width is 0, wanted a whole number of pixels"),
+        ({"height": 1e300}, "wanted a whole number of pixels, 1 to 1000000"),
         ({"height": 2.5}, "height is 2.5"),
         ({"width": "wide"}, "width is 'wide'"),
         ({"height": None}, "height is None"),

@@ -137,8 +137,10 @@ def test_depth_files(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "d.png").read_bytes()[:40])
     (tmp_path / "text.npy").write_text("no array")
     np.save(tmp_path / "three.npy", np.zeros((2, 2, 2)))
+    np.savez(tmp_path / "two.npz", a=depth)
+    (tmp_path / "two.npz").rename(tmp_path / "two.npy")
     for name, words in (
-        ("none.png", "is not there"), ("rgb.png", "wanted 16-bit gray"), ("cut.png", "cannot be read"),
+        ("two.npy", "is an archive of arrays"), ("none.png", "is not there"), ("rgb.png", "wanted 16-bit gray"), ("cut.png", "cannot be read"),
         ("text.npy", "cannot be read"), ("three.npy", r"wanted metres \(H, W\)"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=words):
@@ -160,6 +162,8 @@ def test_data_by_name(tmp_path):
         open_data("simulated:A", split="x")
     with pytest.raises(ShapeError, match="its depth 4x4"):
         make_sample(picture(), np.zeros((4, 4)), CAMERA, "x")
+    with pytest.raises(CameraError, match=r"^a/3: the image is 100x40, the camera is of 4000x40 images"):
+        make_sample(picture(), np.zeros((40, 100)), CAMERA.replace(width=4000), "a/3")
 
 
 @settings(max_examples=40, deadline=None)

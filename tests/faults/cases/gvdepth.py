@@ -319,6 +319,7 @@ READERS = [
         "json",
         "streets/camera",
         "of image 0",
+        "0-00000: ",
     ),
     _reader(
         "evaluate folder: depth",

@@ -28,6 +28,7 @@ __all__ = ["Camera", "PitchSign", "rotation_homography"]
 
 PitchSign = Literal["up", "down"]
 _LARGEST_ANGLE = 60.0  # degrees
+_LARGEST_SIDE = 1_000_000  # pixels
 _FARTHEST_CENTER = 2.0  # image sizes beyond the edge
 _ASPECT = 0.01
 
@@ -75,9 +76,9 @@ class Camera:
 
     def _check(self, *, far: bool = False) -> None:
         for name in ("width", "height"):
-            what = "a whole number of pixels, at least 1"
+            what = f"a whole number of pixels, 1 to {_LARGEST_SIDE}"
             given, value = getattr(self, name), self._number(name, getattr(self, name), what)
-            if isinstance(given, bool) or value != int(value) or value < 1:
+            if isinstance(given, bool) or value != int(value) or not 1 <= value <= _LARGEST_SIDE:
                 raise CameraError(f"{name} is {given!r}, wanted {what}")
             object.__setattr__(self, name, int(value))
         for name in ("fx", "fy"):

@@ -10,6 +10,8 @@ from fusion_core.errors import ConfigError
 
 __all__ = ["JudgeSettings"]
 
+_LONGEST = 1_000_000  # tokens
+
 
 @dataclass(frozen=True)
 class JudgeSettings(Config):
@@ -29,7 +31,7 @@ class JudgeSettings(Config):
         labels: names of the classes 0 and 1.
 
     Raises:
-        ConfigError: ``max_length`` is below 16.
+        ConfigError: ``max_length`` is below 16 or above a million.
     """
 
     max_length: int = 512
@@ -44,8 +46,8 @@ class JudgeSettings(Config):
     labels: tuple[str, str] = ("harmless", "harmful")
 
     def __post_init__(self) -> None:
-        if self.max_length < 16:
-            raise ConfigError(f"max_length is {self.max_length}, wanted at least 16")
+        if not 16 <= self.max_length <= _LONGEST:
+            raise ConfigError(f"max_length is {self.max_length}, wanted 16 to {_LONGEST}")
 
     @classmethod
     def official(cls) -> JudgeSettings:

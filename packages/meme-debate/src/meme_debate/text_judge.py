@@ -305,6 +305,8 @@ class TextJudge:
                 if not array.is_floating_point() or not bool((array.abs() <= _LARGEST).all()):
                     raise CheckpointError(f"{name} holds values other than numbers up to {_LARGEST:g}")
             idf, judge.coef = (arrays[name].double().numpy() for name in ("idf", "coef"))
+            if not (idf >= 1).all():  # log((1 + texts) / (1 + texts with it)) + 1
+                raise CheckpointError("idf goes below 1, which is that of a word that all texts have")
             judge.intercept = float(arrays["intercept"][0])
         try:
             judge._tfidf = TfIdf.of(words, idf, judge.ngrams)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_core.atomic import PathLike, atomic_write
-from fusion_core.errors import DataError, InputError, ShapeError, reading
+from fusion_core.errors import DataError, InputError, ShapeError, naming, reading
 from fusion_core.images import save_png
 from gvdepth.camera import Camera
 
@@ -80,7 +80,9 @@ def make_sample(image: NDArray[np.uint8], depth: NDArray[Any], camera: Camera, n
         )
     known = np.isfinite(depth) & (depth > 0)
     plain = np.where(known, depth, 0.0).astype(np.float32)
-    return Sample(image, plain, known, camera.for_image(*image.shape[:2]), name)
+    with naming(name):
+        fitted = camera.for_image(*image.shape[:2])
+    return Sample(image, plain, known, fitted, name)
 
 
 def read_depth(path: PathLike) -> NDArray[np.float32]:
@@ -101,7 +103,9 @@ def read_depth(path: PathLike) -> NDArray[np.float32]:
     if file.suffix == ".npy":
         with reading(f"depth {path}", error=DataError):
             found = np.load(file, allow_pickle=False)
-        if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind not in "fiu":
+        if not isinstance(found, np.ndarray):
+            raise DataError(f"depth {path} is an archive of arrays, wanted one array: metres (H, W)")
+        if found.ndim != 2 or found.dtype.kind not in "fiu":
             raise DataError(f"depth {path} is {found.dtype} of shape {found.shape}, wanted metres (H, W)")
         return np.nan_to_num(found.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0.0)
     if file.suffix != ".png":
