@@ -140,7 +140,8 @@ def test_depth_files(tmp_path):
     np.savez(tmp_path / "two.npz", a=depth)
     (tmp_path / "two.npz").rename(tmp_path / "two.npy")
     for name, words in (
-        ("two.npy", "is an archive of arrays"), ("none.png", "is not there"), ("rgb.png", "wanted 16-bit gray"), ("cut.png", "cannot be read"),
+        ("two.npy", "is an archive of arrays"),
+        ("none.png", "is not there"), ("rgb.png", "wanted 16-bit gray"), ("cut.png", "cannot be read"),
         ("text.npy", "cannot be read"), ("three.npy", r"wanted metres \(H, W\)"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=words):
