@@ -257,6 +257,14 @@ def test_convert_lists_a_picture_whose_name_no_system_takes(tmp_path):
     assert [meme.id for meme in load_memes(tmp_path / "m.jsonl")] == ["a", "c"]
 
 
+def test_labels_that_are_no_list_are_named(tmp_path):
+    make_harm(tmp_path)
+    path = tmp_path / "annotations" / "test.jsonl"
+    path.write_text(path.read_text().replace('["very harmful", "individual"]', "7"))
+    with pytest.raises(DataError, match=r"test\.jsonl: the labels of c are a int, wanted a list"):
+        convert("harmc", tmp_path, tmp_path / "m.jsonl")
+
+
 def measured_file(test=Path(__file__)):
     """The Harm-C debates that the authors publish: in ``../shared/data`` of the repository, or as named."""
     named = os.environ.get("MEME_DEBATE_HARM_C")
@@ -290,13 +298,15 @@ def test_light_judge_on_the_authors_debates():
     assert found["macro_f1"] >= 0.82
 
 
-@pytest.mark.parametrize("name", ["harmc", "fhm", "multioff", "pridemm"])
+@pytest.mark.parametrize("name", ["harmc", "fhm", "mami", "multioff", "pridemm"])
 def test_a_table_that_is_no_text_is_named(name, tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     MAKERS[name](folder)
     for path in folder.rglob("*"):
-        if path.suffix in (".csv", ".jsonl", ".tsv"):
+        if path.suffix in (".csv", ".jsonl", ".tsv", ".txt"):
             path.write_bytes(path.read_bytes() + b"\xff\n")
-    with pytest.raises(DataError, match=r"set/.*\.(csv|jsonl) cannot be read: 'utf-8' codec can't decode"):
+    with pytest.raises(
+        DataError, match=r"set/.*\.(csv|jsonl|tsv|txt) cannot be read: 'utf-8' codec can't decode"
+    ):
         convert(name, folder, tmp_path / "memes.jsonl")

@@ -148,11 +148,12 @@ def _harm(folder: Path) -> Iterator[Raw]:
         if not path.is_file():
             continue
         for row in _json_lines(path):
-            labels = tuple(str(label) for label in _key(path, row, "labels"))
-            image = str(_key(path, row, "image"))
-            yield Raw(
-                str(_key(path, row, "id")), f"images/{image}", str(row.get("text") or ""), labels[:1], split
-            )
+            name, image = str(_key(path, row, "id")), str(_key(path, row, "image"))
+            named = _key(path, row, "labels")
+            if not isinstance(named, list):
+                raise DataError(f"{path}: the labels of {name} are a {type(named).__name__}, wanted a list")
+            labels = tuple(str(label) for label in named[:1])
+            yield Raw(name, f"images/{image}", str(row.get("text") or ""), labels, split)
 
 
 def _fhm(folder: Path) -> Iterator[Raw]:
@@ -185,14 +186,14 @@ def _mami(folder: Path) -> Iterator[Raw]:
         known: dict[str, str] = {}
         truth = _first(folder, f"{split}_labels.txt", f"{split}_labels.tsv")
         if truth is not None:
-            for line in truth.read_text("utf-8").splitlines():
+            for line in _text(truth).splitlines():
                 name, _, rest = line.partition("\t")
                 known[name] = rest.partition("\t")[0].strip()
         for row in _table(path):
             name = str(_key(path, row, "file_name", "image"))
             label = row.get("misogynous", known.get(name))
             image = next((f"{d}{name}" for d in (f"{split.upper()}/", f"{split}/", "images/", "")
-                          if (folder / f"{d}{name}").is_file()), name)  # fmt: skip
+                          if _there(folder / f"{d}{name}")), name)  # fmt: skip
             labels = () if label in (None, "") else (str(label),)
             text = str(_key(path, row, "Text Transcription", "text") or "")
             yield Raw(f"{split}/{name}", image, text, labels, split)
