@@ -35,7 +35,7 @@ KINDS: dict[str, Callable[[bytes], Any]] = {
     "votable": mangle_media.table_file("votable"),
     "yaml": mangle.yaml_file,
 }
-_FAILED = "out of memory: |POST http://|training diverged: "
+_FAILED = "out of memory: |POST http://|training diverged: |the training loss is "
 """What a file that is read well may lead to, with exit code 1."""
 MEMORY = 3 * 2**30
 """What a reader may take for a file of some kilobytes, in bytes."""

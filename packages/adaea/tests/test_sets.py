@@ -139,7 +139,10 @@ def test_data_from_folders_of_classes(tmp_path):
     assert load_data(tmp_path, 2)[1].tolist() == [0, 1]
     assert load_data(str(tmp_path), size=5)[0].shape == (6, 3, 5, 5)
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "a_first" / "odd.png")
-    with pytest.raises(DataError, match=r"2 sizes.*pass size"):
+    with pytest.raises(DataError, match=r"a_first/0\.png has 7x6 pixels, a_first/odd\.png 9x9; pass size"):
+        load_data(tmp_path)
+    Image.fromarray(np.zeros((6, 7), np.uint8)).save(tmp_path / "a_first" / "odd.png")
+    with pytest.raises(DataError, match=r"0\.png has 3 channels, a_first/odd\.png 1 channels; wanted all"):
         load_data(tmp_path)
     (tmp_path / "a_first" / "odd.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"odd\.png cannot be read as an image"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import cv2
@@ -143,9 +144,18 @@ def test_synthtext(tmp_path):
     assert data[1].polygons[2].tolist()[0] == [41, 42]
     assert data.samples[1].texts == ("two", "words", "third")
     assert datasets.load(str(tmp_path)).name == "synthtext"
+    whole = (tmp_path / "gt.mat").read_bytes()
     (tmp_path / "gt.mat").write_bytes(b"not a mat file")
-    with pytest.raises(AnnotationError, match=r"gt\.mat"):
+    with pytest.raises(AnnotationError, match=r"gt\.mat' is no gt\.mat of SynthText: MatReadError"):
         datasets.synthtext(tmp_path)
+    savemat(tmp_path / "gt.mat", {"imnames": cells("a", "b"), "wordBB": cells(one), "txt": cells("a", "b")})
+    with pytest.raises(AnnotationError, match="it has 2 names and 1 boxes"):
+        datasets.synthtext(tmp_path)
+    for at in range(200, 240, 8):  # types of the parts of a cell, which scipy looks up beyond its table
+        for value in (100, 203):
+            (tmp_path / "gt.mat").write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+            with contextlib.suppress(AnnotationError):  # the process lives
+                formats.synthtext(tmp_path / "gt.mat")
 
 
 BAD_LINES = [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kd_trilateral as kdt
-from fusion_core.errors import DataError, FusionWarning, StoreError
+from fusion_core.errors import DataError, FusionWarning, InputError, StoreError
 from fusion_core.testing import kill_when
 from kd_trilateral import cache as cache_module
 
@@ -114,6 +114,14 @@ def test_a_manifest_without_classes_is_damaged(tmp_path):
     del manifest["fingerprint"]["classes"]
     path.write_text(json.dumps(manifest))
     with pytest.raises(StoreError, match=r"t\.kdc has a damaged manifest: KeyError 'classes'"):
+        kdt.TeacherCache.open(tmp_path / "t.kdc")
+
+
+def test_a_manifest_with_numbers_that_json_lacks_is_damaged(tmp_path):
+    build_in_small_shards(tmp_path / "t.kdc")
+    path = tmp_path / "t.kdc" / "manifest.json"
+    path.write_text(path.read_text().replace('"rows": 40', '"rows": NaN'))
+    with pytest.raises(InputError, match=r"manifest\.json: fingerprint takes what JSON can say"):
         kdt.TeacherCache.open(tmp_path / "t.kdc")
 
 

@@ -120,6 +120,11 @@ BAD = [
         ["generate", "x", "--large", "L", "--base", "B", "--expert", "a=B", "--trace", "t.txt"],
         "--trace is t.txt",
     ),
+    (["score", "E", "--large", "L"], "empty.jsonl line 2 is empty, or its prompt or answer is"),
+    (
+        ["generate", "--file", "W", "--large", "L", "--base", "B", "--expert", "a=B"],
+        "wide.txt: member 'large' would read",
+    ),
     (["score", "none.txt", "--large", "L"], "none.txt cannot be read as texts"),
     (["sweep", "T", "--large", "L", "--alphas", "a"], "--alphas is 'a'"),
     (["trace", "none.jsonl"], "cannot be read as a trace"),
@@ -140,6 +145,9 @@ def test_bad_input_is_one_line_and_exit_2(place, tmp_path, arguments, words):
         "T": place / "texts.txt",
         "a=B": f"a={place / 'small'}",
     }
+    places |= {"E": tmp_path / "empty.jsonl", "W": tmp_path / "wide.txt"}
+    places["E"].write_text('"a"\n{"prompt": "", "answer": "b"}\n')
+    places["W"].write_text("x y " * 2000)
     done = run_cli(main, *[places.get(word, word) for word in arguments])
     assert done.code == 2, done.stderr
     assert words in done.stderr

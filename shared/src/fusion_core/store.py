@@ -49,6 +49,7 @@ def _check_manifest(manifest: Any) -> None:
     for name, kind in kinds.items():
         if not isinstance(manifest[name], kind):
             raise StoreError(f"{name} is {str(manifest[name])[:40]!r}, wanted {kind.__name__}")
+    _plain("fingerprint", manifest["fingerprint"])
     for shard in manifest["shards"]:
         rows = [shard["start"], shard["stop"]]
         if Path(shard["file"]).name != shard["file"] or not isinstance(shard["digest"], str):

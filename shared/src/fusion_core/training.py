@@ -377,7 +377,8 @@ class Loop:
             _restore_plain_rng(state["rng"])
         metrics = self.folder / METRICS
         if self.accelerator.is_main_process and metrics.exists():
-            kept = metrics.read_text("utf-8").splitlines()[: self.at.lines]
+            with reading(metrics, "is damaged", CheckpointError):
+                kept = metrics.read_text("utf-8").splitlines()[: self.at.lines]
             with atomic_write(metrics, "w") as file:
                 file.writelines(line + "\n" for line in kept)
 

@@ -180,11 +180,14 @@ def read_labelled(
     if not files:
         raise DataError(f"{folder} holds no images; wanted labels.csv, or one folder of images per class")
     arrays = [_read(folder / name, size) for name, _ in files]
-    if len({array.shape for array in arrays}) > 1:
-        shapes = sorted({array.shape[:2] for array in arrays})
-        raise DataError(
-            f"{folder} has images of {len(shapes)} sizes such as {shapes[:3]}; pass size=, --size"
-        )
+    odd = next((i for i, array in enumerate(arrays) if array.shape != arrays[0].shape), None)
+    if odd is not None:
+        (height, width, channels), (rows_odd, columns, planes) = arrays[0].shape, arrays[odd].shape
+        same = (height, width) == (rows_odd, columns)
+        kinds = (f"{channels} channels", f"{planes} channels; wanted all gray or all in color")
+        sizes = (f"{width}x{height} pixels", f"{columns}x{rows_odd}; pass size=, --size")
+        first, other = kinds if same else sizes
+        raise DataError(f"{folder}: {files[0][0]} has {first}, {files[odd][0]} {other}")
     stacked = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
     wanted = torch.tensor(targets) if targets else None
     return (

@@ -176,10 +176,10 @@ class DBConfig(Config):
         _member("color", self.color, ("rgb", "bgr"))
         _member("resize", self.resize, ("short", "height", "native"))
         _positive(self, "k", "short_side", "stem")
-        for name in ("channels", "blocks"):
+        for name, most in (("channels", 65_536), ("blocks", 100)):
             values = getattr(self, name)
-            if len(values) != 4 or min(values) < 1:
-                raise ConfigError(f"{name} is {values!r}, wanted four positive integers")
+            if len(values) != 4 or min(values) < 1 or max(values) > most:
+                raise ConfigError(f"{name} is {values!r}, wanted four integers from 1 to {most}")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) != 3 or (name == "std" and min(values) <= 0):

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from fusion_core.atomic import PathLike, atomic_write
-from fusion_core.errors import InputError
+from fusion_core.errors import InputError, reading
 from fusion_core.images import list_images, read_image, save_png
 from fusion_core.progress import track
 from fusion_core.results import dump_json
@@ -127,7 +127,8 @@ def _open(target: Path, settings: dict[str, Any], *, resume: bool, overwrite: bo
     elif manifest.exists() and not resume:
         raise InputError(f"out is {str(target)!r}, which holds another run; resume it, or overwrite it")
     elif manifest.exists() and config.is_file():
-        before = json.loads(config.read_text(encoding="utf-8"))
+        with reading(config, "is damaged; overwrite the run"):
+            before = dict(json.loads(config.read_text(encoding="utf-8")))
         if different := [key for key in settings if before.get(key) != settings[key]]:
             raise InputError(
                 f"out is {str(target)!r}, whose run had other settings of {different}; overwrite it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from fusion_core import cli
 from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
-from fusion_core.errors import InputError
+from fusion_core.errors import InputError, naming
 from logit_fusion import __version__
 from logit_fusion import options as common
 
@@ -88,21 +89,22 @@ def generate(
         solver=solver, alpha=alpha, assignments=set_,
     )  # fmt: skip
     batch = _encoded(fused, texts)
-    if gamma:
-        ids = fused.speculative_generate(
-            batch["input_ids"], batch.get("attention_mask"), gamma=gamma, max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, stop_strings=stop,
-            seed=seed,
-        )  # fmt: skip
-    else:
-        more: dict[str, Any] = {"stop_strings": stop, "tokenizer": fused.tokenizer} if stop else {}
-        out = fused.generate(
-            **batch, max_new_tokens=max_new_tokens, num_beams=num_beams, trace=trace is not None,
-            **_sampling(temperature, top_p, seed), **more,
-        )  # fmt: skip
-        ids = out if trace is None else out.sequences
-        if trace is not None:
-            out.trace.save(trace)
+    with nullcontext() if file is None else naming(file):
+        if gamma:
+            ids = fused.speculative_generate(
+                batch["input_ids"], batch.get("attention_mask"), gamma=gamma, max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, stop_strings=stop,
+                seed=seed,
+            )  # fmt: skip
+        else:
+            more: dict[str, Any] = {"stop_strings": stop, "tokenizer": fused.tokenizer} if stop else {}
+            out = fused.generate(
+                **batch, max_new_tokens=max_new_tokens, num_beams=num_beams, trace=trace is not None,
+                **_sampling(temperature, top_p, seed), **more,
+            )  # fmt: skip
+            ids = out if trace is None else out.sequences
+            if trace is not None:
+                out.trace.save(trace)
     start = batch["input_ids"].shape[1]
     answers = fused.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
     if json:
@@ -182,9 +184,10 @@ def score(
         large, base, expert, preset=preset, devices=device, dtype=dtype, strategy=strategy, weights=weights,
         solver=solver, alpha=alpha, assignments=set_,
     )  # fmt: skip
-    found = fused.score(
-        wanted, batch_size=batch_size, max_length=max_length, progress=False if quiet else None
-    )
+    with naming(texts):
+        found = fused.score(
+            wanted, batch_size=batch_size, max_length=max_length, progress=False if quiet else None
+        )
     cli.emit(
         {
             "texts": len(found.nll),
@@ -223,9 +226,14 @@ def calibrate(
     """
     wanted = common.read_texts_file(texts, limit)
     fused = common.load(large, base, expert, devices=device, dtype=dtype, assignments=set_)
-    found = fused.calibrate(
-        wanted, target=target, batch_size=batch_size, max_length=max_length, progress=False if quiet else None
-    )
+    with naming(texts):
+        found = fused.calibrate(
+            wanted,
+            target=target,
+            batch_size=batch_size,
+            max_length=max_length,
+            progress=False if quiet else None,
+        )
     cli.emit(found, json, out)
 
 
@@ -256,9 +264,10 @@ def sweep(
         raise InputError(f"--alphas is {alphas!r}, wanted numbers such as 0,0.5,1") from None
     wanted = common.read_texts_file(texts, limit)
     fused = common.load(large, base, expert, devices=device, dtype=dtype, assignments=set_)
-    found = fused.sweep(
-        wanted, strengths, batch_size=batch_size, max_length=max_length, progress=False if quiet else None
-    )
+    with naming(texts):
+        found = fused.sweep(
+            wanted, strengths, batch_size=batch_size, max_length=max_length, progress=False if quiet else None
+        )
     cli.emit(found, json, out)
 
 

@@ -197,6 +197,8 @@ def read_texts_file(path: Path, limit: int | None = None) -> list[Any]:
                 found.append((str(entry["prompt"]), str(entry["answer"])))
             else:
                 raise DataError(f"{path} line {number} has neither text nor prompt and answer")
+            if "" in (found[-1] if isinstance(found[-1], tuple) else [found[-1]]):
+                raise DataError(f"{path} line {number} is empty, or its prompt or answer is")
     if not found:
         raise DataError(f"{path} holds no texts")
     return found[:limit]

@@ -194,23 +194,19 @@ def _from_parquet(path: Path) -> Table:
     from astropy.table import Table
 
     parquet: Any = require_extra("pyarrow.parquet", "parquet", "mantis-photoz")
-    try:
-        found = parquet.read_table(path)
-    except Exception as error:
-        raise InputError(
-            f"catalog {path} cannot be read as parquet: {' '.join(str(error).split())}"
-        ) from error
     table: Any = Table()
-    for name in found.column_names:
-        column = found.column(name).combine_chunks()
-        values = column.to_numpy(zero_copy_only=False)
-        if values.dtype == object:  # text, or lists of one length
-            entries = column.to_pylist()
-            values = np.asarray(["" if entry is None else entry for entry in entries])
-        table[name] = values
-        unit = ((found.schema.field(name).metadata or {}).get(b"unit") or b"").decode()
-        if unit:
-            table[name].unit = unit
+    with reading(f"catalog {path}", "cannot be read as parquet"):
+        found = parquet.read_table(path)
+        for name in found.column_names:
+            column = found.column(name).combine_chunks()
+            values = column.to_numpy(zero_copy_only=False)
+            if values.dtype == object:  # text, or lists of one length
+                entries = column.to_pylist()
+                values = np.asarray(["" if entry is None else entry for entry in entries])
+            table[name] = values
+            unit = ((found.schema.field(name).metadata or {}).get(b"unit") or b"").decode()
+            if unit:
+                table[name].unit = unit
     return table
 
 

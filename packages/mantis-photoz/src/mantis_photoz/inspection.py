@@ -45,7 +45,8 @@ def _planes(image: Image, name: str) -> list[dict[str, Any]]:
     bands = header_bands(image.header, len(image.data)) or ["?"] * len(image.data)
     rows: list[dict[str, Any]] = []
     for number, plane in enumerate(image.data):
-        values = plane.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # NaN that signal
+            values = plane.astype(np.float64)
         good = values[np.isfinite(values)]
         row: dict[str, Any] = {"extension": image.name or "primary", "plane": number, "band": bands[number]}
         row |= {"height": plane.shape[0], "width": plane.shape[1]}

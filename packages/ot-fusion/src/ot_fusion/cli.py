@@ -11,7 +11,7 @@ from fusion_core import cli
 from fusion_core.atomic import occupied
 from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
-from fusion_core.errors import reading
+from fusion_core.errors import naming, reading
 from ot_fusion import __version__
 from ot_fusion.errors import InputError
 from ot_fusion.options import (
@@ -267,7 +267,6 @@ def verify_spec(
 
     Example: ot-fusion verify-spec modelA --data images.npy
     """
-    from ot_fusion.errors import SpecError
     from ot_fusion.hooks import batches
     from ot_fusion.loading import load_model
     from ot_fusion.spec import infer_spec, save_spec, spec_for
@@ -287,9 +286,9 @@ def verify_spec(
     found = read_spec(spec) or (infer_spec(loaded, few) if infer else spec_for(loaded))
     try:
         changes = verify(loaded, found, few, tolerance=tolerance)
-    except SpecError as error:
+    except InputError as error:
         if "changes the outputs" not in str(error):
-            with reading(spec or model):
+            with naming(spec or model):
                 raise
         typer.echo(f"not proved: {error}", err=True)
         raise typer.Exit(3) from None

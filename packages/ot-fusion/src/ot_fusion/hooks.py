@@ -295,7 +295,7 @@ def collect(
             if sums and not two_passes:
                 sizes.add(batch)
         if stats.samples == 0:
-            raise DataError("the data held no samples")
+            raise DataError("data give no samples")
         if two_passes:
             sizes.scales = {leaf: _scale(stats.moments[leaf], config.transform) for leaf in stats.moments}
             for batch in rows or ():

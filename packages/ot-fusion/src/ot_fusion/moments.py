@@ -93,7 +93,7 @@ class Moments:
 
     def _state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if self._parts is None:
-            raise DataError("there are no activations: the data held no samples")
+            raise DataError("there are no activations: data give no samples")
         return self._parts
 
     def inner(self, transform: Transform = "std") -> tuple[Tensor, Tensor, Tensor]:

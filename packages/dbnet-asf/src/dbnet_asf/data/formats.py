@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,31 +209,26 @@ def synthtext(path: PathLike) -> list[tuple[str, Words]]:
         AnnotationError: no such file, or other contents.
         MissingExtraError: scipy is not installed.
     """
-    scipy_io = require_extra("scipy.io", "eval", "dbnet-asf")
-    try:
-        with warnings.catch_warnings():  # of formats that nobody writes; what is there is checked below
-            warnings.simplefilter("ignore", UserWarning)
-            record = scipy_io.loadmat(str(path), variable_names=["imnames", "wordBB", "txt"])
-        names, boxes, texts = (np.asarray(record[key]).ravel() for key in ("imnames", "wordBB", "txt"))
-    except Exception as error:
-        raise AnnotationError(f"annotation {str(path)!r} is no gt.mat of SynthText: {error!r}") from error
-    if not len(names) == len(boxes) == len(texts):
-        raise AnnotationError(f"annotation {str(path)!r} has {len(names)} names and {len(boxes)} boxes")
+    require_extra("scipy.io", "eval", "dbnet-asf")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "words.npz"
+        done = subprocess.run(  # noqa: S603 - our own script, in a process that a damaged file may end
+            [sys.executable, "-P", Path(__file__).with_name("matfile.py"), path, out],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            crash = f"scipy's reader ended with code {done.returncode}"
+            reason = done.stdout.strip() if done.returncode == 1 and done.stdout else crash
+            raise AnnotationError(f"annotation {str(path)!r} is no gt.mat of SynthText: {reason}")
+        with np.load(out, allow_pickle=False) as arrays:
+            boxes = np.split(arrays["boxes"], np.cumsum(arrays["counts"]))[:-1]
+            names, texts = (json.loads(arrays[key].tobytes()) for key in ("names", "words"))
     found: list[tuple[str, Words]] = []
-    for at, (name, box, text) in enumerate(zip(names, boxes, texts, strict=True)):
-        box = np.asarray(box, np.float64)
-        if box.ndim == 2:  # a single word
-            box = box[:, :, None]
-        if box.shape[:2] != (2, 4):
-            raise AnnotationError(
-                f"{path}, picture {at + 1}: wordBB has shape {box.shape}, wanted 2 x 4 x words"
-            )
-        lines = [str(line) for line in np.atleast_1d(np.asarray(text)).ravel()]
-        spoken = [word for line in lines for word in line.split()]
+    for name, box, spoken in zip(names, boxes, texts, strict=True):
         words = Words()
-        for number in range(box.shape[2]):
-            words.add(box[:, :, number].T, spoken[number] if number < len(spoken) else "", ignore=False)
-        found.append((str(np.asarray(name).ravel()[0]), words))
+        for number, points in enumerate(box):
+            words.add(points, spoken[number] if number < len(spoken) else "", ignore=False)
+        found.append((name, words))
     return found
 
 

@@ -69,13 +69,14 @@ class Journal:
 
     def __init__(self, work: Path) -> None:
         self.file = work / "journal.txt"
-        lines = self.file.read_text().splitlines(keepends=True) if self.file.is_file() else []
+        text = self.file.read_text("utf-8", errors="replace") if self.file.is_file() else ""
+        lines = text.splitlines(keepends=True)
         self.keys = {line[:-1] for line in lines if line.endswith("\n")}
         self.lock = threading.Lock()
 
     def add(self, key: str) -> None:
         """Note a tensor; its bytes are in the file before its line is."""
-        with self.lock, self.file.open("a") as file:
+        with self.lock, self.file.open("a", encoding="utf-8") as file:
             file.write(f"{key}\n")
 
 

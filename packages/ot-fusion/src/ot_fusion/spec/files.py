@@ -3,7 +3,8 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fusion_core.atomic import PathLike, atomic_write
 from fusion_core.errors import reading
@@ -14,6 +15,8 @@ from ot_fusion.spec.types import AlignmentSpec, Axis, Concat, Op, Space, TensorS
 __all__ = ["load_spec", "save_spec"]
 
 SCHEMA = "ot_fusion.spec/1"
+Made = TypeVar("Made")
+_LARGEST = 2**31  # of a space
 _GROUPS: dict[str, type[Group]] = {"full": Full, "frozen": Frozen, "blocks": Blocks, "heads": Heads}
 
 
@@ -61,7 +64,32 @@ def _axis_in(value: Any) -> Axis | Concat | None:
         return None
     if value == []:
         raise SpecError("an axis of a tensor has an empty list, wanted the spaces that lie on it")
-    return Concat(tuple(Axis(**part) for part in value)) if isinstance(value, list) else Axis(**value)
+    if isinstance(value, list):
+        return Concat(tuple(_checked(Axis, part) for part in value))
+    return _checked(Axis, value)
+
+
+def _checked(kind: type[Made], entry: dict[str, Any]) -> Made:
+    """A dataclass of plain values, each of the type that it declares."""
+    made = kind(**entry)
+    for name, hint in get_type_hints(kind).items():
+        if not _fits(value := getattr(made, name), hint):
+            raise SpecError(f"{kind.__name__} has {name}={str(value)[:60]}, wanted {hint}")
+    return made
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in parts
+    if kind is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if kind is tuple:
+        wanted = parts[:1] * len(value) if parts[-1] is ... else parts
+        return isinstance(value, tuple) and len(value) == len(wanted) and all(map(_fits, value, wanted))
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+    return isinstance(value, hint)
 
 
 def _tuple(value: Any) -> Any:
@@ -81,12 +109,12 @@ def load_spec(path: PathLike) -> AlignmentSpec:
         spaces: dict[str, Space] = {}
         for name, entry in found["spaces"].items():
             kind = _GROUPS[entry.pop("group")]
-            spaces[name] = Space(name, kind(**entry))
+            spaces[name] = Space(name, _checked(kind, entry))
         tensors = {
             k: TensorSpec(k, tuple(_axis_in(axis) for axis in axes)) for k, axes in found["tensors"].items()
         }
         entries: list[dict[str, Any]] = [{k: _tuple(v) for k, v in entry.items()} for entry in found["ops"]]
-        ops = tuple(Op(**entry) for entry in entries)
+        ops = tuple(_checked(Op, entry) for entry in entries)
         tied = tuple(tuple(group) for group in found["tied"])
         return AlignmentSpec(
             spaces, tensors, ops, tied, tuple(found["copied"]), found["name"], dict(found["notes"])
