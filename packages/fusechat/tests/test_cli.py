@@ -175,6 +175,7 @@ def test_bad_input_is_one_line_and_exit_2(place, tmp_path, monkeypatch, argument
         ("rows", 1 << 61, "which does not fit its sizes"),
         ("complete", 1, "complete is 1, wanted a bool"),
         ("kind", "arrays", "its kind is 'arrays'"),
+        ("k", 3, "entries a token, manifest.json 3"),
         ("fingerprint", {}, "the source is None, wanted a model's name or folder"),
         ("fingerprint", {"model": "no/such"}, "no/such has no tokenizer"),
     ],

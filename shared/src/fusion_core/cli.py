@@ -160,6 +160,8 @@ def run(app: typer.Typer, *words: str) -> None:
     warnings.formatwarning = format_warning
     # A notice from torch to torch, printed while its own modules load; users of a command cannot act on it.
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
+    # Of a configuration without words or units; what cannot be done with it is told as an error.
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
     try:
         app([*words, *sys.argv[1:]]) if words else app()
     except FusionError as error:

@@ -268,6 +268,11 @@ class TopKStore:
             raise StoreError(f"{self.folder}: shard {path.name} cannot be used: {error}") from error
         if metadata.get("store") != self._mark or set(header) != _NAMES:
             raise StoreError(f"{self.folder}: shard {path.name} belongs to another store")
+        sizes = [list(header[name].shape[1:]) for name in ("logits", "indices")]
+        if sizes != [[self.k]] * 2:
+            raise StoreError(
+                f"{self.folder}: shard {path.name} has {sizes} entries a token, manifest.json {self.k}"
+            )
         return True
 
     def write(self, number: int, rows: Sequence[StoredRow]) -> None:
