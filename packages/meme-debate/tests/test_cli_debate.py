@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 
+import numpy as np
 import pytest
 from debate_stub import Stub, answer, jpeg, memes
 
@@ -263,12 +264,39 @@ def test_prefix_shares_meet_the_targets():
     assert all(row.met for row in rows), [(row.name, row.ratio) for row in rows]
 
 
+def test_only_spans_that_no_slow_beat_met_are_steady():
+    from meme_debate.bench_pulse import Pulse, pulse
+
+    draws = np.random.default_rng(0)
+    starts = np.cumsum(0.004 + draws.random(200) / 100)
+    took = np.where(draws.random(200) < 0.05, 3e-4, 1e-4)
+    beats = np.stack([starts, starts + 1e-3, took], 1)
+    begin = draws.random(300) * 2
+    spans = [(float(a), float(a + b)) for a, b in zip(begin, draws.random(300) / 50, strict=True)]
+    met = [
+        any(
+            beats[max(i - 1, 0), 1] <= end and start <= beats[min(i + 1, 199), 0] + 0.05
+            for i in np.flatnonzero(took > 2e-4)
+        )
+        for start, end in spans
+    ]
+    assert 50 < sum(met) < 250
+    assert Pulse(beats).steady(spans).tolist() == [not hit for hit in met]
+    assert Pulse().steady(spans).all()
+    with pulse() as machine:
+        start = time.monotonic()
+        time.sleep(0.1)
+    assert len(machine.beats) > 3
+    assert start - 1 < machine.beats[0, 0] <= machine.beats[-1, 1] < time.monotonic()
+
+
 @pytest.mark.slow
 def test_bench_measures(tmp_path):
     from meme_debate.bench_client import rows
 
     found = {row.name: row for row in rows(debates=10, repeats=1, rate=20.0, seconds=0.5)}
-    assert len(found) == 12
-    whole, half = (found[f"added latency p99, {rate} debates/s offered, 3 calls"] for rate in (20, 10))
-    assert (whole.target, half.target, half.met) == (">= 1", None, None)
+    assert len(found) == 15
+    for end in ("", ", while the machine keeps its speed"):
+        whole, half = (found[f"added latency p99, {r} debates/s offered, 3 calls{end}"] for r in (20, 10))
+        assert (whole.target, half.target, half.met) == (">= 1", None, None)
     assert all(row.ratio > 0 for row in found.values())

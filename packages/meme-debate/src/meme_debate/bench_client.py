@@ -9,15 +9,19 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fusion_core.bench import Row, check_target
 from fusion_core.errors import InputError, require_extra
 from meme_debate import prompts
 from meme_debate.backends.http import HttpBackend
+from meme_debate.bench_pulse import pulse
 from meme_debate.bench_stub import STATEMENT, stub_process
 from meme_debate.debate import Debater
 from meme_debate.meme import Debate, Meme, load_debates, load_memes
@@ -26,6 +30,8 @@ from meme_debate.policy import Policy
 from meme_debate.prompts import Call, Prompt
 
 RATE_TARGET, LATENCY_TARGET = 500.0, 0.010
+Span = tuple[float, float]
+"""Start and end, seconds of the monotonic clock."""
 IMAGE_TOKENS, CHARACTERS = 576, 4.3
 CONCURRENCY, PICTURES = 64, 32
 _WORDS = "when you find out that the thing you praised all week is not what anybody thought it was"
@@ -110,17 +116,17 @@ async def _bare(url: str, bodies: Sequence[bytes]) -> Took:
         return _since(start)
 
 
-async def _arriving(job: Callable[[int], Awaitable[object]], count: int, rate: float) -> list[float]:
-    """Seconds from each job's planned start to its end, starts being a Poisson process; job 0 warms up."""
+async def _arriving(job: Callable[[int], Awaitable[object]], count: int, rate: float) -> list[Span]:
+    """Each job's planned start and its end, starts being a Poisson process; job 0 warms up."""
     draw = random.Random(1)  # noqa: S311 - arrivals, no secret
-    took: list[float] = []
+    spans: list[Span] = []
     await job(0)
     clock = asyncio.get_running_loop().time
     at = clock() + 0.05
 
     async def one(number: int, planned: float) -> None:
         await job(number)
-        took.append(clock() - planned)
+        spans.append((planned, clock()))
 
     tasks: list[asyncio.Task[None]] = []
     for number in range(1, count):
@@ -129,16 +135,16 @@ async def _arriving(job: Callable[[int], Awaitable[object]], count: int, rate: f
             await asyncio.sleep(wait)
         tasks.append(asyncio.create_task(one(number, at)))
     await asyncio.gather(*tasks)
-    return sorted(took)
+    return spans
 
 
-async def _offered(debater: Debater, memes: Sequence[Meme], rate: float) -> list[float]:
-    """Seconds of each debate where ``rate`` of them begin in a second."""
+async def _offered(debater: Debater, memes: Sequence[Meme], rate: float) -> list[Span]:
+    """Start and end of each debate where ``rate`` of them begin in a second."""
     async with debater.open(CONCURRENCY * 4) as session:
         return await _arriving(lambda number: session.debate(memes[number]), len(memes), rate)
 
 
-async def _offered_bare(url: str, bodies: Sequence[bytes], calls: int, rate: float) -> list[float]:
+async def _offered_bare(url: str, bodies: Sequence[bytes], calls: int, rate: float) -> list[Span]:
     """The same for as many posts one after the other, by aiohttp alone."""
     async with _posting(url) as post:
 
@@ -212,7 +218,7 @@ def rate_rows(folder: Path, url: str, *, debates: int, repeats: int, size: int, 
     ]  # fmt: skip
 
 
-def latency_row(
+def latency_rows(
     folder: Path,
     url: str,
     *,
@@ -221,57 +227,76 @@ def latency_row(
     repeats: int,
     swap: bool,
     target: str | None = ">= 1",
-) -> Row:
-    """The 99th percentile of what a debate takes beside a server that answers at once, median of runs."""
+) -> list[Row]:
+    """The 99th percentile of what a debate takes beside a server that answers at once, median of runs.
+
+    Of all debates, and of those that no slowness of the machine met (:mod:`meme_debate.bench_pulse`).
+    """
     number = 4 if swap else 3
-    ours: list[tuple[float, float]] = []
-    bare: list[tuple[float, float]] = []
+    ours, bare = _Runs(), _Runs()
     for turn in range(repeats):
         memes = made_memes(folder, round(rate * seconds), 40_000, f"l{turn}-{number}-{rate:g}-")
         debater = Debater(url, "stub", cache=folder / f"latency-{turn}-{number}-{rate:g}.sqlite", swap=swap)
-        bare.append(_percentiles(asyncio.run(_offered_bare(url, _bodies(memes, swap), number, rate))))
-        ours.append(_percentiles(asyncio.run(_offered(debater, memes, rate))))
-    (p50, p99), (bare50, bare99) = (
-        [sorted(1e3 * run[which] for run in runs) for which in (0, 1)] for runs in (ours, bare)
-    )
-    median = statistics.median(p99) / 1e3
-    ratio = LATENCY_TARGET / median
-    unsteady = _unsteady(max(round(100 * seconds), 1))
-    return Row(
-        name=f"added latency p99, {rate:.0f} debates/s offered, {number} calls", ratio=ratio, ours_s=median,
-        reference_s=LATENCY_TARGET, reference="the target, 10 ms", repeats=repeats, target=target,
-        met=None if target is None else check_target(ratio, target),
-        note=f"p50 {_median_of(p50)} ms, p99 {_median_of(p99)} ms, the stub's own time counted as added; "
-        f"bare aiohttp with the same posts {_median_of(bare50)} and {_median_of(bare99)} ms; medians and "
-        f"ranges. Beside nothing, a loop that counts has less than 0.6 of its speed in {unsteady:.1%} of "
-        "the time",
-    )  # fmt: skip
+        bodies = _bodies(memes, swap)
+        bare.add(lambda b=bodies: _offered_bare(url, b, number, rate))
+        ours.add(lambda d=debater, m=memes: _offered(d, m, rate))
+    name = f"added latency p99, {rate:.0f} debates/s offered, {number} calls"
+    kept = f"; {ours.kept:.0%} of the debates, {bare.kept:.0%} of aiohttp's"
+    slow = f"; {(ours.slow + bare.slow) / 2:.1%} of the beats were slow"
+    found: list[Row] = []
+    for which, label, more in ((0, name, slow), (1, f"{name}, while the machine keeps its speed", kept)):
+        p50, p99 = ours.percentiles(which)
+        median = statistics.median(p99) / 1e3
+        ratio = LATENCY_TARGET / median
+        row = Row(
+            name=label, ratio=ratio, ours_s=median, reference_s=LATENCY_TARGET,
+            reference="the target, 10 ms", repeats=repeats, target=target,
+            met=None if target is None else check_target(ratio, target),
+            note=f"p50 {_median_of(p50)} ms, p99 {_median_of(p99)} ms, the stub's own time counted as added; "
+            f"bare aiohttp with the same posts {' and '.join(map(_median_of, bare.percentiles(which)))} ms; "
+            f"medians and ranges{more}",
+        )  # fmt: skip
+        found.append(row)
+    return found
+
+
+class _Runs:
+    """Debates that arrived by themselves, in several runs, with the machine's pulse meanwhile."""
+
+    def __init__(self) -> None:
+        self.all: list[NDArray[np.float64]] = []
+        self.steady: list[NDArray[np.float64]] = []
+        self.beats: list[NDArray[np.bool_]] = []
+
+    def add(self, run: Callable[[], Coroutine[Any, Any, list[Span]]]) -> None:
+        with pulse() as machine:
+            spans = asyncio.run(run())
+        took = np.diff(np.array(spans))[:, 0]
+        self.all.append(took)
+        self.steady.append(took[machine.steady(spans)])
+        self.beats.append(machine.slow)
+
+    @property
+    def kept(self) -> float:
+        """The share of debates that no slowness met."""
+        return sum(map(len, self.steady)) / sum(map(len, self.all))
+
+    @property
+    def slow(self) -> float:
+        """The share of slow beats."""
+        return float(np.concatenate(self.beats).mean())
+
+    def percentiles(self, steady: int) -> list[list[float]]:
+        """The 50th and the 99th percentile of each run, ms, each sorted."""
+        runs = [run for run in (self.steady if steady else self.all) if len(run)] or [np.array([np.nan])]
+        return [
+            sorted(float(np.quantile(run, q, method="inverted_cdf")) * 1e3 for run in runs)
+            for q in (0.5, 0.99)
+        ]
 
 
 def _median_of(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.1f} [{values[0]:.1f}, {values[-1]:.1f}]"
-
-
-def _unsteady(windows: int, length: float = 0.01) -> float:
-    """The share of windows in which this machine counts at less than 0.6 of its median speed.
-
-    A virtual machine whose host is busy stops or slows down for tens of milliseconds, and every latency with
-    it.
-    """
-    speeds: list[float] = []
-    for _ in range(windows):
-        start, count = time.perf_counter(), 0
-        while (took := time.perf_counter() - start) < length:
-            sum(range(1000))
-            count += 1
-        speeds.append(count / took)
-    median = statistics.median(speeds)
-    return sum(speed < 0.6 * median for speed in speeds) / windows
-
-
-def _percentiles(took: Sequence[float]) -> tuple[float, float]:
-    """Median and 99th percentile of sorted seconds."""
-    return took[len(took) // 2], took[math.ceil(0.99 * len(took)) - 1]
 
 
 def cached_row(folder: Path, url: str, *, debates: int) -> Row:
@@ -398,9 +423,9 @@ def rows(
         for swap in (True, False):
             yield from rate_rows(folder, url, debates=debates, repeats=repeats, size=40_000, swap=swap)
             offered: Any = {"seconds": seconds, "repeats": repeats, "swap": swap}
-            yield latency_row(folder, url, rate=rate, **offered)
+            yield from latency_rows(folder, url, rate=rate, **offered)
             if not swap:  # what the whole rate is to a machine twice as fast
-                yield latency_row(folder, url, rate=rate / 2, target=None, **offered)
+                yield from latency_rows(folder, url, rate=rate / 2, target=None, **offered)
         yield cached_row(folder, url, debates=debates)
     yield encode_row()
     yield from prefix_rows(*_texts(memes, recorded))
