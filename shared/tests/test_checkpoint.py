@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fusion_core.checkpoint import (
     KeyMap,
+    check_depth,
     digest,
     digest_file,
     digest_state,
@@ -207,6 +208,9 @@ def test_foreign_module_and_loose_values_are_refused(tmp_path):
     torch.save([torch.zeros(1)], path)
     with pytest.raises(CheckpointError, match="holds a list, wanted a state_dict"):
         load_foreign(path)
+    torch.save({"w": torch.zeros(3).to_sparse()}, path)
+    with pytest.raises(CheckpointError, match=r"a\.pt .*sparse"):
+        load_foreign(path)
 
 
 def test_foreign_damaged(tmp_path):
@@ -247,6 +251,23 @@ def test_key_map_complaints():
         KeyMap().apply({"module.a": torch.ones(1), "a": torch.ones(1)})
     with pytest.raises(InputError, match=r"rules has '\(', no regular expression"):
         KeyMap([("(", "x")])
+
+
+def test_layers_without_end_are_refused(tmp_path):
+    check_depth("owner/name")
+    check_depth(tmp_path)
+    path = tmp_path / "config.json"
+    for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers"):
+        path.write_text(
+            json.dumps({"vocab_size": 10**6, name: 10_000, "inner": {"a": [1], "n_heads": 99999}})
+        )
+        check_depth(tmp_path)
+        path.write_text(json.dumps({"inner": {name: 2**63}}))
+        with pytest.raises(CheckpointError, match=rf"config\.json: {name} is 9223372036854775808, wanted at"):
+            check_depth(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        check_depth(tmp_path)
 
 
 def test_load_strict():

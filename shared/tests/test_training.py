@@ -90,6 +90,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, stop_at):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda weight: weight.to(torch.complex64)])
+def test_a_state_of_other_tensors_is_damaged(tmp_path, change):
+    loop(tmp_path, model()).run(data(), step, score)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    name = next(iter(state["model"]))
+    state["model"][name] = change(state["model"][name])
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match=r"last\.pt (is damaged|cannot be read): .*(complex|sparse)"):
+        loop(tmp_path, model(), resume=True)
+
+
 def test_it_learns_and_keeps_the_best_average(tmp_path):
     net = model()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2)

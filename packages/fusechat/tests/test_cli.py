@@ -194,6 +194,16 @@ def test_a_store_whose_manifest_is_odd(place, tmp_path, name, value, words):
     assert str(tmp_path / "store") in told[0]
 
 
+def test_a_tokenizer_whose_ids_are_too_large(tmp_path):
+    load_tokenizer("pivot").save_pretrained(tmp_path / "t")
+    path = tmp_path / "t" / "tokenizer.json"
+    found = json.loads(path.read_text())
+    found["model"]["vocab"][next(iter(found["model"]["vocab"]))] = 2**31
+    path.write_text(json.dumps(found))
+    with pytest.raises(InputError, match="gives a token the id 2147483648, wanted at most 2147483647"):
+        spans.load_tokenizer(str(tmp_path / "t"))
+
+
 def test_a_tokenizer_whose_longest_text_is_odd(tmp_path):
     load_tokenizer("pivot").save_pretrained(tmp_path / "t")
     path = tmp_path / "t" / "tokenizer_config.json"

@@ -133,7 +133,8 @@ def test_config(tmp_path):
     found.save(tmp_path / "recipe.toml")
     assert TrainConfig.load(tmp_path / "recipe.toml") == found
     for changes, words in (
-        (["steps=0"], "steps is 0"), (["final_lr=1.0"], "final_lr is 1"), (["model.cue=both"], "cue"),
+        (["steps=0"], "steps is 0"), (["lr=1e300"], r"lr is 1e\+300"),
+        (["final_lr=1.0"], "final_lr is 1"), (["model.cue=both"], "cue"),
         (["augment.flip=2.0"], "flip is 2"), (["stepz=3"], "did you mean steps"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):

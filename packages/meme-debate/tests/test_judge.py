@@ -123,6 +123,17 @@ def test_damaged_weights_are_named(tmp_path):
     torch.nn.init.constant_(next(judge.parameters()), float("nan"))
     with pytest.raises(CheckpointError, match=r"no finite score; .*model\.safetensors damaged"):
         score(judge, memes, debates)
+    strange = copy.copy(make_judge(max_length=64))
+
+    class Fails:
+        is_fast = True
+
+        def __call__(self, *texts, **options):
+            raise Exception("WordLevel error: Missing [UNK] token")
+
+    strange.tokenizer = Fails()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used: Exception WordLevel error"):
+        score(strange, memes, debates)
     light = TextJudge(min_df=1).fit(["a good day", "a bad day"], [0, 1])
     light.save(tmp_path / "light")
     state = load_tensors(tmp_path / "light" / "model.safetensors")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from fusion_core.atomic import PathLike, atomic_directory, atomic_write
-from fusion_core.errors import CheckpointError, InputError
+from fusion_core.errors import CheckpointError, InputError, reading
 from fusion_core.shards import ShardReader, ShardWriter, TensorInfo, dtype_name, raw_bytes, write_tensors
 
 if TYPE_CHECKING:
@@ -29,14 +32,19 @@ __all__ = [
     "TensorInfo",
     "atomic_directory",
     "atomic_write",
+    "check_depth",
     "digest",
     "digest_file",
     "digest_state",
     "load_foreign",
     "load_strict",
     "load_tensors",
+    "plain_tensors",
     "save_tensors",
 ]
+
+_LAYERS = re.compile(r"(^|_)(n|num)(_\w+)?_layers?$")
+_MOST_LAYERS = 10_000
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _REASON = re.compile(
@@ -101,6 +109,19 @@ def load_tensors(
     return {key: reader.get(key, device) for key in wanted}
 
 
+@contextmanager
+def plain_tensors() -> Generator[None, None, None]:
+    """Make an error of what PyTorch only warns of when a file is read: complex or sparse tensors in it.
+
+    Raises:
+        UserWarning: of PyTorch; :func:`fusion_core.errors.reading` around it names the file.
+    """
+    with warnings.catch_warnings():
+        for message in ("Casting complex values", "Validating sparse tensor"):
+            warnings.filterwarnings("error", message=message)
+        yield
+
+
 def load_foreign(path: PathLike) -> dict[str, Tensor]:
     """Read somebody else's checkpoint to the CPU: tensors only, no code of the file is ever run.
 
@@ -119,7 +140,8 @@ def load_foreign(path: PathLike) -> dict[str, Tensor]:
         with file.open("rb") as handle:
             if handle.read(8) == b"version ":
                 raise CheckpointError(f"{path} is a Git LFS pointer, not the tensors; run: git lfs pull")
-        found: Any = torch.load(file, map_location="cpu", weights_only=True)
+        with plain_tensors():
+            found: Any = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (CheckpointError, MemoryError):
@@ -241,6 +263,30 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     if problems:
         raise CheckpointError(f"state does not fit {type(module).__name__}; " + "; ".join(problems))
     module.load_state_dict(dict(state))
+
+
+def check_depth(folder: PathLike) -> None:
+    """Refuse a folder of transformers whose ``config.json`` asks for layers without end, built one by one.
+
+    Args:
+        folder: what ``from_pretrained`` takes; a name on the hub, or a folder without the file, passes.
+
+    Raises:
+        CheckpointError: a count of layers above 10,000; the file is named.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return
+    with reading(path, "cannot be read", CheckpointError):
+        _check_depth(json.loads(path.read_text("utf-8")))
+
+
+def _check_depth(config: Any) -> None:
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict):
+            _check_depth(value)
+        elif _LAYERS.search(str(name)) and isinstance(value, int | float) and value > _MOST_LAYERS:
+            raise CheckpointError(f"{name} is {value}, wanted at most {_MOST_LAYERS}")
 
 
 def digest(*objects: Any) -> str:

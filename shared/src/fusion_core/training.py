@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, RandomSampler
 
 from fusion_core.atomic import PathLike, atomic_write
-from fusion_core.checkpoint import digest, save_tensors
+from fusion_core.checkpoint import digest, plain_tensors, save_tensors
 from fusion_core.errors import CheckpointError, ConfigError, FusionError, InputError, reading, require_extra
 from fusion_core.seeding import generator, restore_rng, rng_state
 
@@ -358,13 +358,13 @@ class Loop:
 
     def _load(self) -> None:
         path = self.folder / STATE
-        with reading(path, error=CheckpointError):
+        with reading(path, error=CheckpointError), plain_tensors():
             state = dict(torch.load(path, map_location=self.accelerator.device, weights_only=True))
         if state.get("print") != self.print:
             raise InputError(
                 f"{path} is of another run: the model's shapes, accumulate, ema, seed or precision differ"
             )
-        with reading(path, "is damaged", CheckpointError):
+        with reading(path, "is damaged", CheckpointError), plain_tensors():
             self.raw.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scheduler is not None and state["scheduler"] is not None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from fusechat.spans import Encoded, check_tokenizer, encode
+from fusechat.spans import Encoded, check_tokenizer, encode, load_tokenizer
 from fusechat.store import StoredRow, TopKStore
 from fusechat.texts import Dialogue, Text, render
 from fusion_core.atomic import PathLike
-from fusion_core.checkpoint import digest
+from fusion_core.checkpoint import check_depth, digest
 from fusion_core.device import resolve_device, resolve_dtype
-from fusion_core.errors import DataError, InputError, NonFiniteError, reading
+from fusion_core.errors import DataError, InputError, NonFiniteError, naming, reading
 from fusion_core.modules import logits_of, untouched
 from fusion_core.progress import track
 
@@ -108,7 +109,8 @@ def collect(
         for number in track(mine, "collecting", enabled=progress):
             rows = store.shard_range(number)
             encoded = [_encode(tokenizer, texts[row], max_length) for row in rows]
-            kept = _shard(net, encoded, rows, k, batch_tokens)
+            with naming(model) if isinstance(model, str | os.PathLike) else nullcontext():
+                kept = _shard(net, encoded, rows, k, batch_tokens)
             store.write(
                 number,
                 [StoredRow(texts[r], e, *part) for r, e, part in zip(rows, encoded, kept, strict=True)],
@@ -137,12 +139,13 @@ def _loaded(model: Any, tokenizer: Any, device: Any, dtype: Any) -> tuple[Any, A
         from fusion_core.checkpoint import digest_state
 
         return model, tokenizer, digest_state(dict(model.state_dict()))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     with reading(f"model {str(model)!r}", "cannot be loaded"):
-        tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model)
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(model))
+        check_depth(model)
         net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
     net.to(device=place)
     return net, tokenizer, str(model)

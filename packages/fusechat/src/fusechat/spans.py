@@ -34,6 +34,9 @@ class Encoded:
         return len(self.ids)
 
 
+_LARGEST_ID = 2**31 - 1
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a hub name or folder.
 
@@ -46,6 +49,8 @@ def load_tokenizer(name: str) -> Any:
         found = AutoTokenizer.from_pretrained(name)
         if not isinstance(found.model_max_length, int | float):
             raise InputError(f"model_max_length is {found.model_max_length!r}, wanted a number")
+        if (largest := max(found.get_vocab().values(), default=0)) > _LARGEST_ID:
+            raise InputError(f"it gives a token the id {largest}, wanted at most {_LARGEST_ID}")
         return found
 
 

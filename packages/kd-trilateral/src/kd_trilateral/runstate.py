@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fusion_core.atomic import entries, sweep
-from fusion_core.checkpoint import PathLike, atomic_write, load_strict, save_tensors
+from fusion_core.checkpoint import PathLike, atomic_write, load_strict, plain_tensors, save_tensors
 from fusion_core.errors import CheckpointError, ConfigError, DataError, InputError, StoreError, reading
 from fusion_core.results import plain
 from kd_trilateral.bilevel import Bilevel
@@ -165,7 +165,7 @@ class RunDirectory:
     def _state(self) -> dict[str, Any] | None:
         if not (self.path / STATE).exists():
             return None
-        with reading(self.path / STATE, error=CheckpointError):
+        with reading(self.path / STATE, error=CheckpointError), plain_tensors():
             state: dict[str, Any] = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
             was = dict(json.loads(state["fingerprint"]))
         for name, value in json.loads(json.dumps(self.fingerprint)).items():

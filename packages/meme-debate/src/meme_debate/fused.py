@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_core.batching import map_batches
-from fusion_core.errors import CheckpointError
+from fusion_core.errors import CheckpointError, reading
 
 from .ablations import fields_of
 from .composing import First
@@ -53,7 +53,10 @@ def encode(
         )
         for meme, debate in zip(memes, debates, strict=True)
     ]
-    return encode_fields(judge.tokenizer, parts, max_length=settings.max_length, truncate=settings.truncate)
+    with reading("the judge's tokenizer/tokenizer.json", "cannot be used", CheckpointError):
+        return encode_fields(
+            judge.tokenizer, parts, max_length=settings.max_length, truncate=settings.truncate
+        )
 
 
 def pad_id(judge: Judge) -> int:
