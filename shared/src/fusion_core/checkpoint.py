@@ -146,6 +146,8 @@ def load_foreign(path: PathLike) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (CheckpointError, MemoryError):
         raise
+    except UserWarning as error:
+        raise CheckpointError(f"{path} holds complex or sparse tensors, wanted plain ones") from error
     except Exception as error:
         reason = _REASON.search(str(error))
         if reason and "operand" not in reason[0]:
@@ -272,7 +274,7 @@ def check_depth(folder: PathLike) -> None:
         folder: what ``from_pretrained`` takes; a name on the hub, or a folder without the file, passes.
 
     Raises:
-        CheckpointError: a count of layers above 10,000; the file is named.
+        CheckpointError: a count of layers below 0 or above 10,000; the file is named.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -285,8 +287,8 @@ def _check_depth(config: Any) -> None:
     for name, value in config.items() if isinstance(config, dict) else ():
         if isinstance(value, dict):
             _check_depth(value)
-        elif _LAYERS.search(str(name)) and isinstance(value, int | float) and value > _MOST_LAYERS:
-            raise CheckpointError(f"{name} is {value}, wanted at most {_MOST_LAYERS}")
+        elif _LAYERS.search(str(name)) and isinstance(value, int | float) and not 0 <= value <= _MOST_LAYERS:
+            raise CheckpointError(f"{name} is {value}, wanted 0 to {_MOST_LAYERS}")
 
 
 def digest(*objects: Any) -> str:

@@ -86,10 +86,12 @@ def from_matrix(
         raise CameraError(f"matrix is {matrix!r}, wanted 3x3 or 3x4 numbers") from error
     if numbers.shape not in ((3, 3), (3, 4)):
         raise CameraError(f"matrix has shape {numbers.shape}, wanted (3, 3) or (3, 4)")
-    k = numbers[:, :3]
-    if not np.isfinite(k).all() or k[2, 2] == 0:
-        raise CameraError(f"matrix is {k.tolist()}, wanted finite numbers and 1 at the lower right")
-    k = k / k[2, 2]
+    with np.errstate(all="ignore"):
+        k = numbers[:, :3] / numbers[2, 2]
+    if not np.isfinite(k).all():
+        raise CameraError(
+            f"matrix is {numbers[:, :3].tolist()}, wanted finite numbers and 1 at the lower right"
+        )
     tiny = 1e-6 * max(abs(k[0, 0]), 1.0)
     if max(abs(k[0, 1]), abs(k[1, 0]), abs(k[2, 0]), abs(k[2, 1])) > tiny:
         raise CameraError(f"matrix is {k.tolist()}, wanted no skew and a last row 0 0 1; rectify the images")

@@ -47,8 +47,10 @@ _BILEVEL = (
     "stochastic",
     "head",
 )
-_LOW = {"epochs": 1, "steps": 0, "batch_size": 1, "val_batch_size": 0, "every": 0, "lr": 0, "outer_lr": 0}
-_LOW |= {"weight_decay": 0}
+_LOW = {
+    "epochs": 1, "steps": 0, "batch_size": 1, "val_batch_size": 0, "every": 0, "lr": 0, "outer_lr": 0,
+    "weight_decay": 0,
+}  # fmt: skip
 _LARGEST = 1e9  # float32 has room for its square
 
 

@@ -236,13 +236,10 @@ def diagnose(
     from ot_fusion.diagnosing import diagnose as look
     from ot_fusion.loading import load_model
 
-    found = look(
-        load_model(first),
-        load_model(second),
-        data=read_inputs(data, second, max_length),
-        spec=read_spec(spec),
-        progress=False if quiet else None,
-    )
+    one, other = load_model(first), load_model(second)
+    inputs, given = read_inputs(data, second, max_length), read_spec(spec)
+    with naming(f"{first} and {second}"):
+        found = look(one, other, data=inputs, spec=given, progress=False if quiet else None)
     cli.emit(found, json, out)
 
 
