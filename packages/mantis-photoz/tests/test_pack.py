@@ -89,6 +89,7 @@ def test_bad_input(sky, tmp_path):
     ("change", "words"),
     [
         (lambda f: f.attrs.__setitem__("surveys", 0), "is no packed file .* TypeError"),
+        (lambda f: f.attrs.__setitem__("surveys", "{}"), "surveys is empty, wanted at least one"),
         (lambda f: f.attrs.__setitem__("schema", "x/1"), "schema is 'x/1', wanted"),
         (lambda f: f["ps1"].__delitem__("notes"), "is no packed file .* KeyError"),
         (lambda f: put(f["ps1"], "wcs", np.zeros((5, 3))), r"ps1/wcs has shape \(5, 3\), wanted \(5, 8\)"),

@@ -153,6 +153,8 @@ class PackedCutouts:
 
     def _check(self, count: int) -> None:
         """Look whether every survey has its arrays, of the sizes that the file says."""
+        if not self.surveys:
+            raise ValueError("surveys is empty, wanted at least one")
         for name, survey in self.surveys.items():
             group = self._file[name]
             shapes = {"planes": (count, len(survey.bands), survey.pixels, survey.pixels), "wcs": (count, 8)}
