@@ -257,7 +257,14 @@ def test_layers_without_end_are_refused(tmp_path):
     check_depth("owner/name")
     check_depth(tmp_path)
     path = tmp_path / "config.json"
-    for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers"):
+    for name in (
+        "num_hidden_layers",
+        "n_layer",
+        "num_layers",
+        "n_layers",
+        "num_decoder_layers",
+        "decoder_layers",
+    ):
         path.write_text(
             json.dumps({"vocab_size": 10**6, name: 10_000, "inner": {"a": [1], "n_heads": 99999}})
         )

@@ -43,7 +43,7 @@ __all__ = [
     "save_tensors",
 ]
 
-_LAYERS = re.compile(r"(^|_)(n|num)(_\w+)?_layers?$")
+_LAYERS = re.compile(r"(^|_)((n|num)(_\w+)?|encoder|decoder)_layers?$")
 _MOST_LAYERS = 10_000
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
