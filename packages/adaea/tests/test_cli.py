@@ -133,6 +133,10 @@ def test_config_prints_what_an_attack_is(tmp_path):
     assert found["eps"] == 16 / 255
     assert found["update"] == [{"part": "Momentum", "mu": 0.9}]
     assert run_cli(main, "config", "--run", tmp_path).code == 2
+    odd = {"schema": "adaea.audit/1", "settings": {"attacks": [None]}}
+    (tmp_path / "asr.json").write_text(json.dumps(odd))
+    told = run_cli(main, "config", "--run", tmp_path)
+    assert (told.code, "asr.json cannot be written as TOML; pass --json" in told.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from adaea import __version__
 from fusion_core import cli
 from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
-from fusion_core.errors import ConfigError, InputError
+from fusion_core.errors import ConfigError, InputError, reading
 
 app = cli.new_app(
     "adaea",
@@ -341,7 +341,9 @@ def config(
         return
     import tomli_w
 
-    cli.emit(tomli_w.dumps(_without_none(found)), json=False)
+    with reading("settings" if run is None else run / "asr.json", "cannot be written as TOML; pass --json"):
+        text = tomli_w.dumps(_without_none(found))
+    cli.emit(text, json=False)
 
 
 def _without_none(value: Any) -> Any:

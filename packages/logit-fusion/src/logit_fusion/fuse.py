@@ -79,7 +79,7 @@ class FusionStep:
             *row, member = (int(i) for i in self.non_finite.nonzero()[0])
             known = names or ["large", "base", *(f"experts[{t}]" for t in range(self.alpha.shape[-1]))]
             raise NonFiniteLogitsError(
-                f"logits of {known[member]} hold NaN or +inf in row {_row(row)}; wanted finite ones or -inf"
+                f"logits of {known[member]!r} hold NaN or +inf in row {_row(row)}; wanted finite ones or -inf"
             )
         row = [int(i) for i in self.empty.nonzero()[0]]
         raise EmptySupportError(
