@@ -107,33 +107,33 @@ def test_survives_a_kill(tmp_path):
     assert len(kdt.TeacherCache.open(place)) == 40
 
 
-def test_a_manifest_without_classes_is_damaged(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (
+            lambda m: m["fingerprint"].pop("classes"),
+            StoreError,
+            r"t\.kdc has a damaged manifest: KeyError 'classes'",
+        ),
+        (
+            lambda m: m["fingerprint"].update(rows=float("nan")),
+            InputError,
+            r"manifest\.json: fingerprint takes what JSON can say",
+        ),
+        (
+            lambda m: m["shards"].pop(0),
+            StoreError,
+            r"t\.kdc: its shards have \d+ rows, its manifest tells of 40",
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_told(tmp_path, change, kind, words):
     build_in_small_shards(tmp_path / "t.kdc")
     path = tmp_path / "t.kdc" / "manifest.json"
     manifest = json.loads(path.read_text())
-    del manifest["fingerprint"]["classes"]
+    change(manifest)
     path.write_text(json.dumps(manifest))
-    with pytest.raises(StoreError, match=r"t\.kdc has a damaged manifest: KeyError 'classes'"):
-        kdt.TeacherCache.open(tmp_path / "t.kdc")
-
-
-def test_a_manifest_with_numbers_that_json_lacks_is_damaged(tmp_path):
-    build_in_small_shards(tmp_path / "t.kdc")
-    path = tmp_path / "t.kdc" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["fingerprint"]["rows"] = float("nan")
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"manifest\.json: fingerprint takes what JSON can say"):
-        kdt.TeacherCache.open(tmp_path / "t.kdc")
-
-
-def test_a_manifest_without_shards_is_damaged(tmp_path):
-    build_in_small_shards(tmp_path / "t.kdc")
-    path = tmp_path / "t.kdc" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["shards"][0]
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(StoreError, match=r"t\.kdc: its shards have \d+ rows, its manifest tells of 40"):
+    with pytest.raises(kind, match=words):
         kdt.TeacherCache.open(tmp_path / "t.kdc")
 
 

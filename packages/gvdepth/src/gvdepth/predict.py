@@ -330,9 +330,13 @@ class _Pipeline:
             self._note(name, error=" ".join(str(error).split()))
             return None
 
-    def _write(self, output: DepthOutput) -> None:
+    def _write(self, output: DepthOutput) -> tuple[str, list[str]]:
         written = output.save(self.out, formats=self.formats, max_depth=self.model.config.max_depth)
-        self._note(output.id, files=[path.relative_to(self.out).as_posix() for path in written])
+        return output.id, [path.relative_to(self.out).as_posix() for path in written]
+
+    def _written(self, done: tuple[str, list[str]]) -> None:
+        """List an image; in the order of the images, whichever thread was first."""
+        self._note(done[0], files=done[1])
 
     def _loaded(self, jobs: Sequence[tuple[str, Path]]) -> Iterator[Prepared]:
         if self.readers is None:
@@ -343,7 +347,7 @@ class _Pipeline:
 
     def run(self, jobs: Sequence[tuple[str, Path]], batch_size: int) -> Iterator[str]:
         """Predict and write; yields each image's name as it goes to the writers."""
-        pending: deque[Future[None]] = deque()
+        pending: deque[Future[tuple[str, list[str]]]] = deque()
         for group in _groups(self._loaded(jobs), batch_size):
             try:
                 outputs = forward(self.model, group, self.settings)
@@ -353,14 +357,14 @@ class _Pipeline:
                 continue
             for output in outputs:
                 if self.writers is None:
-                    self._write(output)
+                    self._written(self._write(output))
                 else:
                     pending.append(self.writers.submit(self._write, output))
                 yield output.id
             while len(pending) > self.ahead:
-                pending.popleft().result()
+                self._written(pending.popleft().result())
         for future in pending:
-            future.result()
+            self._written(future.result())
 
 
 class _Threads:
