@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from fusion_core.errors import FusionWarning, InputError, NonFiniteError
 from fusion_core.images import save_png
+from fusion_core.store import Manifest
 from gvdepth import Camera, CameraError, DepthOutput, GeometryError, GVDepth, GVDepthConfig
 from gvdepth.data import RIGS, Simulated, read_depth
 from gvdepth.geometry import height_above_road
@@ -207,6 +209,20 @@ def test_folder(model, folder, tmp_path, workers):
         depth = np.load(tmp_path / "out" / "day" / f"{index}.depth.npy")
         np.testing.assert_allclose(depth, model.predict(FRAMES[index].image, CAMERA).depth, rtol=1e-5)
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_images_are_listed_in_their_order(model, folder, tmp_path, monkeypatch):
+    save, finished = DepthOutput.save, []
+
+    def slow_first(self, *places, **options):
+        time.sleep(0.5 if self.id == "day/0" else 0)
+        finished.append(self.id)
+        return save(self, *places, **options)
+
+    monkeypatch.setattr(DepthOutput, "save", slow_first)
+    predict_folder(model, folder, CAMERA, tmp_path / "out", num_workers=2, batch_size=3)
+    assert finished[-1] == "day/0"
+    assert list(Manifest(tmp_path / "out" / "manifest.jsonl").entries) == ["day/0", "day/1", "day/2"]
 
 
 def test_folder_resumes_and_goes_on_after_broken_files(model, folder, tmp_path):
