@@ -71,6 +71,7 @@ def bomb(width, height):
     ("source", "error", "words"),
     [
         ("nowhere.png", InputError, "'nowhere.png' is not there"),
+        ("x" * 300, InputError, "xxx' is not there"),
         (b"", InputError, "0 bytes"),
         (b"plain text", InputError, "no image"),
         (png(RGB)[:60], InputError, "cut off"),

@@ -115,6 +115,10 @@ def test_paddleocr(tmp_path):
     (tmp_path / "sub").mkdir()
     label.rename(tmp_path / "sub" / "Label.txt")  # paths from the folder above
     assert len(datasets.paddleocr(tmp_path / "sub" / "Label.txt")) == 1
+    for name in ("gone.jpg", "x" * 300):
+        (tmp_path / "Label.txt").write_text(f"{name}\t{json.dumps(words)}\n")
+        with pytest.raises(InputError, match=f"picture '{name}' is not in '{tmp_path}' or "):
+            datasets.paddleocr(tmp_path / "Label.txt")
     with pytest.raises(InputError, match=r"a\.jpg"):
         datasets.paddleocr(tmp_path / "sub" / "Label.txt", tmp_path / "sub")
     (tmp_path / "Label.txt").write_text("")

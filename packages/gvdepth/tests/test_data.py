@@ -78,9 +78,10 @@ def test_kitti_split(kitti, tmp_path):
         InputError, match=r"split\.txt, line 2: '2011_09_26 7 l', wanted DATE/DRIVE FRAME SIDE"
     ):
         KITTI(kitti, split=split)
-    split.write_text(f"{DATE}/{DRIVE} 8 l\n")
-    with pytest.raises(InputError, match="line 1: the image of"):
-        KITTI(kitti, split=split)
+    for frame in ("8", "8" * 300):
+        split.write_text(f"{DATE}/{DRIVE} {frame} l\n")
+        with pytest.raises(InputError, match="line 1: the image of"):
+            KITTI(kitti, split=split)
     with pytest.raises(InputError, match="cannot be read"):
         KITTI(kitti, split=tmp_path / "none.txt")
 

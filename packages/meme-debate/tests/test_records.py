@@ -81,6 +81,7 @@ def test_bad_values(make, words):
         ([{"id": "a", "text": "x", "label": 3}], "line 1: meme 'a': label is 3"),
         ([{"id": "a", "text": "x", "label": "not harmful"}], "label is 'not harmful'"),
         ([{"id": "a", "image": "no.jpg", "text": "x"}], "line 1: meme 'a': image '.*no.jpg' is not there"),
+        ([{"id": "a", "image": "x" * 300, "text": "x"}], "line 1: meme 'a': image '.*xxx' is not there"),
         ([{"id": "a", "image": "http://x/y.jpg", "text": "x"}], "nothing is fetched, give a path"),
         ([{"id": "a", "image": 3, "text": "x"}], "image is a int"),
         ([{"id": "a", "text": " ", "image": None}], "meme 'a' has no image and no text"),

@@ -17,6 +17,11 @@ UNDER_WAY = "run.partial"
 """The file that marks a directory of :func:`resumable_directory` as unfinished, whatever else it holds."""
 
 
+def is_file(path: PathLike) -> bool:
+    """Whether a file is there; a name that no file can have, such as one that is too long, is no error."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path's raises where the system refuses the name
+
+
 def _sibling_parent(path: Path) -> Path:
     parent = path.parent
     try:

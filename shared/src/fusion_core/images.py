@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusion_core.atomic import PathLike, atomic_write
+from fusion_core.atomic import PathLike, atomic_write, is_file
 from fusion_core.errors import DataError, InputError, NonFiniteError, ShapeError, require_extra
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -50,8 +50,9 @@ def read_image(source: Any, *, max_pixels: int = 200_000_000, exif: bool = True)
     """
     if isinstance(source, str | os.PathLike):
         path = Path(cast("PathLike", source))
-        if not path.is_file():
-            raise InputError(f"image {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}")
+        if not is_file(path):
+            there = os.path.isdir(path)  # noqa: PTH112 - as in is_file
+            raise InputError(f"image {str(path)!r} is {'a folder' if there else 'not there'}")
         return _decode(path, f"image {str(path)!r}", max_pixels, exif)
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(bytes(source)), f"image of {len(source)} bytes", max_pixels, exif)

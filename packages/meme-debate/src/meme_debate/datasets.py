@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusion_core.atomic import is_file
 from fusion_core.errors import ConfigError, DataError, InputError, reading
 from fusion_core.results import Result
 
@@ -118,13 +119,6 @@ def _table(path: Path) -> Iterator[Row]:
         yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in head else ",")
 
 
-def _there(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long
-        return False
-
-
 def _text(path: Path) -> str:
     with reading(path, error=DataError):
         return path.read_text("utf-8-sig")
@@ -193,7 +187,7 @@ def _mami(folder: Path) -> Iterator[Raw]:
             name = str(_key(path, row, "file_name", "image"))
             label = row.get("misogynous", known.get(name))
             image = next((f"{d}{name}" for d in (f"{split.upper()}/", f"{split}/", "images/", "")
-                          if _there(folder / f"{d}{name}")), name)  # fmt: skip
+                          if is_file(folder / f"{d}{name}")), name)  # fmt: skip
             labels = () if label in (None, "") else (str(label),)
             text = str(_key(path, row, "Text Transcription", "text") or "")
             yield Raw(f"{split}/{name}", image, text, labels, split)
@@ -305,7 +299,7 @@ def convert(
     missing: list[str] = []
     for record in records:
         image = place / record.image
-        if not _there(image):
+        if not is_file(image):
             missing.append(record.image)
             continue
         label = _label(record, wanted, None if positive is not None else known.negative)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from fusion_core.checkpoint import atomic_write
+from fusion_core.atomic import atomic_write, is_file
 from fusion_core.errors import DataError, InputError, require_extra
 from meme_debate.errors import DebateWarning
 
@@ -286,7 +286,7 @@ def _meme(place: str, record: dict[str, Any], folder: Path, seen: set[str]) -> M
         )  # fmt: skip
         if meme.id in seen:
             raise DataError(f"id {meme.id!r} is there twice")
-        if path is not None and not path.is_file():
+        if path is not None and not is_file(path):
             raise DataError(f"meme {meme.id!r}: image {str(path)!r} is not there")
         return check_shown(meme)
     except DataError as error:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from dbnet_asf.config import AugmentConfig, DBConfig, LabelConfig
 from dbnet_asf.geometry import Array
 from dbnet_asf.targets import Targets, make_targets
-from fusion_core.atomic import PathLike
+from fusion_core.atomic import PathLike, is_file
 from fusion_core.errors import InputError, reading
 from fusion_core.images import SUFFIXES, read_image
 from fusion_core.seeding import rng
@@ -288,7 +288,7 @@ def totaltext(root: PathLike, labels: PathLike | None = None, *, exif: bool = Fa
 def _listed(found: Iterable[tuple[str, Words]], roots: Sequence[Path], name: str) -> TextDataset:
     samples: list[Sample] = []
     for written, words in found:
-        place = next((root / written for root in roots if (root / written).is_file()), None)
+        place = next((root / written for root in roots if is_file(root / written)), None)
         if place is None:
             raise InputError(
                 f"picture {written!r} is not in {' or '.join(repr(str(root)) for root in roots)}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusion_core.atomic import PathLike
+from fusion_core.atomic import PathLike, is_file
 from fusion_core.errors import DataError, InputError, naming
 from fusion_core.images import read_image
 from gvdepth.camera import Camera
@@ -101,12 +101,12 @@ class KITTI:
 
     def _image(self, date: str, drive: str, frame: str, camera: int) -> Path | None:
         base = self.root / date / drive / f"image_{camera:02d}" / "data"
-        return next((p for s in (".png", ".jpg") if (p := base / f"{frame}{s}").is_file()), None)
+        return next((p for s in (".png", ".jpg") if is_file(p := base / f"{frame}{s}")), None)
 
     def _depth(self, date: str, drive: str, frame: str, camera: int) -> Path | None:
         inner = Path(drive, "proj_depth", "groundtruth", f"image_{camera:02d}", f"{frame}.png")
         places = [root / part / inner for root in self.depth_roots for part in ("", date)]
-        return next((path for path in places if path.is_file()), None)
+        return next((path for path in places if is_file(path)), None)
 
     def __len__(self) -> int:
         return len(self.frames)
