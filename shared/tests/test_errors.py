@@ -79,6 +79,8 @@ def test_check_range_open(value):
 def test_naming_adds_a_file_that_the_error_does_not_name():
     with pytest.raises(ShapeError, match=r"^a\.toml: x has shape"), naming("a.toml"):
         check_shape("x", torch.zeros(2), "batch classes")
+    with pytest.raises(ShapeError, match=r"^x has shape"), naming(None):
+        check_shape("x", torch.zeros(2), "batch classes")
     for error in (ConfigError("a.toml holds nothing"), MissingExtraError("pip install x"), KeyError("k")):
         with pytest.raises(type(error)) as found, naming("a.toml"):
             raise error
@@ -89,6 +91,8 @@ def test_check_range_closed():
     assert check_range("alpha", 1.0, 0, 1) == 1.0
     with pytest.raises(ConfigError, match=r"alpha is 1.5, wanted a number in \[0, 1\]"):
         check_range("alpha", 1.5, 0, 1)
+    with pytest.raises(ConfigError, match=r"lr is inf, wanted a number in \[0, 1e\+09\]"):
+        check_range("lr", float("inf"), 0)
 
 
 def test_import_is_light():
@@ -145,6 +149,13 @@ def test_reading_gives_one_error_that_names_the_file(raised, kind, words):
         raise raised
     assert str(told.value) == words
     assert type(told.value) is kind
+
+
+def test_reading_takes_the_panic_of_a_library_in_rust_for_an_error():
+    panic = type("PanicException", (BaseException,), {})  # as PyO3 makes it: no Exception
+    words = r"^a\.json cannot be read: PanicException no entry found"
+    with pytest.raises(InputError, match=words), reading("a.json"):
+        raise panic("no entry found")
 
 
 def test_reading_lets_ctrl_c_through():

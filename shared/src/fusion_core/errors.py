@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LARGEST = 1e9
+"""The most that a setting may be whose field names no bound: float32 has room for its square."""
+
+
 class FusionError(Exception):
     """Base of every error that the fusion packages raise on purpose."""
 
@@ -58,11 +62,11 @@ class FusionWarning(UserWarning):
 
 
 @contextmanager
-def naming(path: str | os.PathLike[str]) -> Generator[None, None, None]:
+def naming(path: str | os.PathLike[str] | None) -> Generator[None, None, None]:
     """Let every error of the family inside name a file: the one that asked for what went wrong.
 
     Args:
-        path: the file.
+        path: the file; None if there is none to name.
 
     Raises:
         FusionError: the error inside, of its own class.
@@ -73,7 +77,7 @@ def naming(path: str | os.PathLike[str]) -> Generator[None, None, None]:
         Traceback (most recent call last):
         fusion_core.errors.ConfigError: run.toml: geometry is 'x', wanted 'auto'
     """
-    name = os.fspath(path)
+    name = "" if path is None else os.fspath(path)
     try:
         yield
     except MissingExtraError:
@@ -116,7 +120,9 @@ def reading(
         raise
     except OSError as found:
         raise error(f"{name} {fault}: {found.strerror or found}") from found
-    except Exception as found:
+    except BaseException as found:
+        if not isinstance(found, Exception) and type(found).__name__ != "PanicException":  # Rust gave up
+            raise
         words = " ".join(str(found).split())[:300]
         if not isinstance(found, ValueError) or not words:
             words = f"{type(found).__name__} {words}".strip()
@@ -209,7 +215,14 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_range(name: str, value: float, low: float, high: float, *, open: bool = False) -> float:  # noqa: A002
+def check_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float = LARGEST,
+    *,
+    open: bool = False,  # noqa: A002
+) -> float:
     """Check that a number lies in [low, high], or in (low, high) with ``open=True``.
 
     Returns:

@@ -29,14 +29,13 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv3_large
 OFFICIAL_MEAN: Triple = (122.67891434, 116.66876762, 104.00698793)
 IMAGENET_MEAN: Triple = (123.675, 116.28, 103.53)
 IMAGENET_STD: Triple = (58.395, 57.12, 57.375)
-_LARGEST = 1e9
 
 
 def _positive(settings: object, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if value is not None:
-            check_range(name, value, 0, _LARGEST, open=True)
+            check_range(name, value, 0, open=True)
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,12 @@ class PostConfig(Config):
     def __post_init__(self) -> None:
         check_range("thresh", self.thresh, 0, 1)
         check_range("box_thresh", self.box_thresh, 0, 1)
-        check_range("min_size", self.min_size, 0, _LARGEST)
+        check_range("min_size", self.min_size, 0)
         check_range("epsilon", self.epsilon, 0, 1)
         if self.unclip_ratio is not None:
-            check_range("unclip_ratio", self.unclip_ratio, 0, _LARGEST)
+            check_range("unclip_ratio", self.unclip_ratio, 0)
         if self.max_candidates is not None:
-            check_range("max_candidates", self.max_candidates, 1, _LARGEST)
+            check_range("max_candidates", self.max_candidates, 1)
         _member("mode", self.mode, ("quad", "polygon"))
         _member("score", self.score, ("fast", "slow", "component"))
         _member("cap", self.cap, ("score", "official"))
@@ -259,7 +258,7 @@ class LabelConfig(Config):
         check_range("shrink_ratio", self.shrink_ratio, 0, 1, open=True)
         check_range("thresh_min", self.thresh_min, 0, 1)
         check_range("thresh_max", self.thresh_max, 0, 1)
-        check_range("min_text_size", self.min_text_size, 0, _LARGEST)
+        check_range("min_text_size", self.min_text_size, 0)
         if self.thresh_min >= self.thresh_max:
             raise ConfigError(
                 f"thresh_min is {self.thresh_min!r} and thresh_max {self.thresh_max!r}, wanted min < max"
@@ -295,7 +294,7 @@ class AugmentConfig(Config):
         check_range("rotate_deg", self.rotate_deg, 0, 180)
         check_range("min_crop_side", self.min_crop_side, 0, 1)
         check_range("color_jitter", self.color_jitter, 0, 1)
-        check_range("max_tries", self.max_tries, 0, _LARGEST)
+        check_range("max_tries", self.max_tries, 0)
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ConfigError(f"scale is {self.scale!r}, wanted 0 < low <= high")
         _member("crop_regions", self.crop_regions, ("all", "official"))
@@ -369,7 +368,7 @@ class TrainConfig(Config):
         check_range("momentum", self.momentum, 0, 1)
         for name in ("weight_decay", "beta", "num_workers", "alpha"):
             if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), 0, _LARGEST)
+                check_range(name, getattr(self, name), 0)
         if self.crop % 32:
             raise ConfigError(f"crop is {self.crop!r}, wanted a multiple of 32")
         if self.ema is not None:

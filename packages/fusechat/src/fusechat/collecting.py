@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -109,7 +108,7 @@ def collect(
         for number in track(mine, "collecting", enabled=progress):
             rows = store.shard_range(number)
             encoded = [_encode(tokenizer, texts[row], max_length) for row in rows]
-            with naming(model) if isinstance(model, str | os.PathLike) else nullcontext():
+            with naming(model if isinstance(model, str | os.PathLike) else None):
                 kept = _shard(net, encoded, rows, k, batch_tokens)
             store.write(
                 number,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -266,7 +265,7 @@ def train(
     found = TrainConfig() if config is None else TrainConfig.load(config)
     found = found.override(settings or [])
     samples = open_data(data, split=split, limit=limit)
-    with nullcontext() if config is None else naming(config):
+    with naming(config):
         model = build_model(found)
         check_views(found, model)
     trainer = Trainer(

@@ -12,7 +12,6 @@ Cue = Literal["fusion", "focal", "vertical", "direct"]
 Fusion = Literal["scale", "variance", "mean", "select", "focal", "vertical"]
 VerticalParam = Literal["offset", "row", "bounded"]
 
-_LARGEST = 1e9  # of a setting; float32 has room for its square
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CONTRACT = (
@@ -234,9 +233,9 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every"):
-            check_range(name, getattr(self, name), 1, _LARGEST)
+            check_range(name, getattr(self, name), 1)
         for name in ("warmup_steps", "num_workers", "weight_decay", "consistency_weight"):
-            check_range(name, getattr(self, name), 0, _LARGEST)
-        check_range("lr", self.lr, 0.0, _LARGEST, open=True)
+            check_range(name, getattr(self, name), 0)
+        check_range("lr", self.lr, 0.0, open=True)
         check_range("final_lr", self.final_lr, 0.0, self.lr)
-        check_range("encoder_lr_scale", self.encoder_lr_scale, 0.0, _LARGEST)
+        check_range("encoder_lr_scale", self.encoder_lr_scale, 0.0)

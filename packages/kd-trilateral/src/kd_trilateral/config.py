@@ -51,7 +51,6 @@ _LOW = {
     "epochs": 1, "steps": 0, "batch_size": 1, "val_batch_size": 0, "every": 0, "lr": 0, "outer_lr": 0,
     "weight_decay": 0,
 }  # fmt: skip
-_LARGEST = 1e9  # float32 has room for its square
 
 
 @dataclass(frozen=True)
@@ -154,14 +153,14 @@ class Config(BaseConfig):
 
             Geometry(self.geometry)
         for name, low in _LOW.items():
-            check_range(name, getattr(self, name), low, _LARGEST)
+            check_range(name, getattr(self, name), low)
         check_range("val_share", self.val_share, 0.0, 1.0, open=True)
         check_range("alpha", self.alpha, 0.0, 1.0)
         low, high = self.alpha_range
         if not 0.0 <= low < high <= 1.0:
             raise ConfigError(f"alpha_range is {self.alpha_range}, wanted 0 <= low < high <= 1")
         if self.temperature is not None:
-            check_range("temperature", self.temperature, 0.0, _LARGEST, open=True)
+            check_range("temperature", self.temperature, 0.0, open=True)
         if isinstance(self.init_alpha, str) and self.init_alpha not in ("preset", "none"):
             raise ConfigError(f"init_alpha is {self.init_alpha!r}, wanted a number, 'preset' or 'none'")
 

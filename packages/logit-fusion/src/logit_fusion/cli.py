@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,7 +88,7 @@ def generate(
         solver=solver, alpha=alpha, assignments=set_,
     )  # fmt: skip
     batch = _encoded(fused, texts)
-    with nullcontext() if file is None else naming(file):
+    with naming(file):
         if gamma:
             ids = fused.speculative_generate(
                 batch["input_ids"], batch.get("attention_mask"), gamma=gamma, max_new_tokens=max_new_tokens,

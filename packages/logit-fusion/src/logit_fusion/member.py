@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_core import tokenizers
 from fusion_core.checkpoint import check_depth
 from fusion_core.device import resolve_device, resolve_dtype
 from fusion_core.errors import CheckpointError, InputError, reading, require_extra
@@ -207,13 +208,11 @@ def load_tokenizer(source: Any, name: str) -> Any:
     Raises:
         CheckpointError: it is damaged, or there is no such name on the hub.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(str(source))
     if folder.is_dir() and not any(file.name.startswith(_TOKENIZER_FILES) for file in folder.iterdir()):
         return None  # transformers 5.0 makes up an empty one
     with reading(f"member {name!r}: {source}", "has no tokenizer that can be read", CheckpointError):
-        return AutoTokenizer.from_pretrained(source)
+        return tokenizers.load_tokenizer(source)
 
 
 def load_members(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,7 +157,7 @@ def load(
             places[name] = place
         else:
             device = text
-    with naming(saved) if whole else nullcontext():
+    with naming(saved if whole else None):
         return FusedModel.from_pretrained(
             source,
             small,

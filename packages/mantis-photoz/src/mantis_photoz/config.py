@@ -264,8 +264,8 @@ class TrainConfig(Config):
     def __post_init__(self) -> None:
         if min(self.epochs, self.max_steps, self.batch_size, self.save_every, self.early_stop or 1) < 1:
             raise ConfigError("epochs, max_steps, batch_size, save_every and early_stop take numbers above 0")
-        check_range("lr", self.lr, 0.0, 1e9, open=True)
-        check_range("weight_decay", self.weight_decay, 0.0, 1e9)
+        check_range("lr", self.lr, 0.0, open=True)
+        check_range("weight_decay", self.weight_decay, 0.0)
         check_range("warmup", self.warmup, 0.0, 1.0)
         check_range("jitter", self.jitter, 0.0, math.inf)
         check_range("noise", self.noise, 0.0, math.inf)

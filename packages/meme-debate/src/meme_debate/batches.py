@@ -78,8 +78,8 @@ class JudgeTrainConfig(Config):
         for name in ("epochs", "batch_size", "accumulate", "window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, wanted at least 1")
-        check_range("lr", self.lr, 0.0, 1e9, open=True)
-        check_range("weight_decay", self.weight_decay, 0.0, 1e9)
+        check_range("lr", self.lr, 0.0, open=True)
+        check_range("weight_decay", self.weight_decay, 0.0)
         check_range("warmup", self.warmup, 0.0, 1.0)
         check_range("debate_dropout", self.debate_dropout, 0.0, 1.0)
 

@@ -25,6 +25,7 @@ from fusion_core.errors import (
     reading,
 )
 from fusion_core.numerics import masked_mean
+from fusion_core.tokenizers import load_tokenizer
 
 from .attention import use_attention
 from .calibrate import Calibration
@@ -335,9 +336,8 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         if (folder / CALIBRATION).is_file():
             judge.calibration = Calibration.load(folder / CALIBRATION)
         if (folder / TOKENIZER).is_dir():
-            from transformers import AutoTokenizer
-
-            judge.tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER, local_files_only=True)
+            with reading(folder / TOKENIZER, error=CheckpointError):
+                judge.tokenizer = load_tokenizer(folder / TOKENIZER, local_files_only=True)
         return judge.eval()
 
     @classmethod
@@ -359,13 +359,11 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         Raises:
             CheckpointError: one of them cannot be loaded.
         """
-        from transformers import AutoTokenizer
-
         with reading(f"text {text} or vision {vision}", "cannot be loaded", CheckpointError):
             _check_configs(T5Config.from_pretrained(text), CLIPVisionConfig.from_pretrained(vision))
         with reading(f"text {text}", "cannot be loaded", CheckpointError):
             t5 = T5ForConditionalGeneration.from_pretrained(text)
-            tokenizer = AutoTokenizer.from_pretrained(text)
+            tokenizer = load_tokenizer(text)
         with reading(f"vision {vision}", "cannot be loaded", CheckpointError):
             clip = CLIPVisionModel.from_pretrained(vision)
         judge = cls(t5.config, clip.config, fusion, settings)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fusion_core.checkpoint import atomic_directory, digest, load_tensors, save_tensors
-from fusion_core.errors import CheckpointError, DataError, InputError, reading
+from fusion_core.errors import LARGEST, CheckpointError, DataError, InputError, reading
 from fusion_core.progress import track
 from fusion_core.seeding import rng
 
@@ -27,7 +27,6 @@ __all__ = ["TextJudge", "folds"]
 
 Floats = NDArray[np.float64]
 SCHEMA = "meme-debate.text-judge/1"
-_LARGEST = 1e9  # of a weight that was learned
 CONFIG, WEIGHTS, CALIBRATION, CARD = "config.json", "model.safetensors", "calibration.json", "card.md"
 
 
@@ -302,8 +301,8 @@ class TextJudge:
         with reading(place / WEIGHTS, "holds no text judge", CheckpointError):
             arrays = load_tensors(place / WEIGHTS, shapes=shapes)
             for name, array in arrays.items():
-                if not array.is_floating_point() or not bool((array.abs() <= _LARGEST).all()):
-                    raise CheckpointError(f"{name} holds values other than numbers up to {_LARGEST:g}")
+                if not array.is_floating_point() or not bool((array.abs() <= LARGEST).all()):
+                    raise CheckpointError(f"{name} holds values other than numbers up to {LARGEST:g}")
             idf, judge.coef = (arrays[name].double().numpy() for name in ("idf", "coef"))
             if not (idf >= 1).all():  # log((1 + texts) / (1 + texts with it)) + 1
                 raise CheckpointError("idf goes below 1, which is that of a word that all texts have")

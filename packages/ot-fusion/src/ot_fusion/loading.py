@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusion_core.checkpoint import check_depth, load_tensors
 from fusion_core.errors import check_finite, naming, reading, require_extra
 from fusion_core.modules import load_object
+from fusion_core.tokenizers import load_tokenizer
 from ot_fusion.errors import DataError, InputError
 
 _IGNORED = -100  # torch's own word for a label that does not count
@@ -120,9 +121,9 @@ def _one_or_all(tensors: dict[str, Tensor]) -> Any:
 def _texts(place: Path, tokenizer: str | None, length: int) -> dict[str, Tensor]:
     if tokenizer is None:
         raise DataError(f"{place} holds texts, which need the tokenizer of a model's folder")
-    transformers = require_extra("transformers", "hf", "ot-fusion")
+    require_extra("transformers", "hf", "ot-fusion")
     with reading(tokenizer, "has no tokenizer", DataError):
-        tokens = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        tokens = load_tokenizer(tokenizer, local_files_only=True)
     if tokens.pad_token is None:
         tokens.pad_token = tokens.eos_token
     lines = [line for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
