@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fusion_core.checkpoint import (
     KeyMap,
-    check_depth,
+    check_config,
     digest,
     digest_file,
     digest_state,
@@ -254,8 +254,8 @@ def test_key_map_complaints():
 
 
 def test_layers_without_end_are_refused(tmp_path):
-    check_depth("owner/name")
-    check_depth(tmp_path)
+    check_config("owner/name")
+    check_config(tmp_path)
     path = tmp_path / "config.json"
     for name in (
         "num_hidden_layers",
@@ -268,13 +268,32 @@ def test_layers_without_end_are_refused(tmp_path):
         path.write_text(
             json.dumps({"vocab_size": 10**6, name: 10_000, "inner": {"a": [1], "n_heads": 99999}})
         )
-        check_depth(tmp_path)
+        check_config(tmp_path)
         path.write_text(json.dumps({"inner": {name: 2**63}}))
         with pytest.raises(CheckpointError, match=rf"config\.json: {name} is 9223372036854775808, wanted 0"):
-            check_depth(tmp_path)
+            check_config(tmp_path)
     path.write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
-        check_depth(tmp_path)
+        check_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"attention_dropout": float("nan")}, "attention_dropout is nan, wanted 0 to 1"),
+        ({"text_config": {"dropout_rate": 1.5}}, "dropout_rate is 1.5, wanted 0 to 1"),
+        ({"resid_pdrop": -0.1}, "resid_pdrop is -0.1, wanted 0 to 1"),
+        ({"hidden_dropout_prob": 10**400}, "hidden_dropout_prob is 1000"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan, wanted a number"),
+    ],
+)
+def test_numbers_that_fail_late_are_refused(tmp_path, config, words):
+    fine = {"attention_dropout": 0, "hidden_dropout_prob": 0.1, "time_step_limit": [0.0, float("inf")]}
+    (tmp_path / "config.json").write_text(json.dumps({**fine, "scale": float("inf")}))
+    check_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**fine, **config}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {words}"):
+        check_config(tmp_path)
 
 
 def test_load_strict():

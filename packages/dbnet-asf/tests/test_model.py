@@ -275,7 +275,7 @@ def test_bad_input_gets_a_sentence():
     with pytest.raises(ShapeError, match="images has shape"):
         net(torch.zeros(1, 1, 64, 64))
     for bad, words in (
-        ({"inner": 40}, "inner is 40, wanted a positive multiple of 16"),
+        ({"inner": 40}, "inner is 40, wanted a multiple of 16 from 16"),
         ({"backbone": "vgg"}, r"backbone is 'vgg', wanted one of"),
         ({"backbone": "nano", "dcn": True}, "deformable convolutions need a ResNet"),
         ({"k": 0.0}, "k is 0"),

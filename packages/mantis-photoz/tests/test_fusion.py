@@ -210,7 +210,7 @@ def test_broken_checkpoints_say_what_is_wrong(tmp_path: Path) -> None:
         ({"align": "native"}, "align is 'native'"),
         ({"scaling": "noise"}, "inputs.galex has no noise"),
         ({"align": "psf"}, "inputs.galex has no fwhm"),
-        ({"bins": 0}, "numbers above 0"),
+        ({"bins": 0}, r"bins is 0, wanted a number in \[1, 1e\+06\]"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"inputs": {}}, "inputs is empty"),
     ],

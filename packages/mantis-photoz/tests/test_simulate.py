@@ -198,7 +198,7 @@ def test_files_come_back_as_they_were(tmp_path: Path) -> None:
     ("call", "words"),
     [
         (lambda: population(-1), "count is -1"),
-        (lambda: SimulationConfig(ps1_pixels=1), "at least 4 pixels"),
+        (lambda: SimulationConfig(ps1_pixels=1), r"ps1_pixels is 1, wanted a number in \[4, "),
         (lambda: SimulationConfig(neighbour=1.5), "neighbour is 1.5"),
         (lambda: SimulationConfig(r_bright=22.0), "r_bright is 22.0"),
         (lambda: population(50, SimulationConfig(r_bright=5.0, r_faint=5.1)), "widen them"),

@@ -32,7 +32,7 @@ __all__ = [
     "TensorInfo",
     "atomic_directory",
     "atomic_write",
-    "check_depth",
+    "check_config",
     "digest",
     "digest_file",
     "digest_state",
@@ -45,6 +45,7 @@ __all__ = [
 
 _LAYERS = re.compile(r"(^|_)((n|num)(_\w+)?|encoder|decoder)_layers?$")
 _MOST_LAYERS = 10_000
+_DROPOUT = re.compile(r"(dropout|_pdrop|drop_path)(_rate|_prob)?$")
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _REASON = re.compile(
@@ -267,28 +268,32 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(dict(state))
 
 
-def check_depth(folder: PathLike) -> None:
-    """Refuse a folder of transformers whose ``config.json`` asks for layers without end, built one by one.
+def check_config(folder: PathLike) -> None:
+    """Refuse a folder of transformers whose ``config.json`` asks for what fails late, or without end.
 
     Args:
         folder: what ``from_pretrained`` takes; a name on the hub, or a folder without the file, passes.
 
     Raises:
-        CheckpointError: a count of layers below 0 or above 10,000; the file is named.
+        CheckpointError: a count of layers below 0 or above 10,000, a dropout outside [0, 1], or NaN; the file
+            is named.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         return
     with reading(path, "cannot be read", CheckpointError):
-        _check_depth(json.loads(path.read_text("utf-8")))
+        _check_config(json.loads(path.read_text("utf-8")))
 
 
-def _check_depth(config: Any) -> None:
+def _check_config(config: Any) -> None:
     for name, value in config.items() if isinstance(config, dict) else ():
         if isinstance(value, dict):
-            _check_depth(value)
-        elif _LAYERS.search(str(name)) and isinstance(value, int | float) and not 0 <= value <= _MOST_LAYERS:
-            raise CheckpointError(f"{name} is {value}, wanted 0 to {_MOST_LAYERS}")
+            _check_config(value)
+        elif isinstance(value, int | float):
+            most = _MOST_LAYERS if _LAYERS.search(name) else 1 if _DROPOUT.search(name) else None
+            if value != value or (most is not None and not 0 <= value <= most):
+                wanted = "a number" if most is None else f"0 to {most}"
+                raise CheckpointError(f"{name} is {value}, wanted {wanted}")
 
 
 def digest(*objects: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from fusion_core.atomic import PathLike, atomic_write
-from fusion_core.errors import ConfigError, FusionError, reading
+from fusion_core.errors import LARGEST, ConfigError, FusionError, check_range, reading
 
 _SHOWN = 120  # letters of a value in a complaint
 
@@ -164,6 +164,30 @@ class Config:
         with atomic_write(path, "w") as file:
             file.write(text)
 
+    def check_fields(
+        self,
+        *names: str,
+        low: float = 0.0,
+        high: float = LARGEST,
+        open: bool = False,  # noqa: A002
+    ) -> None:
+        """Check that fields lie in [low, high], or in (low, high) with ``open=True``; what is None passes.
+
+        Args:
+            *names: of fields that hold a number, or several.
+            low: least.
+            high: most.
+            open: the ends are outside.
+
+        Raises:
+            ConfigError: a number is outside; its field is named.
+        """
+        for name in names:
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None:
+                    check_range(name, number, low, high, open=open)
+
     def override(self, assignments: Sequence[str]) -> Self:
         """The settings with some set anew, as ``--set train.lr=0.1`` does.
 
@@ -213,5 +237,5 @@ def _value(text: str) -> Any:
     try:
         found = tomllib.loads(f"value = {text}")
         return json.loads(json.dumps(found["value"])) if len(found) == 1 else text
-    except (ValueError, TypeError):  # no TOML, or a date
+    except (ValueError, TypeError, RecursionError):  # no TOML, or a date
         return text

@@ -286,7 +286,7 @@ def check_own(out: str | os.PathLike[str], schema: str) -> None:
         return
     try:
         found = json.loads((place / "result.json").read_text(encoding="utf-8"))["schema"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         found = None
     if found != schema:
         raise InputError(f"--out {place} is not empty and holds no earlier result; name another directory")

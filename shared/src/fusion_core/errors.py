@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1e9
 """The most that a setting may be whose field names no bound: float32 has room for its square."""
+LARGEST_SEED = 2**63 - 1
+"""The most that PyTorch takes for a seed."""
 
 
 class FusionError(Exception):

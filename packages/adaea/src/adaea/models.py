@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from adaea.wrappers import IMAGENET_MEAN, IMAGENET_STD, Normalized
-from fusion_core.checkpoint import KeyMap, check_depth, load_foreign, load_strict
+from fusion_core.checkpoint import KeyMap, check_config, load_foreign, load_strict
 from fusion_core.errors import CheckpointError, ConfigError, InputError, reading, require_extra
 from fusion_core.modules import load_object
 
@@ -173,7 +173,7 @@ def _hf(name: str, _pretrained: bool, _num_classes: int | None) -> _Found:
     transformers = require_extra("transformers", "zoo", "adaea")
     base = require_extra("transformers.image_processing_base", "zoo", "adaea")
     with reading(f"hf:{name}", "cannot be loaded"):
-        check_depth(name)
+        check_config(name)
         model = transformers.AutoModelForImageClassification.from_pretrained(name)
         recipe, _ = base.ImageProcessingMixin.get_image_processor_dict(name)
     size = recipe.get("crop_size") if recipe.get("do_center_crop") else recipe.get("size")

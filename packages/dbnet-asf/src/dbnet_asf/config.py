@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Self
 
 from fusion_core.config import Config
-from fusion_core.errors import ConfigError, check_range
+from fusion_core.errors import LARGEST, LARGEST_SEED, ConfigError, check_range
 
 Attention = Literal["scale_channel_spatial", "scale_spatial", "scale_channel"]
 Color = Literal["rgb", "bgr"]
@@ -29,13 +29,7 @@ BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv3_large
 OFFICIAL_MEAN: Triple = (122.67891434, 116.66876762, 104.00698793)
 IMAGENET_MEAN: Triple = (123.675, 116.28, 103.53)
 IMAGENET_STD: Triple = (58.395, 57.12, 57.375)
-
-
-def _positive(settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None:
-            check_range(name, value, 0, open=True)
+_WIDEST = 65_536
 
 
 @dataclass(frozen=True)
@@ -81,12 +75,9 @@ class PostConfig(Config):
     def __post_init__(self) -> None:
         check_range("thresh", self.thresh, 0, 1)
         check_range("box_thresh", self.box_thresh, 0, 1)
-        check_range("min_size", self.min_size, 0)
         check_range("epsilon", self.epsilon, 0, 1)
-        if self.unclip_ratio is not None:
-            check_range("unclip_ratio", self.unclip_ratio, 0)
-        if self.max_candidates is not None:
-            check_range("max_candidates", self.max_candidates, 1)
+        self.check_fields("min_size", "unclip_ratio")
+        self.check_fields("max_candidates", low=1)
         _member("mode", self.mode, ("quad", "polygon"))
         _member("score", self.score, ("fast", "slow", "component"))
         _member("cap", self.cap, ("score", "official"))
@@ -167,22 +158,23 @@ class DBConfig(Config):
             raise ConfigError(
                 f"dcn is True with backbone {self.backbone!r}; deformable convolutions need a ResNet"
             )
-        if self.inner < 16 or self.inner % 16:
-            raise ConfigError(f"inner is {self.inner!r}, wanted a positive multiple of 16")
+        if not 16 <= self.inner <= _WIDEST or self.inner % 16:
+            raise ConfigError(f"inner is {self.inner!r}, wanted a multiple of 16 from 16 to {_WIDEST}")
         if self.attention is not None:
             _member("attention", self.attention, ("scale_channel_spatial", "scale_spatial", "scale_channel"))
         _member("dcn_offset", self.dcn_offset, ("strided", "official"))
         _member("color", self.color, ("rgb", "bgr"))
         _member("resize", self.resize, ("short", "height", "native"))
-        _positive(self, "k", "short_side", "stem")
-        for name, most in (("channels", 65_536), ("blocks", 100)):
+        self.check_fields("k", "short_side", "stem", "std", open=True)
+        self.check_fields("mean", low=-LARGEST)
+        for name, most in (("channels", _WIDEST), ("blocks", 100)):
             values = getattr(self, name)
             if len(values) != 4 or min(values) < 1 or max(values) > most:
                 raise ConfigError(f"{name} is {values!r}, wanted four integers from 1 to {most}")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if len(values) != 3 or (name == "std" and min(values) <= 0):
-                raise ConfigError(f"{name} is {values!r}, wanted three numbers" + " > 0" * (name == "std"))
+            if len(values) != 3:
+                raise ConfigError(f"{name} is {values!r}, wanted three numbers")
 
     @classmethod
     def official(
@@ -258,7 +250,7 @@ class LabelConfig(Config):
         check_range("shrink_ratio", self.shrink_ratio, 0, 1, open=True)
         check_range("thresh_min", self.thresh_min, 0, 1)
         check_range("thresh_max", self.thresh_max, 0, 1)
-        check_range("min_text_size", self.min_text_size, 0)
+        self.check_fields("min_text_size")
         if self.thresh_min >= self.thresh_max:
             raise ConfigError(
                 f"thresh_min is {self.thresh_min!r} and thresh_max {self.thresh_max!r}, wanted min < max"
@@ -294,8 +286,9 @@ class AugmentConfig(Config):
         check_range("rotate_deg", self.rotate_deg, 0, 180)
         check_range("min_crop_side", self.min_crop_side, 0, 1)
         check_range("color_jitter", self.color_jitter, 0, 1)
-        check_range("max_tries", self.max_tries, 0)
-        if not 0 < self.scale[0] <= self.scale[1]:
+        self.check_fields("max_tries")
+        self.check_fields("scale", open=True)
+        if not self.scale[0] <= self.scale[1]:
             raise ConfigError(f"scale is {self.scale!r}, wanted 0 < low <= high")
         _member("crop_regions", self.crop_regions, ("all", "official"))
 
@@ -363,12 +356,11 @@ class TrainConfig(Config):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "steps", "batch_size", "crop", "lr", "accumulate", "save_every", "power")
-        _positive(self, "max_grad_norm")
+        self.check_fields("epochs", "steps", "batch_size", "crop", "accumulate", "save_every", low=1)
+        self.check_fields("lr", "power", "max_grad_norm", open=True)
+        self.check_fields("weight_decay", "beta", "num_workers", "alpha")
+        self.check_fields("seed", high=LARGEST_SEED)
         check_range("momentum", self.momentum, 0, 1)
-        for name in ("weight_decay", "beta", "num_workers", "alpha"):
-            if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), 0)
         if self.crop % 32:
             raise ConfigError(f"crop is {self.crop!r}, wanted a multiple of 32")
         if self.ema is not None:

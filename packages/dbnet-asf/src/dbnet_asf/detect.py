@@ -67,11 +67,11 @@ class DetectConfig(Config):
     def __post_init__(self) -> None:
         if self.resize not in ("short", "height", "long", "native"):
             raise ConfigError(f"resize is {self.resize!r}, wanted 'short', 'height', 'long' or 'native'")
-        for name in ("short_side", "long_side", "max_side", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, wanted at least 1")
-        if not self.scales or min(self.scales) <= 0:
-            raise ConfigError(f"scales is {self.scales!r}, wanted positive numbers")
+        self.check_fields("short_side", "long_side", "max_side", "tile", "batch_size", low=1)
+        self.check_fields("overlap")
+        self.check_fields("scales", open=True)
+        if not self.scales:
+            raise ConfigError("scales is empty, wanted positive numbers")
         if self.tile is not None:
             tile_starts(self.tile, self.tile, self.overlap)
 

@@ -12,7 +12,7 @@ from fusechat import __version__
 from fusion_core import cli
 from fusion_core.atomic import atomic_directory, occupied
 from fusion_core.bench import add_bench
-from fusion_core.checkpoint import check_depth
+from fusion_core.checkpoint import check_config
 from fusion_core.demo import add_demo
 from fusion_core.errors import CheckpointError, DataError, InputError, reading
 
@@ -153,7 +153,7 @@ def train(
         raise InputError(f"--out {out} is not empty; name another folder")
     tokenizer, dialogues = _tokenizer(pivot), _dialogues(data)
     with reading(pivot, "cannot be loaded"):
-        check_depth(pivot)
+        check_config(pivot)
         model = AutoModelForCausalLM.from_pretrained(pivot)
     with atomic_directory(out) as place:
         settings = TrainingArguments(

@@ -13,7 +13,7 @@ from fusechat.spans import Encoded, check_tokenizer, encode, load_tokenizer
 from fusechat.store import StoredRow, TopKStore
 from fusechat.texts import Dialogue, Text, render
 from fusion_core.atomic import PathLike
-from fusion_core.checkpoint import check_depth, digest
+from fusion_core.checkpoint import check_config, digest
 from fusion_core.device import resolve_device, resolve_dtype
 from fusion_core.errors import DataError, InputError, NonFiniteError, naming, reading
 from fusion_core.modules import logits_of, untouched
@@ -144,7 +144,7 @@ def _loaded(model: Any, tokenizer: Any, device: Any, dtype: Any) -> tuple[Any, A
     kind = resolve_dtype(dtype, place)
     with reading(f"model {str(model)!r}", "cannot be loaded"):
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(model))
-        check_depth(model)
+        check_config(model)
         net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
     net.to(device=place)
     return net, tokenizer, str(model)

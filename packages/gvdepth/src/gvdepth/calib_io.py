@@ -199,10 +199,11 @@ def load_json(path: PathLike) -> Any:
         CalibrationError: names file, line and text where it breaks.
     """
     text = read_text(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise fail(path, error.lineno, _line(text, error.lineno), error.msg) from error
+    with reading(path, "is no JSON", CalibrationError):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise fail(path, error.lineno, _line(text, error.lineno), error.msg) from error
 
 
 def load_yaml(path: PathLike, *, strip: str = "") -> Any:
@@ -222,12 +223,13 @@ def load_yaml(path: PathLike, *, strip: str = "") -> Any:
         "tag:yaml.org,2002:opencv-matrix", lambda loader, node: loader.construct_mapping(node, deep=True)
     )
     kept = "\n".join("" if strip and line.startswith(strip) else line for line in text.splitlines())
-    try:
-        return yaml.load(kept, Loader)  # a safe loader with one harmless tag
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        number = 1 if mark is None else mark.line + 1
-        raise fail(path, number, _line(text, number), getattr(error, "problem", None) or "no YAML") from error
+    with reading(path, "is no YAML", CalibrationError):
+        try:
+            return yaml.load(kept, Loader)  # a safe loader with one harmless tag
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            number, why = 1 if mark is None else mark.line + 1, getattr(error, "problem", None) or "no YAML"
+            raise fail(path, number, _line(text, number), why) from error
 
 
 def _line(text: str, number: int) -> str:
@@ -258,10 +260,9 @@ def read_json(path: PathLike, *, camera_name: str | None = None) -> Camera:
         CameraError: numbers that no camera has.
     """
     if Path(path).suffix == ".toml":
-        try:
-            document: Any = tomllib.loads(read_text(path))
-        except tomllib.TOMLDecodeError as error:
-            raise CalibrationError(f"{path} is no TOML: {error}") from error
+        text = read_text(path)
+        with reading(path, "is no TOML", CalibrationError):
+            document: Any = tomllib.loads(text)
     elif Path(path).suffix in (".yaml", ".yml"):
         document = load_yaml(path)
     else:

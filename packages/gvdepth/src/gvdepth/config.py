@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fusion_core.config import Config
-from fusion_core.errors import ConfigError, check_range
+from fusion_core.errors import LARGEST, LARGEST_SEED, ConfigError, check_range
 
 Cue = Literal["fusion", "focal", "vertical", "direct"]
 Fusion = Literal["scale", "variance", "mean", "select", "focal", "vertical"]
@@ -93,24 +93,21 @@ class GVDepthConfig(Config):
     unc_weighting: bool = True
 
     def __post_init__(self) -> None:
-        endless = float("inf")
-        for name in ("f_c", "max_depth", "softness", "silog_alpha", "max_log_uncertainty"):
-            check_range(name, getattr(self, name), 0.0, endless, open=True)
-        for name in ("extend", "uncertainty_weight"):
-            check_range(name, getattr(self, name), 0.0, endless)
+        self.check_fields("f_c", "max_depth", "softness", "silog_alpha", "max_log_uncertainty", open=True)
+        self.check_fields("focal_range", "image_std", open=True)
+        self.check_fields("image_mean", low=-LARGEST)
+        self.check_fields("extend", "uncertainty_weight")
+        self.check_fields("input_height", low=32)
+        self.check_fields("encoder_widths", "decoder_widths", "head_widths", low=1, high=65_536)
         check_range("silog_lambda", self.silog_lambda, 0.0, 1.0)
         check_range("correction", self.correction, 0, 1)
         low, high = self.focal_range
-        if not 0 < low < high:
+        if not low < high:
             raise ConfigError(f"focal_range is {self.focal_range}, wanted two rising lengths in metres, > 0")
-        if self.input_height is not None:
-            check_range("input_height", self.input_height, 32, endless)
-        if min(self.image_std) <= 0:
-            raise ConfigError(f"image_std is {self.image_std}, wanted numbers > 0")
         for name in ("encoder_widths", "decoder_widths", "head_widths"):
             widths = getattr(self, name)
-            if widths is not None and (not widths or min(widths) < 1):
-                raise ConfigError(f"{name} is {widths}, wanted at least one width, all >= 1")
+            if widths is not None and not widths:
+                raise ConfigError(f"{name} is {widths}, wanted at least one width")
 
     @property
     def uses_embedding(self) -> bool:
@@ -166,11 +163,10 @@ class AugmentConfig(Config):
     noise_height: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.size is not None and min(self.size) < 32:
-            raise ConfigError(f"size is {self.size}, wanted (height, width) of at least 32 pixels")
-        if not 32 <= self.min_height <= self.max_height:
+        self.check_fields("size", "min_height", "max_height", low=32, high=1_000_000)
+        if not self.min_height <= self.max_height:
             raise ConfigError(
-                f"min_height is {self.min_height} and max_height {self.max_height}, wanted 32 <= min <= max"
+                f"min_height is {self.min_height} and max_height {self.max_height}, wanted min <= max"
             )
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
@@ -232,10 +228,10 @@ class TrainConfig(Config):
     model: GVDepthConfig = field(default_factory=GVDepthConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "save_every"):
-            check_range(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "num_workers", "weight_decay", "consistency_weight"):
-            check_range(name, getattr(self, name), 0)
-        check_range("lr", self.lr, 0.0, open=True)
+        self.check_fields("steps", "batch_size", "accumulate", "save_every", low=1)
+        self.check_fields("warmup_steps", "num_workers", "weight_decay", "consistency_weight")
+        self.check_fields("lr", "max_grad_norm", open=True)
+        self.check_fields("seed", high=LARGEST_SEED)
         check_range("final_lr", self.final_lr, 0.0, self.lr)
-        check_range("encoder_lr_scale", self.encoder_lr_scale, 0.0)
+        self.check_fields("betas", high=0.9999999)
+        self.check_fields("encoder_lr_scale")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fusion_core.config import Config as BaseConfig
-from fusion_core.errors import ConfigError, check_range
+from fusion_core.errors import LARGEST, LARGEST_SEED, ConfigError, check_range
 
 _LOSS = (
     "temperature",
@@ -47,10 +47,6 @@ _BILEVEL = (
     "stochastic",
     "head",
 )
-_LOW = {
-    "epochs": 1, "steps": 0, "batch_size": 1, "val_batch_size": 0, "every": 0, "lr": 0, "outer_lr": 0,
-    "weight_decay": 0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,16 +148,22 @@ class Config(BaseConfig):
             from kd_trilateral.geometry import Geometry  # which loads PyTorch
 
             Geometry(self.geometry)
-        for name, low in _LOW.items():
-            check_range(name, getattr(self, name), low)
+        self.check_fields("epochs", "batch_size", "neumann_terms", "implicit_steps", "trace_capacity", low=1)
+        self.check_fields("steps", "val_batch_size", "every", "warmup_steps")
+        self.check_fields("lr", "outer_lr", "weight_decay")
+        self.check_fields("temperature", "geometry_temperature", "max_grad_norm", open=True)
+        self.check_fields("epsilon", "damping", "subsample", open=True)
+        self.check_fields("alpha", "label_smoothing", high=1.0)
         check_range("val_share", self.val_share, 0.0, 1.0, open=True)
-        check_range("alpha", self.alpha, 0.0, 1.0)
+        self.check_fields("dropout", high=0.99)
+        self.check_fields("ignore_index", low=-LARGEST)
+        self.check_fields("seed", high=LARGEST_SEED)
         low, high = self.alpha_range
         if not 0.0 <= low < high <= 1.0:
             raise ConfigError(f"alpha_range is {self.alpha_range}, wanted 0 <= low < high <= 1")
-        if self.temperature is not None:
-            check_range("temperature", self.temperature, 0.0, open=True)
-        if isinstance(self.init_alpha, str) and self.init_alpha not in ("preset", "none"):
+        if not isinstance(self.init_alpha, str):
+            check_range("init_alpha", self.init_alpha, low, high)
+        elif self.init_alpha not in ("preset", "none"):
             raise ConfigError(f"init_alpha is {self.init_alpha!r}, wanted a number, 'preset' or 'none'")
 
     def loss_kwargs(self, num_classes: int) -> dict[str, Any]:

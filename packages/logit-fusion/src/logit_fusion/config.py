@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fusion_core.config import Config
-from fusion_core.errors import ConfigError, check_range
+from fusion_core.errors import LARGEST, ConfigError, check_range
 
 Strategy = Literal["single", "joint", "centroid", "pool"]
 Solver = Literal["exact", "grid", "newton"]
@@ -127,12 +127,9 @@ class FusionConfig(Config):
         check_step(self.step, self.alpha_range)
         for number, pair in enumerate(self.per_expert_range or ()):
             check_alpha_range(f"per_expert_range[{number}]", pair)
-        given = self.alpha if isinstance(self.alpha, tuple) else () if self.alpha is None else (self.alpha,)
-        if not all(map(math.isfinite, given)):
-            raise ConfigError(f"alpha is {self.alpha!r}, wanted finite numbers")
-        check_range("kl_temperature", self.kl_temperature, 0.0, math.inf, open=True)
-        if self.max_kl is not None:
-            check_range("max_kl", self.max_kl, 0.0, math.inf)
+        self.check_fields("alpha", low=-LARGEST)
+        self.check_fields("kl_temperature", open=True)
+        self.check_fields("max_kl", high=math.inf)
         if not 0.0 < self.evidence_decay <= 1.0:
             raise ConfigError(f"evidence_decay is {self.evidence_decay!r}, wanted a number in (0, 1]")
         check_range("min_overlap", self.min_overlap, 0.0, 1.0)
@@ -159,7 +156,7 @@ def check_alpha_range(name: str, value: tuple[float, float]) -> tuple[float, flo
     """
     try:
         low, high = value
-        good = 0.0 <= low < high < math.inf
+        good = 0.0 <= low < high <= LARGEST
     except (TypeError, ValueError):
         good = False
     if not good:

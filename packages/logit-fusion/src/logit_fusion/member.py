@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusion_core import tokenizers
-from fusion_core.checkpoint import check_depth
+from fusion_core.checkpoint import check_config
 from fusion_core.device import resolve_device, resolve_dtype
 from fusion_core.errors import CheckpointError, InputError, reading, require_extra
 from logit_fusion.config import MemberConfig, ViewConfig
@@ -197,7 +197,7 @@ def _load(source: Any, name: str, dtype: torch.dtype, device: Any, options: Mapp
     place = {"device_map": device} if spread else {}
     single: Any = device
     with reading(f"member {name!r}: {source}", "cannot be loaded", CheckpointError):
-        check_depth(source)
+        check_config(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **place, **options)
     return model.eval() if spread else model.to(resolve_device(single)).eval()
 

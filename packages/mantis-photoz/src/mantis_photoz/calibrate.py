@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusion_core.checkpoint import atomic_write
-from fusion_core.errors import check_range
+from fusion_core.errors import check_range, reading
 from fusion_core.results import dump_json
 from mantis_photoz import density
 from mantis_photoz.arrays import Array, as_tensor, interpolate, quantile, to_numpy, wide
@@ -411,15 +411,13 @@ def load(path: str | os.PathLike[str]) -> Any:
         from mantis_photoz.calpit import CalPIT
 
         return CalPIT.load(place)
-    try:
+    with reading(f"recalibration {place}", error=CheckpointError):
         entry = json.loads(place.read_text(encoding="utf-8"))
         if entry.get("schema") != _SCHEMA:
-            raise ValueError(f"schema is {entry.get('schema')!r}, wanted {_SCHEMA!r}")
+            raise CheckpointError(f"schema is {entry.get('schema')!r}, wanted {_SCHEMA!r}")
         entry.pop("facts", None)
         entry.pop("schema")
         return _from_dict(entry)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"recalibration {place} cannot be read: {error}") from error
 
 
 def _from_dict(entry: dict[str, Any]) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fusion_core.config import Config
-from fusion_core.errors import ConfigError, check_range
+from fusion_core.errors import LARGEST, LARGEST_SEED, ConfigError, check_range
 
 Fusion = Literal["report", "early", "late", "hybrid"]
 Align = Literal["stretch", "wcs", "psf", "native"]
@@ -42,13 +41,10 @@ class SurveyInput(Config):
     fwhm: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if min(self.bands, self.pixels) < 1 or not 0 < (self.crop or 1) <= self.pixels:
-            raise ConfigError(
-                f"bands is {self.bands}, pixels {self.pixels}, crop {self.crop}; wanted at least 1, and "
-                f"a crop "
-                "no larger than pixels"
-            )
-        check_range("pixel_scale", self.pixel_scale, 0.0, math.inf, open=True)
+        if (self.crop or 1) > self.pixels:
+            raise ConfigError(f"crop is {self.crop}, wanted no more than the pixels, {self.pixels}")
+        self.check_fields("pixel_scale", open=True)
+        self.check_fields("bands", "pixels", "crop", low=1, high=65_536)
         for name in ("noise", "fwhm"):
             values = getattr(self, name)
             if values is None:
@@ -126,9 +122,10 @@ class FusionConfig(Config):
             object.__setattr__(self, "inputs", official_inputs(self.fusion))
         if not self.inputs:
             raise ConfigError("inputs is empty, wanted at least one survey")
-        if min(self.bins, self.hidden, self.size, self.attention_layers, self.attention_width) < 1:
-            raise ConfigError("bins, hidden, size, attention_layers and attention_width take numbers above 0")
-        check_range("z_max", self.z_max, 0.0, math.inf, open=True)
+        self.check_fields("bins", "hidden", "size", "attention_width", low=1, high=1_000_000)
+        self.check_fields("attention_layers", low=1, high=1000)
+        self.check_fields("z_max", "target_fwhm", open=True)
+        self.check_fields("ebv_scale", low=-LARGEST)
         check_range("dropout", self.dropout, 0.0, 0.95)
         check_range("components", self.components, 1, 1000)
         wanted = {EARLY} if self.stacked else set(self.inputs)
@@ -262,13 +259,12 @@ class TrainConfig(Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.max_steps, self.batch_size, self.save_every, self.early_stop or 1) < 1:
-            raise ConfigError("epochs, max_steps, batch_size, save_every and early_stop take numbers above 0")
-        check_range("lr", self.lr, 0.0, open=True)
-        check_range("weight_decay", self.weight_decay, 0.0)
+        self.check_fields("epochs", "max_steps", "batch_size", "save_every", "early_stop", low=1)
+        self.check_fields("lr", "soft_width", "max_grad_norm", open=True)
+        self.check_fields("min_lr", "weight_decay", "patience", "jitter", "noise")
+        self.check_fields("ema", high=1.0, open=True)
+        self.check_fields("seed", high=LARGEST_SEED)
         check_range("warmup", self.warmup, 0.0, 1.0)
-        check_range("jitter", self.jitter, 0.0, math.inf)
-        check_range("noise", self.noise, 0.0, math.inf)
         unknown = set(self.survey_dropout) - set(self.model.inputs)
         if unknown:
             raise ConfigError(f"survey_dropout names {sorted(unknown)}, the model has {self.model.surveys}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_core.checkpoint import load_tensors
-from fusion_core.errors import CheckpointError
+from fusion_core.errors import CheckpointError, reading
 
 RECALIBRATION = ("recalibration.json", "recalibration.safetensors")
 OOD = "ood.safetensors"
@@ -45,13 +45,11 @@ def load_parts(name: str | os.PathLike[str], recalibration: Any = None) -> dict[
 
         found["ood"] = OutOfDistribution.from_state_dict(load_tensors(folder / OOD))
     if (folder / PRIOR).is_file():
-        try:
+        with reading(folder / PRIOR, "holds no n_train", CheckpointError):
             masses = json.loads((folder / PRIOR).read_text(encoding="utf-8"))["n_train"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / PRIOR} holds no n_train: {error}") from error
-        if len(masses) != model.config.bins:
-            raise CheckpointError(
-                f"{folder / PRIOR} has {len(masses)} masses, the model {model.config.bins} bins"
-            )
+            if len(masses) != model.config.bins:
+                raise CheckpointError(
+                    f"{folder / PRIOR} has {len(masses)} masses, the model {model.config.bins} bins"
+                )
         found["train_prior"] = masses
     return found

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_core.atomic import atomic_write
-from fusion_core.errors import ConfigError, InputError, require_extra
+from fusion_core.errors import ConfigError, InputError, reading, require_extra
 from fusion_core.results import dump_json
 from mantis_photoz.catalog import Catalog
 from mantis_photoz.flags import UNUSABLE, describe, legend
@@ -339,7 +339,7 @@ def read_pdf(path: str | os.PathLike[str]) -> BinnedPDF:
         InputError: no such table.
     """
     parquet: Any = require_extra("pyarrow.parquet", "parquet", "mantis-photoz")
-    try:
+    with reading(path, "holds no densities"):
         found = parquet.read_table(path, columns=[PMF])
         told = found.schema.field(PMF).metadata
         column = found.column(PMF).combine_chunks()
@@ -347,5 +347,3 @@ def read_pdf(path: str | os.PathLike[str]) -> BinnedPDF:
         return BinnedPDF(
             edges, np.asarray(column.flatten(), np.float64).reshape(len(column), len(nodes)), nodes
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} holds no densities ({' '.join(str(error).split())[:200]})") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from fusion_core.errors import check_range
+from fusion_core.errors import check_range, reading
 from mantis_photoz.errors import SurveyError
 
 __all__ = ["BANDS", "PLAYERS", "PS1_SOUTH", "SURVEYS", "Scaling", "Survey", "load_surveys", "select_surveys"]
@@ -226,11 +226,8 @@ def load_surveys(path: str | os.PathLike[str]) -> dict[str, Survey]:
         SurveyError: the file cannot be read or describes no survey.
     """
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-        parsed = _parse(text, file.suffix.lower())
-    except (OSError, ValueError) as error:
-        raise SurveyError(f"surveys file {file} cannot be read: {error}") from error
+    with reading(f"surveys file {file}", error=SurveyError):
+        parsed = _parse(file.read_text(encoding="utf-8"), file.suffix.lower())
     if not isinstance(parsed, Mapping) or not all(isinstance(entry, Mapping) for entry in parsed.values()):
         raise SurveyError(f"surveys file {file} holds no mapping of names to surveys")
     return {**SURVEYS, **{str(n): Survey.from_dict({"name": str(n), **entry}) for n, entry in parsed.items()}}

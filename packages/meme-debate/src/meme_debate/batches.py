@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusion_core.config import Config
-from fusion_core.errors import ConfigError, check_range
+from fusion_core.errors import LARGEST_SEED
 from fusion_core.seeding import rng
 
 from .ablations import labels_of
@@ -75,13 +75,11 @@ class JudgeTrainConfig(Config):
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "window"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, wanted at least 1")
-        check_range("lr", self.lr, 0.0, open=True)
-        check_range("weight_decay", self.weight_decay, 0.0)
-        check_range("warmup", self.warmup, 0.0, 1.0)
-        check_range("debate_dropout", self.debate_dropout, 0.0, 1.0)
+        self.check_fields("epochs", "steps", "batch_size", "accumulate", "window", "save_every", low=1)
+        self.check_fields("lr", "max_grad_norm", open=True)
+        self.check_fields("weight_decay")
+        self.check_fields("warmup", "debate_dropout", high=1.0)
+        self.check_fields("seed", high=LARGEST_SEED)
 
     @classmethod
     def official(cls) -> JudgeTrainConfig:

@@ -145,7 +145,7 @@ class ReplyCache:
         try:
             row = None if self._absent(key) else self._database.execute(_SELECT, (key,)).fetchone()
             found = None if row is None else _reply(row[0])
-        except (sqlite3.Error, TypeError, ValueError) as error:
+        except (sqlite3.Error, TypeError, ValueError, RecursionError) as error:
             raise self._broken(error) from error
         self.misses += found is None
         self.hits += found is not None
@@ -226,9 +226,9 @@ class ReplyCache:
             if new == len(rows):
                 return [reply for _, _, reply in rows]
             held = [self._database.execute(_SELECT, (key,)).fetchone() for key, _, _ in rows]
-        except sqlite3.Error as error:
+            return [_reply(row[0]) for row in held]
+        except (sqlite3.Error, TypeError, ValueError, RecursionError) as error:
             raise self._broken(error) from error
-        return [_reply(row[0]) for row in held]
 
     def _tidy(self, rows: int) -> None:
         """Move the log into the file now and then, beside the run: readers and writers do not wait for it."""

@@ -231,10 +231,9 @@ class Calibration(Config):
     error: float | None = None
 
     def __post_init__(self) -> None:
-        check_range("temperature", self.temperature, 0.0, float("inf"), open=True)
-        check_range("threshold", self.threshold, 0.0, 1.0)
-        for end in self.band or ():
-            check_range("band", end, 0.0, 1.0)
+        self.check_fields("temperature", open=True)
+        self.check_fields("threshold", "band", "coverage", "error", high=1.0)
+        self.check_fields("size")
 
     @property
     def calibrated(self) -> bool:

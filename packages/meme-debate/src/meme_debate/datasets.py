@@ -96,10 +96,8 @@ class ConvertReport(Result):
 def _json_lines(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_text(path).splitlines(), 1):
         if line.strip():
-            try:
+            with reading(f"{path}, line {number}", "is no JSON", DataError):
                 row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number} is no JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number} holds a {type(row).__name__}, wanted an object")
             yield row

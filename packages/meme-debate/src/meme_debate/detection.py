@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion_core.errors import CheckpointError, ConfigError, InputError, check_range
+from fusion_core.errors import CheckpointError, ConfigError, InputError, check_range, reading
 from fusion_core.results import plain
 
 from .ablations import paired
@@ -109,11 +109,9 @@ def load_judge(folder: str | Path, device: str = "cpu") -> AnyJudge:
     place = Path(folder)
     if not (place / "config.json").is_file() and (place / "judge" / "config.json").is_file():
         place = place / "judge"  # the directory of a training
-    try:
+    with reading(folder, "holds no judge: config.json", CheckpointError):
         config = json.loads((place / "config.json").read_text("utf-8"))
         kind = "text" if config.get("kind") == "text" else "fused" if "text_config" in config else None
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder} holds no judge: config.json is missing or damaged") from error
     if kind is None:
         raise CheckpointError(f"{folder} holds no judge of ours; wanted one that `judge train` wrote")
     if kind == "text":

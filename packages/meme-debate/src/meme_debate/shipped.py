@@ -60,7 +60,7 @@ def shipped_tokenizer(path: Path) -> Any:
     try:
         with safe_open(path, "pt") as file:
             words = json.loads(file.metadata()["words"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} holds no judges of the demo: {error}") from error
     return vocabulary_tokenizer(words)
 

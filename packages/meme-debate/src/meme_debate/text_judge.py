@@ -283,7 +283,7 @@ class TextJudge:
             CheckpointError: missing, damaged or of another kind.
         """
         place = Path(folder)
-        try:
+        with reading(folder, "holds no text judge", CheckpointError):
             config = json.loads((place / CONFIG).read_text("utf-8"))
             if config.get("schema") != SCHEMA:
                 raise CheckpointError(f"{folder} has schema {config.get('schema')!r}, wanted {SCHEMA!r}")
@@ -294,8 +294,6 @@ class TextJudge:
                 settings=JudgeSettings.from_dict(config["settings"]),
             )
             words = [str(word) for word in config["vocabulary"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder} holds no text judge: {error}") from error
         size = (len(words),)
         shapes: dict[str, tuple[int, ...]] = {"idf": size, "coef": size, "intercept": (1,)}
         with reading(place / WEIGHTS, "holds no text judge", CheckpointError):

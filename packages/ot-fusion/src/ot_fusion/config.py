@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from fusion_core.config import Config
-from fusion_core.errors import ConfigError
+from fusion_core.errors import LARGEST, LARGEST_SEED, ConfigError
 from ot_fusion.cost import Metric, Normalize
 from ot_fusion.errors import InputError
 from ot_fusion.plan import Normalization
@@ -118,14 +119,14 @@ class FusionConfig(Config):
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise InputError(f"alpha is {self.alpha}, wanted the anchor's weight in [0, 1]")
+        self.check_fields("reg", open=True)
+        self.check_fields("reg_m", high=math.inf)  # infinity is balanced transport
+        self.check_fields("clip", low=-LARGEST)
+        self.check_fields("samples", "batch_size", "max_iter", low=1)
+        self.check_fields("tol")
+        self.check_fields("seed", high=LARGEST_SEED)
         if self.clip is not None and self.clip[0] > self.clip[1]:
             raise InputError(f"clip is {self.clip}, wanted a lower end that is not above the upper one")
-        if self.reg is not None and not self.reg > 0:
-            raise InputError(f"reg is {self.reg}, wanted a positive number")
-        if self.samples is not None and self.samples < 1:
-            raise InputError(f"samples is {self.samples}, wanted at least 1, or None for all")
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}, wanted at least 1")
         if not (self.tokens in ("all", "cls") or self.tokens.removeprefix("window:").isdigit()):
             raise InputError(f"tokens is {self.tokens!r}, wanted all, cls or window:k such as window:6")
         for pattern, settings in self.overrides.items():

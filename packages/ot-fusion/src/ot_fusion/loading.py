@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusion_core.checkpoint import check_depth, load_tensors
+from fusion_core.checkpoint import check_config, load_tensors
 from fusion_core.errors import check_finite, naming, reading, require_extra
 from fusion_core.modules import load_object
 from fusion_core.tokenizers import load_tokenizer
@@ -66,7 +66,7 @@ def _folder(place: Path) -> nn.Module:
     try:
         log.disable_progress_bar()  # a command's stderr has one line on bad input
         with reading(place, "cannot be loaded"):
-            check_depth(place)
+            check_config(place)
             return kind.from_pretrained(place, local_files_only=True)
     finally:
         if bars:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusion_core.atomic import PathLike, atomic_directory, atomic_write, occupied, resumable_directory
-from fusion_core.checkpoint import check_depth, digest, digest_file, load_tensors, save_tensors
+from fusion_core.checkpoint import check_config, digest, digest_file, load_tensors, save_tensors
 from fusion_core.demo import package_version
 from fusion_core.errors import CheckpointError, NonFiniteError, naming, reading
 from fusion_core.progress import track
@@ -166,7 +166,7 @@ def folder_spec(path: PathLike, keys: list[str]) -> AlignmentSpec:
         InputError: no configuration there.
         SpecError: an architecture without written specification.
     """
-    check_depth(path)
+    check_config(path)
     with reading(path, "has no readable config.json; give the folder of a Hugging Face model"):
         found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
         found.setdefault("tie_word_embeddings", "lm_head.weight" not in keys)

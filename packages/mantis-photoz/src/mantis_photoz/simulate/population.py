@@ -49,8 +49,8 @@ class SimulationConfig(Config):
     r_faint: float = 21.5
 
     def __post_init__(self) -> None:
-        if min(self.ps1_pixels, self.galex_pixels, self.unwise_pixels) < 4:
-            raise ConfigError("ps1_pixels, galex_pixels and unwise_pixels take at least 4 pixels")
+        self.check_fields("ps1_pixels", "galex_pixels", "unwise_pixels", low=4, high=65_536)
+        self.check_fields("r_bright", "r_faint", low=-100.0, high=100.0)
         check_range("ps1_scale", self.ps1_scale, 0.0, 10.0, open=True)
         check_range("neighbour", self.neighbour, 0.0, 1.0)
         check_range("no_galex", self.no_galex, 0.0, 1.0)
