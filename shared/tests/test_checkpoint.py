@@ -211,6 +211,9 @@ def test_foreign_module_and_loose_values_are_refused(tmp_path):
     torch.save({"w": torch.zeros(3).to_sparse()}, path)
     with pytest.raises(CheckpointError, match=r"a\.pt .*sparse"):
         load_foreign(path)
+    torch.save({"w": torch.zeros(3), "c": torch.zeros(3, dtype=torch.complex64)}, path)
+    with pytest.raises(CheckpointError, match=r"a\.pt holds complex or sparse tensors \(c\)"):
+        load_foreign(path)
 
 
 def test_foreign_damaged(tmp_path):
@@ -310,6 +313,9 @@ def test_load_strict():
         load_strict(module, wrong)
     assert same(dict(module.state_dict()), before)
     load_strict(module, state)
+    assert same(dict(module.state_dict()), state)
+    with pytest.raises(CheckpointError, match=r"Sequential; 1 complex: 0.bias$"):
+        load_strict(module, {**state, "0.bias": state["0.bias"].cfloat()})
     assert same(dict(module.state_dict()), state)
     with pytest.raises(CheckpointError, match=r"7 missing: .*, \.\.\."):
         load_strict(module, {})

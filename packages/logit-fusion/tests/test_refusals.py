@@ -89,7 +89,7 @@ BAD = [
     ({"step": 2.5}, ConfigError, "step is 2.5"),
     ({"kl_temperature": 0.0}, ConfigError, "kl_temperature is 0.0"),
     ({"max_kl": -1.0}, ConfigError, "max_kl is -1.0"),
-    ({"alpha": float("nan")}, InputError, "alpha is nan, wanted a number"),
+    ({"alpha": float("nan")}, InputError, "alpha is nan, wanted finite numbers"),
     ({"alpha": [1.0, 2.0, 3.0]}, InputError, "alpha has 3 numbers, wanted 1 or one for each of the 2"),
     ({"alpha": torch.ones(3)}, ShapeError, "alpha has shape"),
     ({"weights": "evidence"}, InputError, "evidence_weights"),

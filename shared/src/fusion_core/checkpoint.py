@@ -172,7 +172,10 @@ def load_foreign(path: PathLike) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} holds more than tensors: {dict(list(other.items())[:5]) or list(found)[:5]}"
         )
-    return dict(cast("Mapping[str, Tensor]", found))
+    state = dict(cast("Mapping[str, Tensor]", found))
+    if odd := next((k for k, v in state.items() if v.is_complex() or v.layout != torch.strided), None):
+        raise CheckpointError(f"{path} holds complex or sparse tensors ({odd}), wanted plain ones")
+    return state
 
 
 class KeyMap:
@@ -249,7 +252,7 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state into a module; on any misfit the module stays as it was.
 
     Raises:
-        CheckpointError: lists the missing, the extra and the differently shaped tensors.
+        CheckpointError: lists the missing, the extra, the differently shaped and the complex tensors.
     """
     own: dict[str, Any] = module.state_dict()
     shapes = [
@@ -258,14 +261,20 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
         if key in state and hasattr(value, "shape") and getattr(state[key], "shape", None) != value.shape
     ]
     lists = {"missing": sorted(own.keys() - state.keys()), "extra": sorted(state.keys() - own.keys())}
+    kinds = {key: (_is_complex(value), _is_complex(state[key])) for key, value in own.items() if key in state}
+    lists |= {"of another shape": shapes, "complex": [k for k, (ours, its) in kinds.items() if its > ours]}
     problems = [
         f"{len(names)} {word}: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
-        for word, names in {**lists, "of another shape": shapes}.items()
+        for word, names in lists.items()
         if names
     ]
     if problems:
         raise CheckpointError(f"state does not fit {type(module).__name__}; " + "; ".join(problems))
     module.load_state_dict(dict(state))
+
+
+def _is_complex(value: Any) -> bool:
+    return getattr(getattr(value, "dtype", None), "is_complex", False)
 
 
 def check_config(folder: PathLike) -> None:
