@@ -116,6 +116,16 @@ def test_survives_a_kill(tmp_path):
             r"t\.kdc has a damaged manifest: KeyError 'classes'",
         ),
         (
+            lambda m: m["fingerprint"].update(views=False),
+            StoreError,
+            r"t\.kdc: views is False, wanted a whole number >= 1",
+        ),
+        (
+            lambda m: m["fingerprint"].update(views=2),
+            StoreError,
+            r"t\.kdc: a row of logits is \(1, 3\), wanted \(views, classes or top_k\)",
+        ),
+        (
             lambda m: m["fingerprint"].update(rows=float("nan")),
             InputError,
             r"manifest\.json: fingerprint takes what JSON can say",

@@ -80,7 +80,7 @@ class ShardStore:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self._maps: dict[str, Arrays] = {}
-        self._schema = {name: (dtype, tuple(tail)) for name, (dtype, tail) in manifest["arrays"].items()}
+        self.schema = {name: (dtype, tuple(tail)) for name, (dtype, tail) in manifest["arrays"].items()}
         self._arrange(manifest)
         for before, after in pairwise(self._shards):
             if after["start"] < before["stop"]:
@@ -199,7 +199,7 @@ class ShardStore:
             ) from error
         rows = shard["stop"] - shard["start"]
         has = {name: (info.dtype, info.shape) for name, info in header.items()}
-        wanted = {name: (dtype, (rows, *tail)) for name, (dtype, tail) in self._schema.items()}
+        wanted = {name: (dtype, (rows, *tail)) for name, (dtype, tail) in self.schema.items()}
         if has != wanted:
             raise StoreError(f"{self.folder}: shard {shard['file']} has {has}, the manifest wants {wanted}")
 
@@ -227,7 +227,7 @@ class ShardStore:
         if overlap := next((s for s in self._shards if s["start"] < stop and start < s["stop"]), None):
             raise InputError(f"index is {index}, but rows {overlap['start']} to {overlap['stop']} are there")
         has = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
-        wanted = {name: (dtype, (stop - start, *tail)) for name, (dtype, tail) in self._schema.items()}
+        wanted = {name: (dtype, (stop - start, *tail)) for name, (dtype, tail) in self.schema.items()}
         if has != wanted:
             raise InputError(f"arrays are {has}, wanted {wanted}")
         name = f"shard-{len(self._shards):05d}.safetensors"
@@ -310,7 +310,7 @@ class ShardStore:
         bad[~bad] = wanted[~bad] < self._starts[place[~bad]]
         if bad.any():
             raise StoreError(f"{self.folder} has no row {int(wanted[bad.argmax()])}; it has {len(self)} rows")
-        out = {n: np.empty((len(wanted), *tail), dtype) for n, (dtype, tail) in self._schema.items()}
+        out = {n: np.empty((len(wanted), *tail), dtype) for n, (dtype, tail) in self.schema.items()}
         for number in np.unique(place):
             here = place == number
             local = wanted[here] - self._starts[number]

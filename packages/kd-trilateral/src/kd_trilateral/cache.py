@@ -28,6 +28,12 @@ _CHUNK = 16384
 _FLOOR = -60.0
 
 
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise StoreError(f"{name} is {value!r}, wanted a whole number >= 1")
+    return value
+
+
 class TeacherCache:
     """Logits of every training row, memory-mapped.
 
@@ -60,9 +66,13 @@ class TeacherCache:
             )
         self.store = store
         with reading(store.folder, "has a damaged manifest", StoreError):
-            self.num_classes = int(store.fingerprint["classes"])
-            self.views = int(store.fingerprint["views"])
-            self.top_k: int | None = store.fingerprint["top_k"]
+            found = store.fingerprint
+            self.num_classes = _count("classes", found["classes"])
+            self.views = _count("views", found["views"])
+            self.top_k: int | None = None if found["top_k"] is None else _count("top_k", found["top_k"])
+            shape = store.schema["logits"][1]
+            if shape != (self.views, self.top_k or self.num_classes):
+                raise StoreError(f"a row of logits is {shape}, wanted (views, classes or top_k)")
 
     @classmethod
     def build(
