@@ -28,6 +28,9 @@ def main() -> int:
     ):
         made = verbs.add_parser(verb, help=help_)
         made.add_argument(words[0], type=int, default=words[1], dest="amount")
+        if verb == "garbage":
+            how = "every single change of the file instead of examples"
+            made.add_argument("--every", action="store_const", const=0, dest="amount", help=how)
         made.add_argument("--only", action="append", default=[], help="commands whose name holds this")
         made.add_argument("--json", type=Path, help="the report")
         made.add_argument("--seed", type=int, default=0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults import mangle, mangle_arrays, mangle_media, whole
+from faults import mangle, mangle_arrays, mangle_every, mangle_media, whole
 from faults.forking import Outcome, command, forked, warm
 from faults.kill import fill
 from faults.mangle import Garbage
@@ -141,7 +141,7 @@ def hunt(reader: Reader, place: Path, inputs: Path, examples: int, seed: int = 0
         reader: the command line.
         place: a folder to work in.
         inputs: filled by ``reader.make``.
-        examples: how many.
+        examples: how many; 0 = every single change of :mod:`faults.mangle_every` instead.
         seed: of the draws.
     """
     import hypothesis
@@ -151,6 +151,17 @@ def hunt(reader: Reader, place: Path, inputs: Path, examples: int, seed: int = 0
     sound = _try(reader, place, inputs, None)
     assert sound.code in (0, 3), f"{reader.name} cannot be run: {sound.code} {sound.stderr[-3000:]}"
     warm(sound.modules)
+
+    def try_one(garbage: Garbage) -> None:
+        found.examples += 1
+        words = _one(reader, place, inputs, garbage, found)
+        if words is not None:
+            found.violations.setdefault(_signature(words), f"{words} | {garbage!r}")
+
+    if not examples:
+        for garbage in mangle_every.every(reader.kind, valid):
+            try_one(garbage)
+        return found
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -162,10 +173,7 @@ def hunt(reader: Reader, place: Path, inputs: Path, examples: int, seed: int = 0
     )
     @hypothesis.given(KINDS[reader.kind](valid))
     def one(garbage: Garbage) -> None:
-        found.examples += 1
-        words = _one(reader, place, inputs, garbage, found)
-        if words is not None:
-            found.violations.setdefault(_signature(words), f"{words} | {garbage!r}")
+        try_one(garbage)
 
     one()
     return found
@@ -218,7 +226,7 @@ def run(
     Args:
         readers: the command lines.
         place: a folder to work in.
-        examples: for each.
+        examples: for each; 0 = every single change.
         seed: of the draws.
         report: called with the row of each reader as it is done.
     """

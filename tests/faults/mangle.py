@@ -93,8 +93,8 @@ TOKENS = [
 ]
 
 
-def whole_bytes(valid: bytes) -> st.SearchStrategy[Garbage]:
-    """Bytes that have little or nothing to do with the format."""
+def known_bytes(valid: bytes) -> list[Garbage]:
+    """What lies in place of files, by experience."""
     text = valid.decode("latin-1")
     fixed = {
         "nothing": b"",
@@ -120,10 +120,14 @@ def whole_bytes(valid: bytes) -> st.SearchStrategy[Garbage]:
         "Windows lines": valid.replace(b"\n", b"\r\n"),
         "a long number": b"9" * 5000,
     }
-    known = st.sampled_from([Garbage(how, data) for how, data in fixed.items()])
-    instead = st.sampled_from([Garbage("a folder", None), Garbage("not there", None)])
+    made = [Garbage(how, data) for how, data in fixed.items()]
+    return [*made, Garbage("a folder", None), Garbage("not there", None)]
+
+
+def whole_bytes(valid: bytes) -> st.SearchStrategy[Garbage]:
+    """Bytes that have little or nothing to do with the format."""
     drawn = st.binary(max_size=400).map(lambda data: Garbage("random bytes", data))
-    return st.one_of(known, instead, drawn, cut(valid), flipped(valid), spliced(valid))
+    return st.one_of(st.sampled_from(known_bytes(valid)), drawn, cut(valid), flipped(valid), spliced(valid))
 
 
 def cut(valid: bytes) -> st.SearchStrategy[Garbage]:

@@ -8,6 +8,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 if not hasattr(os, "fork"):
@@ -16,7 +17,7 @@ if not hasattr(os, "fork"):
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from faults import bad, cases, forking, garbage, kill, load  # noqa: E402 - the line above makes them importable
+from faults import bad, cases, forking, garbage, kill, load, mangle, mangle_every  # noqa: E402 - the line above makes them importable
 from faults.garbage import Reader  # noqa: E402
 from faults.kill import Command  # noqa: E402
 
@@ -52,7 +53,7 @@ def test_another_result_after_a_kill_is_found(tmp_path):
     assert any("another result after a kill: out.txt differs" in why for why in found.broken), found.broken
 
 
-def hunted(name, place, **options):
+def hunted(name, place, examples=10, **options):
     def make(folder):
         (folder / "a.json").write_text('{"a": {"b": 1}}')
 
@@ -61,7 +62,7 @@ def hunted(name, place, **options):
     argv = ("read", "{in}/a.json")
     how = {"argv": argv, "file": "a.json", "kind": "json", "make": make, **options}
     reader = Reader(name=f"bad {name}", main=f"faults.bad:{name}", **how)
-    return garbage.hunt(reader, place / "work", place / "inputs", examples=10)
+    return garbage.hunt(reader, place / "work", place / "inputs", examples)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,43 @@ def test_what_garbage_does_is_judged(name, words, tmp_path):
 
 def test_a_reader_that_never_ends_is_found(tmp_path):
     assert any("timeout" in why for why in hunted("hungry", tmp_path, timeout=1).violations.values())
+
+
+DOCUMENTS = {
+    "json": (b'{"a": {"b": [1, 2]}, "c": 3}', b'{"a": {"b": [-1, 2]}, "c": 3}'),
+    "json lines": (b'{"a": 0}\n{"a": 1}\n', b'{"a": 0}\n{"a": -1}\n'),
+    "toml": (b"a = 1\n[b]\nc = 2\n", b"a = 1\n\n[b]\nc = -1\n"),
+    "yaml": (b"a: 1\nb:\n  c: 2\n", b"a: 1\nb:\n  c: -1\n"),
+    "fields": (b"a,b\n1,2\n", b"a,b\n1,-1"),
+    "bytes": (b"abc", b"abcabc"),
+}
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_every_single_change_is_made_once(kind):
+    valid, wanted = DOCUMENTS[kind]
+    made = [found.data for found in mangle_every.every(kind, valid)]
+    assert wanted in made
+    assert b"" in made
+    assert None in made
+    changed = made[len(mangle.known_bytes(valid)) :]
+    assert valid not in changed
+    assert all(isinstance(data, bytes) for data in changed)
+    assert len(changed) >= 12 or kind == "bytes"
+
+
+def test_a_tensor_of_another_place_is_among_the_changes():
+    from safetensors.numpy import save
+
+    valid = save({"w": np.zeros(3, np.float32)})
+    assert any(b'"data_offsets":[-1,12]' in found.data.replace(b" ", b"")
+               for found in mangle_every.every("safetensors", valid) if found.data)  # fmt: skip
+
+
+def test_every_change_is_judged(tmp_path):
+    found = hunted("careless", tmp_path, examples=0)
+    assert found.examples > 60
+    assert len(found.violations) > 3
 
 
 def test_killed_means_killed(tmp_path):
