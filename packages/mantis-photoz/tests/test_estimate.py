@@ -289,15 +289,26 @@ def test_a_folder_brings_its_parts(model, sky, tmp_path):
     (tmp_path / "m" / "prior.json").write_text(json.dumps({"n_train": [1.0] * 20}))
     photoz = PhotoZ.from_pretrained(tmp_path / "m", device="cpu")
     assert photoz.name == "m"
-    assert photoz.train_prior == [1.0] * 20
+    assert photoz.train_prior.tolist() == [1.0] * 20
     raw = estimate(model, sky)
     np.testing.assert_allclose(
         estimate(model, sky, photoz=photoz).pdf.pmf, photoz.recalibration(raw.pdf).pmf, atol=1e-9
     )
     plain = PhotoZ.from_pretrained(tmp_path / "m", device="cpu", recalibration=False)
     np.testing.assert_allclose(estimate(model, sky, photoz=plain).pdf.pmf, raw.pdf.pmf, atol=1e-9)
-    (tmp_path / "m" / "prior.json").write_text(json.dumps({"n_train": [1.0] * 3}))
-    with pytest.raises(CheckpointError, match="has 3 masses, the model 20 bins"):
+    path = tmp_path / "m" / "prior.json"
+    for masses, words in (
+        ("[1, 1, 1]", r"n_train is of \(3,\), the model has 20 bins"),
+        (str(["x"] * 20).replace("'", '"'), "holds no n_train: could not convert"),
+        (str([0] * 20), "n_train holds no masses"),
+        (str([-1] + [1] * 19), "n_train holds no masses"),
+        ("[" * 20_000, "holds no n_train: RecursionError"),
+    ):
+        path.write_text(f'{{"n_train": {masses}}}' if masses.endswith("]") else masses)
+        with pytest.raises(CheckpointError, match=rf"prior\.json.*{words}"):
+            PhotoZ.from_pretrained(tmp_path / "m")
+    path.write_text(json.dumps({"n_train": [1.0] * 3}))
+    with pytest.raises(CheckpointError, match="the model has 20 bins"):
         PhotoZ.from_pretrained(tmp_path / "m")
     with pytest.raises(CheckpointError, match="neither a folder"):
         PhotoZ.from_pretrained(str(tmp_path / "none"))

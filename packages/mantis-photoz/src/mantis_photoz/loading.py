@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fusion_core.checkpoint import load_tensors
 from fusion_core.errors import CheckpointError, reading
 
@@ -46,10 +48,11 @@ def load_parts(name: str | os.PathLike[str], recalibration: Any = None) -> dict[
         found["ood"] = OutOfDistribution.from_state_dict(load_tensors(folder / OOD))
     if (folder / PRIOR).is_file():
         with reading(folder / PRIOR, "holds no n_train", CheckpointError):
-            masses = json.loads((folder / PRIOR).read_text(encoding="utf-8"))["n_train"]
-            if len(masses) != model.config.bins:
-                raise CheckpointError(
-                    f"{folder / PRIOR} has {len(masses)} masses, the model {model.config.bins} bins"
-                )
+            told = json.loads((folder / PRIOR).read_text(encoding="utf-8"))["n_train"]
+            masses = np.asarray(told, np.float64)
+            if masses.shape != (model.config.bins,):
+                raise CheckpointError(f"n_train is of {masses.shape}, the model has {model.config.bins} bins")
+            if not (np.isfinite(masses).all() and (masses >= 0).all() and masses.any()):
+                raise CheckpointError("n_train holds no masses: wanted numbers >= 0, one of them above")
         found["train_prior"] = masses
     return found
