@@ -113,11 +113,13 @@ def test_bad_files(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.fits").write_text("x")
     (tmp_path / "a.parquet").write_text("x")
+    (tmp_path / "a.csv").write_text("x" * 400_001)
     for name, words in {
         "a.txt": "suffix '.txt', wanted one of .ecsv",
         "none.csv": "is not there",
         "a.fits": "cannot be read as fits",
         "a.parquet": "cannot be read as parquet",
+        "a.csv": "has no names of columns in its first 400000 bytes",
     }.items():
         with pytest.raises(InputError, match=words):
             read_catalog(tmp_path / name)

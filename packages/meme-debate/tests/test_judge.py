@@ -134,6 +134,9 @@ def test_damaged_weights_are_named(tmp_path):
     strange.tokenizer = Fails()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used: Exception WordLevel error"):
         score(strange, memes, debates)
+    for wrong in ({"ngrams": 1e308}, {"ngrams": 0}, {"min_df": 0}, {"c": 0.0}, {"c": math.nan}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is .*, wanted a number in"):
+            TextJudge(**wrong)
     light = TextJudge(min_df=1).fit(["a good day", "a bad day"], [0, 1])
     light.save(tmp_path / "light")
     state = load_tensors(tmp_path / "light" / "model.safetensors")
@@ -212,6 +215,8 @@ def test_bad_input_is_told(inputs):
         judge(ids, mask, pixels[..., :8])
     with pytest.raises(ShapeError, match="attention_mask has shape"):
         judge(ids, mask[:, :3], pixels)
+    with pytest.raises(ConfigError, match=r"'ablation' is 'w/o X', wanted '', 'w/o MD'"):
+        JudgeSettings.from_dict({"ablation": "w/o X"})
     with pytest.raises(ConfigError, match="max_length is 3, wanted 16 to 1000000"):
         JudgeSettings(max_length=3)
     with pytest.raises(CheckpointError, match="holds no fused judge"):
@@ -235,6 +240,12 @@ def test_bad_input_is_told(inputs):
         ("config.json", ("text_config", "d_ff"), 0, "d_ff is 0, wanted a number in"),
         ("config.json", ("vision_config", "intermediate_size"), 0, "intermediate_size is 0"),
         ("config.json", ("vision_config", "attention_dropout"), math.inf, "attention_dropout is inf, wanted"),
+        (
+            "config.json",
+            ("vision_config", "layer_norm_eps"),
+            math.nan,
+            "layer_norm_eps is nan, wanted a number",
+        ),
         ("config.json", ("text_config", "dropout_rate"), -0.5, "dropout_rate is -0.5, wanted"),
         ("calibration.json", ("temperature",), 0, "temperature is 0.0, wanted"),
         ("calibration.json", ("band",), [0.1, 2.0], "band is 2.0, wanted"),

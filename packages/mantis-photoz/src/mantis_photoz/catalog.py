@@ -23,6 +23,7 @@ from mantis_photoz.errors import CatalogError
 if TYPE_CHECKING:
     from astropy.table import Table
 
+_LONGEST_HEAD = 400_000  # bytes
 FORMATS = {
     ".ecsv": "ascii.ecsv",
     ".csv": "ascii.csv",
@@ -180,6 +181,10 @@ def read_table(source: Any) -> Table:
         raise InputError(f"catalog {path} is not there; name an existing file")
     if form == "parquet":
         return _from_parquet(path)
+    if form == "ascii.csv":
+        with path.open("rb") as file:
+            if len(file.readline(_LONGEST_HEAD + 1)) > _LONGEST_HEAD:  # astropy's time grows with its square
+                raise InputError(f"catalog {path} has no names of columns in its first {_LONGEST_HEAD} bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unknown units and old VOTable versions are kept as they are

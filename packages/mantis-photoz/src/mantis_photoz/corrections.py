@@ -126,6 +126,7 @@ def load_prior(path: str | os.PathLike[str], edges: Any) -> NDArray[np.float64]:
         raise InputError(
             f"--prior {place} holds no density: wanted two or more redshifts z, each once, and n >= 0"
         )
+    n = n / max(n.max(), 1e-300)  # sums of it stay finite
     fine = np.unique(np.concatenate([limits, z[(z > limits[0]) & (z < limits[-1])]]))
     height = np.interp(fine, z, n, left=0.0, right=0.0)
     total = np.concatenate([[0.0], np.cumsum(np.diff(fine) * (height[1:] + height[:-1]) / 2)])

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 from fusion_core.errors import ConfigError, DataError
 
 from .composing import First, compose_parts, order
 from .meme import Debate, Meme, pair
+from .settings import ABLATIONS, Ablation
 
 __all__ = ["ABLATIONS", "Ablation", "fields_of", "judge_text", "labels_of", "paired", "splits_of"]
-
-Ablation = Literal["", "w/o MD", "w/o LLMJ", "w/o SLMJ", "w/o HlD", "w/o HfD", "w/o MF", "w/o UR"]
-ABLATIONS: dict[str, str] = {
-    "w/o MD": "no debate",
-    "w/o LLMJ": "rationales in fixed order",
-    "w/o SLMJ": "the LLM's verdict is the prediction",
-    "w/o HlD": "only the harmful rationale",
-    "w/o HfD": "only the harmless rationale",
-    "w/o MF": "no cross-attention, the caption instead of the picture",
-    "w/o UR": "only the preferred rationale",
-}
 
 
 def fields_of(

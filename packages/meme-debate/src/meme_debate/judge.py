@@ -110,6 +110,8 @@ def _check_configs(text: Any, vision: Any) -> None:
     for config, names in ((text, _TEXT_SIZES), (vision, _VISION_SIZES)):
         for name in names:
             check_range(name, getattr(config, name), 1, 1_000 if name.endswith("layers") else 1 << 31)
+        if odd := next((name for name, value in config.to_dict().items() if value != value), None):
+            raise ConfigError(f"{odd} is {getattr(config, odd)}, wanted a number")
         for name, usual in vars(type(config)()).items():
             flag = isinstance(usual, bool) and not name.startswith("_")
             if flag and not isinstance(value := getattr(config, name), bool):

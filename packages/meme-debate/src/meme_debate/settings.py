@@ -8,9 +8,19 @@ from typing import Literal
 from fusion_core.config import Config
 from fusion_core.errors import ConfigError
 
-__all__ = ["JudgeSettings"]
+__all__ = ["ABLATIONS", "Ablation", "JudgeSettings"]
 
 _LONGEST = 1_000_000  # tokens
+Ablation = Literal["", "w/o MD", "w/o LLMJ", "w/o SLMJ", "w/o HlD", "w/o HfD", "w/o MF", "w/o UR"]
+ABLATIONS: dict[str, str] = {
+    "w/o MD": "no debate",
+    "w/o LLMJ": "rationales in fixed order",
+    "w/o SLMJ": "the LLM's verdict is the prediction",
+    "w/o HlD": "only the harmful rationale",
+    "w/o HfD": "only the harmless rationale",
+    "w/o MF": "no cross-attention, the caption instead of the picture",
+    "w/o UR": "only the preferred rationale",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class JudgeSettings(Config):
     policy: str = "harmful"
     policy_digest: str = ""
     name: str = "judge"
-    ablation: str = ""
+    ablation: Ablation = ""
     labels: tuple[str, str] = ("harmless", "harmful")
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fusion_core.checkpoint import atomic_directory, digest, load_tensors, save_tensors
-from fusion_core.errors import LARGEST, CheckpointError, DataError, InputError, reading
+from fusion_core.errors import LARGEST, CheckpointError, DataError, InputError, check_range, reading
 from fusion_core.progress import track
 from fusion_core.seeding import rng
 
@@ -82,9 +82,11 @@ class TextJudge:
         ngrams: int = 2,
         settings: JudgeSettings | None = None,
     ) -> None:
-        if not c > 0 or min_df < 1 or ngrams < 1:
-            raise InputError(f"c is {c}, min_df {min_df}, ngrams {ngrams}; wanted c > 0 and counts from 1 on")
-        self.c, self.min_df, self.ngrams = float(c), int(min_df), int(ngrams)
+        self.c = float(check_range("c", c, 0, open=True))
+        self.min_df, self.ngrams = (
+            int(check_range("min_df", min_df, 1)),
+            int(check_range("ngrams", ngrams, 1, 10)),
+        )
         self.settings = settings or JudgeSettings(name="text judge", image=False)
         self.calibration = Calibration()
         self.held_out: Floats | None = None
