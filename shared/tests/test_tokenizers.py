@@ -50,6 +50,11 @@ def test_a_whole_tokenizer_is_loaded(folder):
             lambda f: f.update(post_processor={"type": "Sequence", "processors": [template()]}),
             "its template holds '</s>'",
         ),
+        (
+            "tokenizer.json",
+            lambda f: f.update(post_processor={**template("</s>"), "single": []}),
+            "its template leaves the text out",
+        ),
         ("tokenizer.json", lambda f: f.clear(), ""),
     ],
 )

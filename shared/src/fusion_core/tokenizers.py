@@ -19,7 +19,7 @@ def load_tokenizer(source: str | os.PathLike[str], **options: Any) -> Any:
 
     Raises:
         Exception: what transformers raises where there is none, or a damaged one; ValueError for ids beyond
-            int32, a length that is no number, and a template of tokens that it does not have.
+            int32, a length that is no number, and a template without the text or of unknown tokens.
             :func:`fusion_core.errors.reading` around it names the folder.
     """
     from transformers import AutoTokenizer
@@ -35,6 +35,8 @@ def load_tokenizer(source: str | os.PathLike[str], **options: Any) -> Any:
         wanted = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
         if lacking := sorted(wanted - set(template["special_tokens"])):
             raise ValueError(f"its template holds {lacking[0]!r}, which is not among its special_tokens")
+        if not any("Sequence" in piece for piece in template["single"]):
+            raise ValueError("its template leaves the text out")
     return found
 
 
