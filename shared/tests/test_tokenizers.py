@@ -44,6 +44,7 @@ def test_a_whole_tokenizer_is_loaded(folder):
             "a token the id 2147483648",
         ),
         ("tokenizer_config.json", lambda f: f.update(model_max_length=[[]]), r"model_max_length is \[\[\]\]"),
+        ("tokenizer_config.json", lambda f: f.update(unk_token=""), "RecursionError"),
         ("tokenizer.json", lambda f: f.update(post_processor=template("<s>")), "its template holds '</s>'"),
         (
             "tokenizer.json",

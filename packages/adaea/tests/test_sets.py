@@ -177,9 +177,10 @@ def test_data_from_files(tmp_path):
     (tmp_path / "empty" / "labels.csv").write_text("name,label\nx.png,1\n")
     with pytest.raises(DataError, match="wanted filename and label"):
         load_data(tmp_path / "empty")
-    (tmp_path / "empty" / "labels.csv").write_text("filename,label\nx.png,one\n")
-    with pytest.raises(DataError, match=r"label of x\.png is 'one'"):
-        load_data(tmp_path / "empty")
+    for label in ("one", "-1", "9" * 20):
+        (tmp_path / "empty" / "labels.csv").write_text(f"filename,label\nx.png,{label}\n")
+        with pytest.raises(DataError, match=rf"label of x\.png is '{label}', wanted 0 to 2147483647"):
+            load_data(tmp_path / "empty")
 
 
 def test_data_from_loaders_and_tensors():

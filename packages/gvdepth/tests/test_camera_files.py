@@ -208,6 +208,7 @@ def test_quaternions(q):
     np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(turn) == pytest.approx(1.0)
     np.testing.assert_allclose(quaternion_matrix(matrix_quaternion(turn)), turn, atol=1e-12)
+    np.testing.assert_allclose(quaternion_matrix(1e308 * np.array(q) / np.abs(q).max()), turn, atol=1e-12)
 
 
 def test_opencv(tmp_path):

@@ -31,6 +31,8 @@ def load_tokenizer(source: str | os.PathLike[str], **options: Any) -> Any:
     found: Any = AutoTokenizer.from_pretrained(source, **options)
     if not isinstance(found.model_max_length, int | float):
         raise ValueError(f"model_max_length is {found.model_max_length!r}, wanted a number")
+    for name in ("unk", "bos", "eos", "pad"):
+        _ = getattr(found, f"{name}_token_id")  # a name that is no token, such as "", has no end there
     return found
 
 

@@ -17,6 +17,7 @@ from fusion_core.checkpoint import load_tensors
 from fusion_core.errors import DataError, InputError, ShapeError, check_finite, check_shape, reading
 
 PathLike = str | os.PathLike[str]
+_LARGEST_LABEL = 2**31 - 1
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
@@ -216,9 +217,13 @@ def _csv(path: Path) -> list[dict[str, str]]:
 
 def _whole(row: dict[str, str], key: str, folder: Path) -> int:
     try:
-        return int(row[key])
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{folder / 'labels.csv'}: {key} of {row['filename']} is {row[key]!r}") from error
+        found = int(row[key])
+    except (ValueError, TypeError):
+        found = -1
+    if not 0 <= found <= _LARGEST_LABEL:
+        wanted = f"wanted 0 to {_LARGEST_LABEL}"
+        raise DataError(f"{folder / 'labels.csv'}: {key} of {row['filename']} is {row[key]!r:.100}, {wanted}")
+    return found
 
 
 def _read(path: Path, size: int | None) -> Any:

@@ -396,6 +396,7 @@ def quaternion_matrix(quaternion: Any) -> NDArray[np.float64]:
     q = np.asarray(quaternion, dtype=np.float64)
     if q.shape != (4,) or not np.isfinite(q).all() or not q.any():
         raise CameraError(f"rotation is {quaternion!r}, wanted a quaternion (w, x, y, z)")
+    q = q / np.abs(q).max()  # the norm of large numbers overflows
     w, x, y, z = q / np.linalg.norm(q)
     return np.array(
         [

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fusion_core import cli
-from fusion_core.errors import ConfigError, InputError
+from fusion_core.errors import ConfigError, InputError, naming
 
 __all__ = ["add_commands"]
 
@@ -51,16 +51,17 @@ def train(
 
     settings = TrainConfig.load(config).override(assignments or [])
     data = Cutouts.from_directory(cutouts, catalog, surveys_of(settings.model), truth=truth)
-    trainer = Trainer(
-        settings.model,
-        settings,
-        out=out,
-        pretrained=pretrained,
-        device=device,
-        resume=resume,
-        overwrite=overwrite,
-        progress=False if quiet else None,
-    )
+    with naming(config):
+        trainer = Trainer(
+            settings.model,
+            settings,
+            out=out,
+            pretrained=pretrained,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            progress=False if quiet else None,
+        )
     val: Any = data.split("val")
     trainer.fit(data.split("train"), val if len(val) else None)
     result = trainer.result
