@@ -58,7 +58,7 @@ def test_gray_images_and_sets_without_targets(tmp_path):
     assert found.adversarial.shape == made.adversarial.shape
 
 
-@pytest.mark.parametrize("eps", ["x", None, True, -0.1, float("nan"), [0.1]])
+@pytest.mark.parametrize("eps", ["x", None, True, -0.1, float("nan"), [0.1], 1e308])
 def test_a_set_of_no_radius_is_refused(eps, tmp_path):
     with pytest.raises(DataError, match=r"eps is .*, wanted a number >= 0 such as 8/255"):
         AdversarialSet(torch.zeros(1, 3, 4, 4), torch.zeros(1).long(), info={"eps": eps})

@@ -24,7 +24,15 @@ from fusion_core.checkpoint import (
     load_tensors,
     save_tensors,
 )
-from fusion_core.errors import CheckpointError, DataError, InputError, ShapeError, check_shape, reading
+from fusion_core.errors import (
+    LARGEST,
+    CheckpointError,
+    DataError,
+    InputError,
+    ShapeError,
+    check_shape,
+    reading,
+)
 from fusion_core.results import dump_json, plain
 
 SCHEMA = "adaea.set/1"
@@ -228,7 +236,7 @@ def _mapping(info: Any) -> dict[str, Any]:
 def _radius(eps: Any) -> float:
     known = isinstance(eps, int | float | np.number) and not isinstance(eps, bool)
     radius = float(eps) if known else float("nan")
-    if not 0 <= radius < float("inf"):
+    if not 0 <= radius <= LARGEST:
         raise DataError(f"the set's eps is {eps!r}, wanted a number >= 0 such as 8/255")
     return radius
 

@@ -20,7 +20,7 @@ from adaea.images import load_data
 from adaea.metrics import paired_counts, perturbation, score
 from adaea.runs import AttackRun, run_attack, wanted_labels
 from adaea.targets import Target
-from fusion_core.errors import ConfigError, InputError, reading
+from fusion_core.errors import LARGEST, ConfigError, InputError, reading
 from fusion_core.stats import mcnemar
 
 
@@ -232,7 +232,7 @@ def _prepare(out: str | os.PathLike[str] | None, *, resume: bool, overwrite: boo
 
 def _budgets(eps: float | Sequence[float]) -> list[float]:
     listed = [float(eps)] if isinstance(eps, int | float) else [float(value) for value in eps]
-    if not listed or any(not value >= 0 for value in listed):
+    if not listed or any(not 0 <= value <= LARGEST for value in listed):
         raise ConfigError(f"eps is {eps!r}, wanted numbers >= 0 such as [4/255, 8/255]")
     return sorted(set(listed))
 

@@ -19,7 +19,7 @@ from adaea.targets import RULES, Target
 from adaea.transforms import DI, SI, TI, Admix
 from adaea.updates import Momentum, Nesterov, Variance
 from fusion_core.device import resolve_dtype
-from fusion_core.errors import ConfigError, check_range
+from fusion_core.errors import LARGEST, ConfigError, check_range
 
 Agm = Literal["exact", "per_sample", "linear", "linear_per_sample", "off"]
 Drf = Literal["symmetric", "official", "off"]
@@ -79,14 +79,13 @@ class EnsembleSettings:
         put("eps", (8 / 255 if self.norm == "linf" else 3.0) if cast("Any", self.eps) is None else self.eps)
         default = 2 / 255 if self.norm == "linf" else max(self.eps / 4, 1e-12)
         put("alpha", default if cast("Any", self.alpha) is None else self.alpha)
-        infinity = math.inf
-        if not 0 <= self.eps < infinity:
+        if not 0 <= self.eps <= LARGEST:
             raise ConfigError(f"eps is {self.eps!r}, wanted a number >= 0 such as 8/255")
-        check_range("alpha", self.alpha, 0.0, infinity, open=True)
-        check_range("noise", self.noise, 0.0, infinity)
+        check_range("alpha", self.alpha, 0.0, open=True)
+        check_range("noise", self.noise, 0.0)
         if self.final_step is not None:
-            check_range("final_step", self.final_step, 0.0, infinity, open=True)
-        if isinstance(self.steps, bool) or int(self.steps) != self.steps or self.steps < 1:
+            check_range("final_step", self.final_step, 0.0, open=True)
+        if isinstance(self.steps, bool) or not 1 <= self.steps <= LARGEST or int(self.steps) != self.steps:
             raise ConfigError(f"steps is {self.steps!r}, wanted an integer of at least 1")
         _choice("fusion", self.fusion, FUSIONS)
         _choice("loss", self.loss, list(LOSSES))
@@ -231,11 +230,11 @@ class AdaptiveSettings(EnsembleSettings):
         _choice("agm", self.agm, AGMS)
         _choice("drf", self.drf, DRFS)
         _choice("ratio", self.ratio, RATIOS)
-        check_range("beta", self.beta, 0.0, math.inf)
+        check_range("beta", self.beta, 0.0)
         check_range("eta", self.eta, -math.inf, math.inf)
-        check_range("agm_every", self.agm_every, 0, math.inf)
+        check_range("agm_every", self.agm_every, 0)
         if self.agm_batch_size is not None:
-            check_range("agm_batch_size", self.agm_batch_size, 1, math.inf)
+            check_range("agm_batch_size", self.agm_batch_size, 1)
         if self.agm_dtype is not None:
             put("agm_dtype", str(resolve_dtype(self.agm_dtype)).removeprefix("torch."))
         if self.linear and self.loss != "ce":
