@@ -118,7 +118,12 @@ def test_survives_a_kill(tmp_path):
         (
             lambda m: m["fingerprint"].update(views=False),
             StoreError,
-            r"t\.kdc: views is False, wanted a whole number >= 1",
+            r"t\.kdc: views is False, wanted a whole number from 1",
+        ),
+        (
+            lambda m: m["fingerprint"].update(classes=2**63),
+            StoreError,
+            r"t\.kdc: classes is 9223372036854775808, wanted a whole number from 1 to 2147483647",
         ),
         (
             lambda m: m["fingerprint"].update(views=2),

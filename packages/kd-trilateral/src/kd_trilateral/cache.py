@@ -28,9 +28,12 @@ _CHUNK = 16384
 _FLOOR = -60.0
 
 
+_LARGEST = 2**31 - 1  # of an index that is stored
+
+
 def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise StoreError(f"{name} is {value!r}, wanted a whole number >= 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
+        raise StoreError(f"{name} is {value!r}, wanted a whole number from 1 to {_LARGEST}")
     return value
 
 
