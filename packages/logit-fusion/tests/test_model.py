@@ -316,6 +316,10 @@ def test_bad_members(large, base, experts, make, tmp_path):
         FusedModel(large, base, {})
     with pytest.raises(InputError, match="names 'base'; wanted an identifier"):
         FusedModel(large, base, {"base": base})
+    for wrong in ({"weights": (1.0, 1.0, 1.0)}, {"weights": (-1.0, 2.0)}, {"alpha": (1.0, 1.0, 1.0)},
+                  {"per_expert_range": ((0.0, 1.0),)}):  # fmt: skip
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            FusedModel(large, base, experts, **wrong)
     with pytest.raises(InputError, match=r"holds no fusion.json"):
         FusedModel.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"member 'large': .* cannot be loaded"):

@@ -131,6 +131,12 @@ def test_bad_files(traced, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(DataError, match="is no trace of logit-fusion"):
         FusionTrace.load(tmp_path / "x.jsonl")
+    traced.trace.save(tmp_path / "x.jsonl")
+    line = json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0])
+    line["alpha"][0][0] = 1e308
+    (tmp_path / "x.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=r"x\.jsonl.* overflow"):
+        FusionTrace.load(tmp_path / "x.jsonl")
     for name in ("none.jsonl", "none.npz"):
         with pytest.raises(DataError, match="cannot be read as a trace"):
             FusionTrace.load(tmp_path / name)

@@ -220,7 +220,7 @@ def offset_depth(
     return soft_bound(level.to(offset.dtype) + factor.to(offset.dtype) * offset, max_depth, softness)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # see VERTICAL
 class Bounded:
     """:func:`bounded_depth` with its settings; see :func:`vertical_head`."""
 
@@ -242,7 +242,7 @@ class Bounded:
         return bounded_depth(z, camera, image_height, columns=columns, **settings)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # see VERTICAL
 class Row:
     """:func:`row_depth` with its settings; see :func:`vertical_head`."""
 
@@ -265,7 +265,7 @@ class Row:
         return row_depth(z, camera, image_height, columns=columns, **settings)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # see VERTICAL
 class Offset:
     """:func:`offset_depth` with its settings; see :func:`vertical_head`."""
 
@@ -307,6 +307,7 @@ class Offset:
 
 
 VerticalHead = Bounded | Row | Offset
+# Without eq: PyTorch 2.8 compiles a head by its hash, which that of its fields is not ready for.
 VERTICAL: dict[str, Callable[..., VerticalHead]] = {"bounded": Bounded, "row": Row, "offset": Offset}
 
 

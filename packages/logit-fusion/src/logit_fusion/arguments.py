@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fusion_core.errors import InputError, ShapeError, check_range
-from logit_fusion.config import WeightRule, check_alpha_range, check_step
+from logit_fusion.config import FusionConfig, WeightRule, check_alpha_range, check_step
 from logit_fusion.errors import VocabularyMismatchError
 
 Weights = WeightRule | Sequence[float] | Float[Tensor, "*batch experts"] | Callable[[Tensor, Tensor], Tensor]
@@ -87,6 +87,19 @@ def check_search(
     return ranges
 
 
+def check_experts(settings: FusionConfig, experts: int) -> None:
+    """Raise unless the settings have what they say of each expert as often as there are experts.
+
+    Raises:
+        InputError: weights, strengths or ranges of another number, or ranges that the strategy does not take.
+    """
+    check_search(settings.alpha_range, settings.step, settings.per_expert_range, experts, settings.strategy)
+    if isinstance(settings.weights, tuple):
+        _shares(settings.weights, experts)
+    if isinstance(settings.alpha, tuple):
+        _strengths(settings.alpha, experts)
+
+
 def check_scales(kl_temperature: float, max_kl: float | None) -> None:
     """Raise unless the temperature is > 0 and the bound is >= 0.
 
@@ -119,11 +132,23 @@ def row_mask(
         ) from error
 
 
-def _numbers(name: str, values: Sequence[float], experts: int) -> list[float]:
-    numbers = [float(value) for value in values]
+def _shares(weights: Sequence[float], experts: int) -> list[float]:
+    numbers = [float(value) for value in weights]
     if len(numbers) != experts:
-        raise InputError(f"{name} has {len(numbers)} numbers, wanted one for each of the {experts} experts")
-    return numbers
+        raise InputError(f"weights has {len(numbers)} numbers, wanted one for each of the {experts} experts")
+    total = sum(numbers)
+    if not all(0.0 <= number < math.inf for number in numbers) or not total > 0.0:
+        raise InputError(f"weights is {weights!r}, wanted numbers >= 0 with a positive sum")
+    return [number / total for number in numbers]
+
+
+def _strengths(alpha: Sequence[float], experts: int) -> list[float]:
+    numbers = [float(value) for value in alpha]
+    if len(numbers) not in (1, experts):
+        raise InputError(
+            f"alpha has {len(numbers)} numbers, wanted 1 or one for each of the {experts} experts"
+        )
+    return numbers * experts if len(numbers) == 1 else numbers
 
 
 def strengths(alpha: Strengths, like: Float[Tensor, "rows experts"], batch: torch.Size) -> Tensor:
@@ -143,13 +168,7 @@ def strengths(alpha: Strengths, like: Float[Tensor, "rows experts"], batch: torc
     if isinstance(alpha, int | float):
         numbers = [float(alpha)] * experts
     else:
-        numbers = [float(value) for value in alpha]
-        if len(numbers) == 1:
-            numbers = numbers * experts
-        if len(numbers) != experts:
-            raise InputError(
-                f"alpha has {len(numbers)} numbers, wanted 1 or one for each of the {experts} experts"
-            )
+        numbers = _strengths(alpha, experts)
     if not all(math.isfinite(number) for number in numbers):
         raise InputError(f"alpha is {alpha!r}, wanted finite numbers")
     return torch.tensor(numbers, dtype=like.dtype, device=like.device).expand(rows, -1)
@@ -200,12 +219,7 @@ def expert_weights(
     elif callable(weights):
         found = _rows("weights", weights(f.view(*batch, experts), r.view(*batch, experts)), f, batch)
     else:
-        numbers = _numbers("weights", weights, experts)
-        total = sum(numbers)
-        if not all(0.0 <= number < math.inf for number in numbers) or not total > 0.0:
-            raise InputError(f"weights is {weights!r}, wanted numbers >= 0 with a positive sum")
-        scaled = [number / total for number in numbers]
-        return torch.tensor(scaled, dtype=f.dtype, device=f.device).expand_as(f)
+        return torch.tensor(_shares(weights, experts), dtype=f.dtype, device=f.device).expand_as(f)
     # Elsewhere the look would cost a synchronisation.
     if found.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((found >= 0.0).all()):
         raise InputError(f"weights holds {float(found.min())}, wanted numbers >= 0")

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput  # pyright: ignore[reportPrivateImportUsage]
 
 from fusion_core.errors import FusionError, InputError
+from logit_fusion.arguments import check_experts
 from logit_fusion.cache import FusedCache
 from logit_fusion.config import CONFIG_NAME, FusionConfig
 from logit_fusion.engine import Engine, Prompts
@@ -123,6 +124,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         settings = preset_settings(preset, settings or FusionConfig())
         settings = settings.replace(**changes) if changes else settings
         check_pairing(members[1], members[2:], large)
+        check_experts(settings, len(members) - 2)
         known = {member.name: member.tokenizer for member in members if member.tokenizer is not None}
         vocabulary = check_vocabulary(
             known if "large" in known else {},

@@ -289,7 +289,8 @@ def _joined(lines: list[dict[str, Any]]) -> FusionTrace:
                 columns[name].append(np.arange(count))
             else:
                 kind = bool if name == "certified" else np.int64 if name in _WHOLE else np.float32
-                values = np.array([np.nan if v is None else v for v in line[name]], kind)
+                with np.errstate(over="raise"):  # beyond float32
+                    values = np.array([np.nan if v is None else v for v in line[name]], kind)
                 columns[name].append(values.reshape(count, len(experts)) if name in _VECTORS else values)
     return FusionTrace(
         experts, tuple(text), **{name: np.concatenate(parts) for name, parts in columns.items()}
