@@ -150,7 +150,7 @@ def test_synthtext(tmp_path):
     assert datasets.load(str(tmp_path)).name == "synthtext"
     whole = (tmp_path / "gt.mat").read_bytes()
     (tmp_path / "gt.mat").write_bytes(b"not a mat file")
-    with pytest.raises(AnnotationError, match=r"gt\.mat' is no gt\.mat of SynthText: MatReadError"):
+    with pytest.raises(AnnotationError, match=r"gt\.mat' is no gt\.mat of SynthText: \w+Error"):
         datasets.synthtext(tmp_path)
     savemat(tmp_path / "gt.mat", {"imnames": cells("a", "b"), "wordBB": cells(one), "txt": cells("a", "b")})
     with pytest.raises(AnnotationError, match="it has 2 names and 1 boxes"):
