@@ -126,6 +126,11 @@ def test_a_spec_survives_its_file(name, tmp_path):
     (tmp_path / "empty.json").write_text(json.dumps(document))
     with pytest.raises(SpecError, match=r"empty\.json: an axis of a tensor has an empty list"):
         load_spec(tmp_path / "empty.json")
+    whole = json.loads((tmp_path / "spec.json").read_text())
+    for name, wrong in (("copied", [[]]), ("tied", ["ab"]), ("tied", [[1]]), ("name", 3)):
+        (tmp_path / "odd.json").write_text(json.dumps({**whole, name: wrong}))
+        with pytest.raises(SpecError, match=rf"odd\.json: {name} has .*, wanted names"):
+            load_spec(tmp_path / "odd.json")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(SpecError, match="holds no specification"):
         load_spec(tmp_path / "bad.json")

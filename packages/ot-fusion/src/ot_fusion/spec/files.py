@@ -115,7 +115,12 @@ def load_spec(path: PathLike) -> AlignmentSpec:
         }
         entries: list[dict[str, Any]] = [{k: _tuple(v) for k, v in entry.items()} for entry in found["ops"]]
         ops = tuple(_checked(Op, entry) for entry in entries)
-        tied = tuple(tuple(group) for group in found["tied"])
-        return AlignmentSpec(
-            spaces, tensors, ops, tied, tuple(found["copied"]), found["name"], dict(found["notes"])
-        )
+        tied = tuple(_names("tied", group) for group in found["tied"])
+        copied, (name,) = _names("copied", found["copied"]), _names("name", [found["name"]])
+        return AlignmentSpec(spaces, tensors, ops, tied, copied, name, dict(found["notes"]))
+
+
+def _names(what: str, value: list[Any]) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise SpecError(f"{what} has {str(value)[:60]}, wanted names")
+    return tuple(value)
