@@ -120,7 +120,7 @@ def load_spec(path: PathLike) -> AlignmentSpec:
         return AlignmentSpec(spaces, tensors, ops, tied, copied, name, dict(found["notes"]))
 
 
-def _names(what: str, value: list[Any]) -> tuple[str, ...]:
+def _names(what: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise SpecError(f"{what} has {str(value)[:60]}, wanted names")
     return tuple(value)
