@@ -287,6 +287,7 @@ Z = np.linspace(0.1, 2.9, 12)
 CALPIT = CalPIT(MonotoneNetwork(2, (4,)), torch.zeros(2), torch.ones(2))
 BAD = [
     (lambda: Temperature(0.0), ConfigError, "temperature is 0.0"),
+    (lambda: Temperature(1e-320), ConfigError, "temperature is 1e-320"),
     (lambda: Temperature.fit(PDF[:0], Z[:0]), DataError, "0 objects, wanted at least 1"),
     (lambda: PITMap((0.0, 0.5), (0.0, 1.0)), ConfigError, "0 to 0.5, wanted 0 to 1"),
     (lambda: PITMap((0.0, 1.0), (0.0, 0.5, 1.0)), ConfigError, "2 and 3 knots"),

@@ -248,6 +248,7 @@ def test_bad_input_is_told(inputs):
         ),
         ("config.json", ("text_config", "dropout_rate"), -0.5, "dropout_rate is -0.5, wanted"),
         ("calibration.json", ("temperature",), 0, "temperature is 0.0, wanted"),
+        ("calibration.json", ("temperature",), 1e-320, "temperature is 1e-320, wanted"),
         ("calibration.json", ("band",), [0.1, 2.0], "band is 2.0, wanted"),
     ],
 )

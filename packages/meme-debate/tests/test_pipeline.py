@@ -272,6 +272,7 @@ def test_cards_say_what_was_read_and_decided(light):
         else:
             assert card.explanation == getattr(said, card.decision)
             assert card.faithfulness["flips"] in (True, False)
+            assert ". Without the chosen case the score is" in card_html(card)
         fields = {
             "text": meme.text,
             "caption": meme.caption,

@@ -96,7 +96,7 @@ class Temperature:
     kind: ClassVar[str] = "temperature"
 
     def __post_init__(self) -> None:
-        check_range("temperature", self.temperature, 0.0, math.inf, open=True)
+        check_range("temperature", self.temperature, 1e-9)  # far below, logarithms over it overflow
 
     @classmethod
     def fit(cls, pdf: BinnedPDF, z_true: Array) -> Temperature:

@@ -29,6 +29,7 @@ __all__ = [
 Floats = NDArray[np.float64]
 Decision = Literal["harmful", "harmless", "abstain"]
 _EDGE = 1e-12
+_COLDEST = 1e-9  # of a temperature: far below, logits over it overflow
 
 
 def _logit(scores: Floats) -> Floats:
@@ -48,13 +49,13 @@ def scale_scores(scores: ArrayLike, temperature: float) -> Floats:
         temperature: > 0; above 1 makes scores less sure.
 
     Raises:
-        ConfigError: a temperature that is not positive.
+        ConfigError: a temperature below 1e-9.
 
     Example:
         >>> scale_scores([0.5, 0.9], 2.0).round(3).tolist()
         [0.5, 0.75]
     """
-    check_range("temperature", temperature, 0.0, float("inf"), open=True)
+    check_range("temperature", temperature, _COLDEST)
     found = check_scores(scores)
     return found if temperature == 1.0 else _sigmoid(_logit(found) / temperature)
 
@@ -231,7 +232,7 @@ class Calibration(Config):
     error: float | None = None
 
     def __post_init__(self) -> None:
-        self.check_fields("temperature", open=True)
+        self.check_fields("temperature", low=_COLDEST)
         self.check_fields("threshold", "band", "coverage", "error", high=1.0)
         self.check_fields("size")
 
