@@ -285,7 +285,6 @@ def test_layers_without_end_are_refused(tmp_path):
     [
         ({"attention_dropout": float("nan")}, "attention_dropout is nan, wanted 0 to 1"),
         ({"text_config": {"dropout_rate": 1.5}}, "dropout_rate is 1.5, wanted 0 to 1"),
-        ({"attention_dropout": None}, "attention_dropout is null, wanted 0 to 1"),
         ({"resid_pdrop": -0.1}, "resid_pdrop is -0.1, wanted 0 to 1"),
         ({"hidden_dropout_prob": 10**400}, "hidden_dropout_prob is 1000"),
         ({"rope_theta": float("nan")}, "rope_theta is nan, wanted a number"),
@@ -293,7 +292,7 @@ def test_layers_without_end_are_refused(tmp_path):
 )
 def test_numbers_that_fail_late_are_refused(tmp_path, config, words):
     fine = {
-        "attention_dropout": 0,
+        "attention_dropout": None,
         "classifier_dropout": None,
         "hidden_dropout_prob": 0.1,
         "time_step_limit": [0.0, float("inf")],

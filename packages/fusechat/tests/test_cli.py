@@ -1,6 +1,7 @@
 """The command line: every verb, one line and exit 2 on bad input."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -70,6 +71,11 @@ def test_collect_align_inspect_train(place, tmp_path):
     assert any(not torch.equal(before[key], value) for key, value in after.items())
     again = run_cli(main, "train", "--pivot", place / "pivot", *words, "--out", tmp_path / "target")
     assert (again.code, "not empty" in again.stderr) == (2, True)
+    shutil.copytree(place / "pivot", tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "attention_dropout": None}))
+    odd = run_cli(main, "train", "--pivot", tmp_path / "odd", *words, "--out", tmp_path / "other")
+    assert (odd.code, "odd: config.json has no attention_dropout, wanted" in odd.stderr) == (2, True)
 
 
 def test_merge(place, tmp_path):

@@ -298,8 +298,6 @@ def _check_config(config: Any) -> None:
     for name, value in config.items() if isinstance(config, dict) else ():
         if isinstance(value, dict):
             _check_config(value)
-        elif name == "attention_dropout" and value is None:  # of other dropouts it means none
-            raise CheckpointError("attention_dropout is null, wanted 0 to 1")
         elif isinstance(value, int | float):
             most = _MOST_LAYERS if _LAYERS.search(name) else 1 if _DROPOUT.search(name) else None
             if value != value or (most is not None and not 0 <= value <= most):

@@ -68,6 +68,10 @@ class ShardStore:
     any two steps the store opens, :meth:`missing` tells which rows are still to be made, and the next append
     goes over what was left behind. One process writes at a time; any number may read.
 
+    Attributes:
+        folder: where it lies.
+        schema: name of each array -> (dtype, shape of one row).
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:

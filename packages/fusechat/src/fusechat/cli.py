@@ -155,6 +155,8 @@ def train(
     with reading(pivot, "cannot be loaded"):
         check_config(pivot)
         model = AutoModelForCausalLM.from_pretrained(pivot)
+        if getattr(model.config, "attention_dropout", 0.0) is None:  # which only training asks for
+            raise CheckpointError("config.json has no attention_dropout, wanted 0 to 1")
     with atomic_directory(out) as place:
         settings = TrainingArguments(
             output_dir=str(place),
