@@ -76,6 +76,11 @@ def test_save_json(result, tmp_path):
     assert json.loads((tmp_path / "sub" / "r.json").read_text()) == result.to_dict()
 
 
+def test_save_json_takes_half_a_surrogate_pair(tmp_path):
+    Score("a \ud800 b").save(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text()) == {"score": "a \ud800 b"}
+
+
 def test_save_arrays(result, tmp_path):
     result.save(tmp_path / "r.npz")
     result.save(tmp_path / "r.safetensors")

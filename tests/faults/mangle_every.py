@@ -13,7 +13,11 @@ from faults.mangle import TOKENS, Garbage, as_json, known_bytes
 
 FEW = 24
 """Of a longer dictionary only some names are changed, of a list the first entry: the others are alike."""
-VALUES: list[Any] = [-1, 1e308, float("nan"), 2**63, None, True, "", "a\0b", "ä" * 300, [], {}, [[]]]
+VALUES: list[Any] = [
+    *(-1, 0, 0.5, 1e-320, 1e308, float("nan"), 2**31, 2**63),
+    *(None, True, "", "1", "../../x", "a\0b", "\ud800", "ä" * 300),
+    *([], {}, [[]]),
+]
 """One of each sort of what :mod:`faults.mangle` draws."""
 
 
@@ -35,7 +39,7 @@ def every(kind: str, valid: bytes) -> Iterator[Garbage]:
 
         for how, made in changes(
             tomllib.loads(valid.decode()),
-            [value for value in VALUES if value is not None],
+            [value for value in VALUES if value not in (None, "\ud800")],
         ):
             yield Garbage(how, tomli_w.dumps(made if isinstance(made, dict) else {"x": made}).encode())
     elif kind == "yaml":
@@ -106,7 +110,7 @@ def _yaml(valid: bytes) -> Iterator[Garbage]:
     except yaml.YAMLError:
         yield from _fields(valid)
         return
-    for how, made in changes(plain, [value for value in VALUES if value != "a\0b"]):
+    for how, made in changes(plain, [value for value in VALUES if value not in ("a\0b", "\ud800")]):
         yield Garbage(how, yaml.safe_dump(made, allow_unicode=True).encode())
 
 

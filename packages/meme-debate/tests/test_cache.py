@@ -152,6 +152,14 @@ def test_fields_of_a_reply_come_back():
     assert prefixed(["ab", "c"]) != prefixed(["a", "bc"])
 
 
+def test_a_schema_in_damaged_words_is_a_broken_cache(tmp_path):
+    path = tmp_path / "c.sqlite"
+    ReplyCache(path).close()
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE replies", b"CREATE \xb0ABLE replies"))
+    with pytest.raises(StoreError, match="c.sqlite is no debate cache, or broken"):
+        ReplyCache(path)
+
+
 def test_old_objects_rest_while_debates_are_held():
     seen = []
 

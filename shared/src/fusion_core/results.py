@@ -64,8 +64,9 @@ def _to_numpy(value: Any) -> NDArray[Any]:
 
 
 def dump_json(value: Any) -> str:
-    """Strict JSON text of any value :func:`plain` takes."""
-    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Strict JSON text of any value :func:`plain` takes; half a surrogate pair stays the escape that it was."""
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _fields(value: Any) -> dict[str, Any]:

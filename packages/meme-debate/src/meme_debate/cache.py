@@ -83,7 +83,7 @@ class ReplyCache:
             self._batch: list[tuple[bytes, str, Reply, asyncio.Future[Reply]]] = []
             self._database = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
             self._open()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # SQLite tells damage in damaged words
             raise self._broken(error) from error
 
     def _open(self) -> None:
@@ -251,7 +251,7 @@ class ReplyCache:
 
 
 def _checkpoint(path: Path) -> None:
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as database:
+    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError), contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA wal_checkpoint(PASSIVE)")  # what cannot be done now is done next time
 
 
