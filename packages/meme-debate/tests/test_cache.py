@@ -156,7 +156,7 @@ def test_a_schema_in_damaged_words_is_a_broken_cache(tmp_path):
     path = tmp_path / "c.sqlite"
     ReplyCache(path).close()
     path.write_bytes(path.read_bytes().replace(b"CREATE TABLE replies", b"CREATE \xb0ABLE replies"))
-    with pytest.raises(StoreError, match="c.sqlite is no debate cache, or broken"):
+    with pytest.raises(StoreError, match=r"c\.sqlite is no debate cache, or broken"):
         ReplyCache(path)
 
 

@@ -64,7 +64,7 @@ def _to_numpy(value: Any) -> NDArray[Any]:
 
 
 def dump_json(value: Any) -> str:
-    """Strict JSON text of any value :func:`plain` takes; half a surrogate pair stays the escape that it was."""
+    """Strict JSON text of any value :func:`plain` takes; half a surrogate pair is escaped."""
     text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode(errors="backslashreplace").decode()
 

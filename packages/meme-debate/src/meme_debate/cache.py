@@ -251,7 +251,8 @@ class ReplyCache:
 
 
 def _checkpoint(path: Path) -> None:
-    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError), contextlib.closing(sqlite3.connect(path)) as database:
+    harmless = contextlib.suppress(sqlite3.Error, UnicodeDecodeError)
+    with harmless, contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA wal_checkpoint(PASSIVE)")  # what cannot be done now is done next time
 
 
