@@ -21,6 +21,10 @@ def change(path, edit):
     path.write_text(json.dumps(found))
 
 
+def with_id(number):
+    return {"</s>": {"id": "</s>", "ids": [number], "tokens": ["</s>"]}}
+
+
 def template(*special):
     return {
         "type": "TemplateProcessing",
@@ -55,6 +59,16 @@ def test_a_whole_tokenizer_is_loaded(folder):
             "tokenizer.json",
             lambda f: f.update(post_processor={**template("</s>"), "single": []}),
             "its template leaves the text out",
+        ),
+        (
+            "tokenizer.json",
+            lambda f: f.update(post_processor=template("</s>") | {"special_tokens": with_id(400)}),
+            "gives '</s>' the id 400, which no token has",
+        ),
+        (
+            "tokenizer.json",
+            lambda f: f.update(post_processor={"type": "RobertaProcessing", "sep": ["</s>", 400]}),
+            "gives '</s>' the id 400, which no token has",
         ),
         ("tokenizer.json", lambda f: f.clear(), ""),
     ],

@@ -236,6 +236,8 @@ def test_unknown_names_are_told() -> None:
         TrainConfig(model=config("early"), survey_dropout={"sdss": 0.1})
     with pytest.raises(ConfigError, match="encoder 'no_such' is unknown"):
         build_encoder("no_such", 3)
+    with pytest.raises(ConfigError, match="encoder '/' is unknown"):
+        build_encoder("/", 3)
     with pytest.raises(ConfigError, match="no pretrained weights"):
         build_encoder("small-8", 3, pretrained=True)
 

@@ -51,11 +51,19 @@ def test_half_a_surrogate_pair_is_mended():
     assert Meme("a", None, "\ud83d\ude00").text == "\U0001f600"
 
 
+def test_half_a_surrogate_pair_in_a_record_is_kept(tmp_path):
+    record = {"id": "a", "harmful": "x", "harmless": "y", "more": "\ud800"}
+    save_debates(tmp_path / "d.jsonl", [Debate("a", "x", "y", record=record, flags=("\ud800",))])
+    assert json.loads((tmp_path / "d.jsonl").read_text(encoding="utf-8")) == record
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: Meme("", None, "x"), "meme has id '', wanted text"),
         (lambda: Meme(3, None, "x"), "meme has id 3"),
+        (lambda: Meme("\ud800", None, "x"), "half a surrogate pair"),
+        (lambda: Debate("a\udfff", "x", "y"), "half a surrogate pair"),
         (lambda: Meme("a", None, None), "meme 'a': text is a NoneType, wanted text"),
         (lambda: Meme("a", None, "x", 3), "meme 'a': caption is a int"),
         (

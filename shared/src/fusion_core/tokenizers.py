@@ -20,7 +20,8 @@ def load_tokenizer(source: str | os.PathLike[str], **options: Any) -> Any:
 
     Raises:
         Exception: what transformers raises where there is none, or a damaged one; ValueError for ids beyond
-            int32, a length that is no number, and a template without the text or of unknown tokens.
+            int32, a length that is no number, and a template without the text, of unknown tokens or of ids
+            that no token has.
             :func:`fusion_core.errors.reading` around it names the folder.
     """
     from transformers import AutoTokenizer
@@ -38,10 +39,13 @@ def load_tokenizer(source: str | os.PathLike[str], **options: Any) -> Any:
 
 def _check(found: Any) -> None:
     words = found["model"].get("vocab")
-    ids = [*(words.values() if isinstance(words, dict) else ())]
-    ids += [entry["id"] for entry in found.get("added_tokens") or ()]
+    ids = {*(words.values() if isinstance(words, dict) else range(len(words or ())))}
+    ids |= {entry["id"] for entry in found.get("added_tokens") or ()}
     if (largest := max((value for value in ids if isinstance(value, int)), default=0)) > _LARGEST_ID:
         raise ValueError(f"it gives a token the id {largest}, wanted at most {_LARGEST_ID}")
+    for name, number in _placed(found.get("post_processor")):
+        if number not in ids:
+            raise ValueError(f"its post-processor gives {name!r} the id {number!r}, which no token has")
     for template in _templates(found.get("post_processor")):
         pieces = template["single"] + template["pair"]
         wanted = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
@@ -51,8 +55,21 @@ def _check(found: Any) -> None:
             raise ValueError("its template leaves the text out")
 
 
-def _templates(processor: Any) -> Iterator[dict[str, Any]]:
-    if processor and processor["type"] == "TemplateProcessing":
+def _placed(processor: Any) -> Iterator[tuple[str, Any]]:
+    """The tokens that are put around a text, with each of their ids."""
+    for template in _templates(processor):
+        for name, token in template["special_tokens"].items():
+            yield from ((name, number) for number in token["ids"])
+    for part in _parts(processor):
+        yield from (part[name] for name in ("sep", "cls") if name in part)
+
+
+def _parts(processor: Any) -> Iterator[dict[str, Any]]:
+    if processor:
         yield processor
-    for part in processor.get("processors", ()) if processor else ():
-        yield from _templates(part)
+        for part in processor.get("processors", ()):
+            yield from _parts(part)
+
+
+def _templates(processor: Any) -> Iterator[dict[str, Any]]:
+    return (part for part in _parts(processor) if part["type"] == "TemplateProcessing")

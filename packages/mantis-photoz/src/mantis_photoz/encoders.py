@@ -176,7 +176,7 @@ def build_encoder(
         if not pretrained:
             return timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
         model = timm.create_model(name, pretrained=True, num_classes=0)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # a name that only looks like one of the hub is a ValueError
         raise ConfigError(
             f"encoder {name!r} is unknown ({error}); wanted 'small-24', {REPORT!r} or a model of timm"
         ) from error

@@ -120,6 +120,8 @@ class Debate:
 def _check_id(value: Any, kind: str) -> None:
     if not isinstance(value, str) or not value:
         raise DataError(f"{kind} has id {value!r}, wanted text that is not empty")
+    if mend(value) != value:
+        raise DataError(f"{kind} has id {value!r}, which holds half a surrogate pair; no file can hold that")
 
 
 def _check_text(where: str, name: str, value: Any) -> str:
@@ -141,7 +143,7 @@ def _check_words(where: str, name: str, value: Any) -> tuple[str, ...]:
     words: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
     if isinstance(value, str) or not all(isinstance(word, str) for word in words):
         raise DataError(f"{where}: {name} is {str(value)[:80]!r}, wanted a list of words")
-    return tuple(words)
+    return tuple(map(mend, words))
 
 
 def mend(text: str) -> str:
@@ -359,8 +361,9 @@ def pair(memes: Sequence[Meme], debates: Iterable[Debate] | None) -> list[tuple[
 
 
 def line(record: Mapping[str, Any]) -> str:
-    """One line of a JSON Lines file, strict JSON with its newline."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    """One line of a JSON Lines file, strict JSON with its newline; half a surrogate pair is escaped."""
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def save_memes(path: str | os.PathLike[str], memes: Iterable[Meme]) -> None:
