@@ -1,3 +1,5 @@
+import json
+
 # ruff: noqa: PT012
 import os
 import signal
@@ -28,6 +30,12 @@ class Boom(BaseException):
 
 def fail(*args, **kwargs):
     raise Boom
+
+
+def test_half_a_surrogate_pair_becomes_its_escape(tmp_path):
+    with atomic_write(tmp_path / "a.json", "w") as file:
+        file.write('"a \ud800 Grüße"')
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == "a \ud800 Grüße"
 
 
 def test_write_makes_folders_and_replaces(tmp_path):

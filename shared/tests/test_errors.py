@@ -18,6 +18,7 @@ from fusion_core.errors import (
     check_finite,
     check_range,
     check_shape,
+    check_text,
     naming,
     reading,
     require_extra,
@@ -93,6 +94,12 @@ def test_check_range_closed():
         check_range("alpha", 1.5, 0, 1)
     with pytest.raises(ConfigError, match=r"lr is inf, wanted a number in \[0, 1e\+09\]"):
         check_range("lr", float("inf"), 0)
+
+
+def test_check_text():
+    assert check_text("x", "Grüße \U0001f600") == "Grüße \U0001f600"
+    with pytest.raises(InputError, match="prompt holds half a surrogate pair at 2"):
+        check_text("prompt", "a \ud83d")
 
 
 def test_import_is_light():

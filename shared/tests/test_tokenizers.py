@@ -70,6 +70,11 @@ def test_a_whole_tokenizer_is_loaded(folder):
             lambda f: f.update(post_processor={"type": "RobertaProcessing", "sep": ["</s>", 400]}),
             "gives '</s>' the id 400, which no token has",
         ),
+        (
+            "tokenizer.json",
+            lambda f: f["model"].update(continuing_subword_prefix="##"),
+            "which does not start with '##'",
+        ),
         ("tokenizer.json", lambda f: f.clear(), ""),
     ],
 )

@@ -100,9 +100,23 @@ def test_chat(place, monkeypatch):
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
 
 
+def test_chat_takes_input_in_another_encoding(members, monkeypatch):
+    import io
+
+    said = []
+    monkeypatch.setattr("logit_fusion.chatting.converse", lambda fused, lines, *rest: said.extend(lines))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Grüße\n".encode("latin-1")), "utf-8"))
+    done = run_cli(main, "chat", *members)
+    assert (done.code, said) == (0, ["Gr\ufffd\ufffde\n"])
+
+
 BAD = [
     (["generate", "--large", "L"], "there is no prompt"),
     (["generate", "x", "--large", "L"], "base is missing"),
+    (["generate", "\udcff", "--large", "L"], "a prompt holds half a surrogate pair at 0"),
+    (["generate", "x", "--stop", "\udcff", "--large", "L"], "--stop holds half a surrogate pair"),
+    (["chat", "--system", "\udcff", "--large", "L"], "--system holds half a surrogate pair"),
+    (["score", "H", "--large", "L"], "half.jsonl line 2 holds half a surrogate pair at 2"),
     (["generate", "x", "--large", "L", "--base", "B"], "experts is empty"),
     (["generate", "x", "--large", "L", "--base", "B", "--expert", "E"], "wanted name=path"),
     (
@@ -147,6 +161,8 @@ def test_bad_input_is_one_line_and_exit_2(place, tmp_path, arguments, words):
     }
     places |= {"E": tmp_path / "empty.jsonl", "W": tmp_path / "wide.txt"}
     places["E"].write_text('"a"\n{"prompt": "", "answer": "b"}\n')
+    places["H"] = tmp_path / "half.jsonl"
+    places["H"].write_text('"a"\n{"prompt": "b", "answer": "c \\ud800"}\n')
     places["W"].write_text("x y " * 2000)
     done = run_cli(main, *[places.get(word, word) for word in arguments])
     assert done.code == 2, done.stderr

@@ -87,6 +87,7 @@ BAD = [
     ({"alpha_range": 2.0}, ConfigError, "alpha_range is 2.0"),
     ({"step": 0.0}, ConfigError, "step is 0.0, wanted a number in"),
     ({"step": 2.5}, ConfigError, "step is 2.5"),
+    ({"step": 1e-320}, ConfigError, r"step is 1e-320, wanted a number in \[3.05e-05, 2\]: 1 to 65536"),
     ({"kl_temperature": 0.0}, ConfigError, "kl_temperature is 0.0"),
     ({"max_kl": -1.0}, ConfigError, "max_kl is -1.0"),
     ({"alpha": float("nan")}, InputError, "alpha is nan, wanted finite numbers"),
@@ -134,6 +135,8 @@ def test_bad_members():
         fuse([torch.tensor(1.0)] * 3)
     with pytest.raises(ValueError, match="take strategy='pool'"):
         fuse(drawn(1, 5, experts=4), strategy="joint", solver="grid")
+    with pytest.raises(InputError, match=r"step 0\.0001 and 2 experts has 400040001"):
+        fuse(drawn(1, 5, experts=2), strategy="joint", solver="grid", step=1e-4)
 
 
 # Settings

@@ -46,7 +46,8 @@ def atomic_write(path: PathLike, mode: Literal["wb", "w"] = "wb") -> Generator[I
     """Write a file that appears whole or not at all.
 
     The block writes to a temporary sibling; on success it is flushed to disk and renamed over ``path``, on
-    any error (Ctrl-C included) it is removed and an older file at ``path`` stays as it was.
+    any error (Ctrl-C included) it is removed and an older file at ``path`` stays as it was. Text is UTF-8;
+    half a surrogate pair, as in scraped JSON, is written as its escape, which in JSON it is again.
 
     Raises:
         InputError: the place cannot be written.
@@ -59,7 +60,8 @@ def atomic_write(path: PathLike, mode: Literal["wb", "w"] = "wb") -> Generator[I
         raise InputError(f"cannot write {path}: {error.strerror or error}; name a writable place") from error
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, mode, encoding=None if mode == "wb" else "utf-8") as file:
+        text: dict[str, Any] = {} if mode == "wb" else {"encoding": "utf-8", "errors": "backslashreplace"}
+        with os.fdopen(descriptor, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -242,3 +242,25 @@ def check_range(
         left, right = ("(", ")") if open else ("[", "]")
         raise ConfigError(f"{name} is {value!r}, wanted a number in {left}{low:g}, {high:g}{right}")
     return value
+
+
+def check_text(name: str, value: str) -> str:
+    """Check that a text can be written and tokenized, which scraped JSON and other encodings may not be.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: it holds half a surrogate pair.
+
+    Example:
+        >>> check_text("prompt", "a cup")
+        'a cup'
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} holds half a surrogate pair at {error.start}, which is no text: {value[:80]!r}"
+        ) from error
+    return value

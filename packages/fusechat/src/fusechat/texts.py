@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from fusion_core.errors import InputError
+from fusion_core.errors import InputError, check_text
 
 Dialogue = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -88,7 +88,7 @@ def messages_of(dialogue: Dialogue) -> str | list[dict[str, Any]]:
             )
         dialogue = found
     if isinstance(dialogue, str):
-        return _sound(dialogue)
+        return check_text("a text", dialogue)
     return [_message(entry, number) for number, entry in enumerate(_listed(dialogue))]
 
 
@@ -106,16 +106,9 @@ def _message(entry: Any, number: int) -> dict[str, Any]:
         raise InputError(
             f"message {number} is {entry!r:.80}, wanted a mapping with 'role' and a text 'content'"
         )
-    return {key: _sound(value) if isinstance(value, str) else value for key, value in entry.items()}
-
-
-def _sound(text: str) -> str:
-    """Text that a tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"a text holds half a surrogate pair at {error.start}: {text[:80]!r}") from error
-    return text
+    return {
+        key: check_text("a text", value) if isinstance(value, str) else value for key, value in entry.items()
+    }
 
 
 def _jinja(

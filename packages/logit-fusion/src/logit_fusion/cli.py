@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from fusion_core import cli
 from fusion_core.bench import add_bench
 from fusion_core.demo import add_demo
-from fusion_core.errors import InputError, naming
+from fusion_core.errors import InputError, check_text, naming
 from logit_fusion import __version__
 from logit_fusion import options as common
 
@@ -36,7 +37,7 @@ def _sampling(temperature: float, top_p: float, seed: int) -> dict[str, Any]:
 
 
 def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    found = list(prompts or [])
+    found = [check_text("a prompt", prompt) for prompt in prompts or []]
     if file is not None:
         found += [text if isinstance(text, str) else text[0] for text in common.read_texts_file(file)]
     if not found:
@@ -78,7 +79,7 @@ def generate(
 
     Example: logit-fusion generate "2+3=" --large llama-13b --base llama-7b --expert math=llama-7b-gsm8k
     """
-    texts = _prompts(prompts, file)
+    texts, stop = _prompts(prompts, file), [check_text("--stop", text) for text in stop or []]
     if trace is not None and gamma:
         raise InputError("--trace is not written by --gamma; leave one out")
     if trace is not None and trace.suffix not in (".jsonl", ".npz", ".html"):
@@ -92,8 +93,8 @@ def generate(
         if gamma:
             ids = fused.speculative_generate(
                 batch["input_ids"], batch.get("attention_mask"), gamma=gamma, max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, stop_strings=stop,
-                seed=seed,
+                do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p,
+                stop_strings=stop or None, seed=seed,
             )  # fmt: skip
         else:
             more: dict[str, Any] = {"stop_strings": stop, "tokenizer": fused.tokenizer} if stop else {}
@@ -145,12 +146,15 @@ def chat(
 
     Example: logit-fusion chat --large llama-13b --base llama-7b --expert chat=llama-7b-chat
     """
+    system = None if system is None else check_text("--system", system)
     fused = common.load(
         large, base, expert, preset=preset, devices=device, dtype=dtype, strategy=strategy, weights=weights,
         solver=solver, alpha=alpha, assignments=set_,
     )  # fmt: skip
     from logit_fusion.chatting import converse
 
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a terminal or a pipe in another encoding
     converse(fused, sys.stdin, max_new_tokens, system, _sampling(temperature, top_p, seed))
 
 

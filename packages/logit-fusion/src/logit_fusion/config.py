@@ -18,6 +18,7 @@ Validate = Literal["lazy", "eager"]
 WeightRule = Literal["uniform", "jeffreys", "evidence"]
 
 CONFIG_NAME = "fusion.json"
+MOST_CELLS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class FusionConfig(Config):
         solver: ``"exact"``, ``"grid"`` (the paper's) or ``"newton"`` (cheapest, no guarantee).
         certify: report whether the global minimum is proven, row by row.
         alpha_range: (low, high) of alpha, 0 <= low < high.
-        step: spacing of the grid, in (0, high - low].
+        step: spacing of the grid, 1 to 65,536 of them in (high - low).
         per_expert_range: one range per expert, for ``strategy="single"``.
         kl_temperature: divides all logits while alpha is sought, > 0.
         max_kl: greatest KL(fused, large) in nats at any step, >= 0; None sets no bound.
@@ -165,12 +166,15 @@ def check_alpha_range(name: str, value: tuple[float, float]) -> tuple[float, flo
 
 
 def check_step(step: float, alpha_range: tuple[float, float]) -> float:
-    """The spacing, if it lies in (0, high - low].
+    """The spacing, if it divides the range into 1 to 65,536 cells.
 
     Raises:
         ConfigError: it does not.
     """
     width = alpha_range[1] - alpha_range[0]
-    if not 0.0 < step <= width * (1.0 + 1e-9):
-        raise ConfigError(f"step is {step!r}, wanted a number in (0, {width:g}], the width of alpha_range")
+    if not width / MOST_CELLS <= step <= width * (1.0 + 1e-9):
+        raise ConfigError(
+            f"step is {step!r}, wanted a number in [{width / MOST_CELLS:.3g}, {width:g}]: 1 to {MOST_CELLS} "
+            "cells over the width of alpha_range"
+        )
     return float(step)

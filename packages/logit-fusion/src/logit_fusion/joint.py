@@ -16,6 +16,7 @@ from logit_fusion.strategies import Search, Steered, centroid, mean_shift, stati
 from logit_fusion.targets import Prepared
 
 GRID_EXPERTS = 3
+GRID_POINTS = 1 << 22
 _CHUNK = 4_000_000  # entries of one batch of grid points
 _DOWN, _ALONG = 20, 24
 _RIDGE = 1e-6
@@ -34,7 +35,7 @@ def joint(members: Prepared, search: Search) -> Steered:
         search: how alpha is sought.
 
     Raises:
-        InputError: a grid for more than three experts.
+        InputError: a grid for more than three experts, or of more than four million points.
     """
     count = members.f.shape[-1]
     if search.solver == "grid" and count > GRID_EXPERTS:
@@ -58,6 +59,11 @@ def joint(members: Prepared, search: Search) -> Steered:
 def _every_point(members: Prepared, search: Search, target: Target) -> Tensor:
     places = make_grid(*search.alpha_range, search.step).places
     count, rows, vocab = members.shifts.shape
+    if (size := len(places) ** count) > GRID_POINTS:
+        raise InputError(
+            f"strategy='joint' with solver='grid', step {search.step:g} and {count} experts has {size} "
+            f"points, wanted at most {GRID_POINTS}: take a larger step, or solver='exact'"
+        )
     points = torch.tensor(
         list(itertools.product(places, repeat=count)), dtype=members.f.dtype, device=members.f.device
     )

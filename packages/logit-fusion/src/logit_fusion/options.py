@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusion_core.errors import DataError, InputError, naming, reading
+from fusion_core.errors import DataError, InputError, check_text, naming, reading
 from logit_fusion.config import FusionConfig
 
 __all__ = [
@@ -196,8 +196,11 @@ def read_texts_file(path: Path, limit: int | None = None) -> list[Any]:
                 found.append((str(entry["prompt"]), str(entry["answer"])))
             else:
                 raise DataError(f"{path} line {number} has neither text nor prompt and answer")
-            if "" in (found[-1] if isinstance(found[-1], tuple) else [found[-1]]):
+            texts = found[-1] if isinstance(found[-1], tuple) else [found[-1]]
+            if "" in texts:
                 raise DataError(f"{path} line {number} is empty, or its prompt or answer is")
+            for text in texts:
+                check_text(f"{path} line {number}", text)
     if not found:
         raise DataError(f"{path} holds no texts")
     return found[:limit]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusion_core.errors import DataError, InputError
+from fusion_core.errors import DataError, InputError, check_text
 from fusion_core.progress import track
 from fusion_core.results import Result
 from logit_fusion.config import FusionConfig
@@ -85,7 +85,7 @@ def encode(model: FusedModel, texts: Sequence[Text], max_length: int | None = No
         max_length: most tokens of a text; the rest is cut off.
 
     Raises:
-        InputError: no texts, or texts without a tokenizer.
+        InputError: no texts, texts without a tokenizer, or one with half a surrogate pair.
         DataError: a text with nothing to score.
     """
     if isinstance(texts, str) or not texts:
@@ -94,6 +94,8 @@ def encode(model: FusedModel, texts: Sequence[Text], max_length: int | None = No
     for number, text in enumerate(texts):
         if isinstance(text, str | tuple) and model.tokenizer is None:
             raise InputError("texts need the model's tokenizer; pass FusedModel(tokenizer=...) or give ids")
+        for part in (text,) if isinstance(text, str) else text if isinstance(text, tuple) else ():
+            check_text(f"text {number}", str(part))
         if isinstance(text, str):
             ids = _plain(model.tokenizer, text)
             one = Encoded(ids[:1], ids[1:])
@@ -235,7 +237,7 @@ def score(
         **changes: fields of the fusion's settings, for this call.
 
     Raises:
-        InputError: no texts, or texts without a tokenizer.
+        InputError: no texts, texts without a tokenizer, or one with half a surrogate pair.
         DataError: a text with nothing to score.
         ContextLengthError: a member cannot read as much.
     """
