@@ -246,6 +246,7 @@ BAD = [
     ({"tile": 100}, "tile"),
     ({"tile": 128, "overlap": 128}, "overlap"),
     ({"box_thresh": 2.0}, "box_thresh"),
+    ({"std": (0.2, 1e-320, 0.2)}, "std"),
 ]
 
 

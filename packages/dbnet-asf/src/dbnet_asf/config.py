@@ -165,7 +165,8 @@ class DBConfig(Config):
         _member("dcn_offset", self.dcn_offset, ("strided", "official"))
         _member("color", self.color, ("rgb", "bgr"))
         _member("resize", self.resize, ("short", "height", "native"))
-        self.check_fields("k", "short_side", "stem", "std", open=True)
+        self.check_fields("k", "short_side", "stem", open=True)
+        self.check_fields("std", low=1e-9)  # divided by smaller ones, pictures leave float32
         self.check_fields("mean", low=-LARGEST)
         for name, most in (("channels", _WIDEST), ("blocks", 100)):
             values = getattr(self, name)
