@@ -241,7 +241,7 @@ def test_early_stop_and_report(samples: CutoutArrays, monkeypatch: pytest.Monkey
         (lambda s: Trainer(MODEL, epoch=2), ConfigError, "did you mean epochs"),
         (lambda s: Trainer(MODEL, sampler="flat"), ConfigError, "setting 'sampler' is 'flat'"),
         (lambda s: make_sampler(nan(s), config()), DataError, "redshift 3 is nan"),
-        (lambda s: make_sampler(far(s), config()), InputError, "no object with 0 < z < 1.2"),
+        (lambda s: make_sampler(far(s), config()), InputError, "no object with 0 < z < z_max, which is 1.2"),
         (lambda s: predict(new_model(MODEL, 0), s, tta="d5"), ConfigError, "tta is 'd5'"),
         (lambda s: redshifts(object()), DataError, "have no redshifts"),
         (lambda s: batch_of(only_ps1(s), [0], MODEL), DataError, r"also wants \['galex', 'unwise'\]"),

@@ -302,7 +302,7 @@ READERS = [
     _reader("estimate --prior (JSON)", (*FIRST, "--prior", "{in}/prior.json"), "prior.json", "json"),
     _reader("estimate --prior (CSV)", (*FIRST, "--prior", "{in}/prior.csv"), "prior.csv", "fields"),
     _reader("evaluate --pdf", ("evaluate", *SKY, "--pdf", "{in}/z.hdf5", "-q"), "z.hdf5", "hdf5"),
-    _reader("train CONFIG", (*TRAIN, "--set", "epochs=1"), "train.toml", "toml"),
+    _reader("train CONFIG", (*TRAIN, "--set", "epochs=1"), "train.toml", "toml", "z_max"),
     Reader(
         name="mantis-photoz convert CHECKPOINT",
         main=MAIN,

@@ -69,7 +69,7 @@ class FusionConfig(Config):
         inputs: survey -> its input, in the order of the channels; the authors' of this fusion by default.
         encoders: survey, or ``"early"``, -> ``"small-WIDTH"`` (ours), ``"resnet50-report"``, or a timm model.
         bins: classes K of the density.
-        z_max: nodes are k z_max / K.
+        z_max: nodes are k z_max / K; at least 1e-6.
         head: what the last layer gives: ``"bins"`` logits of the classes (the authors'), ``"mdn"`` a
             mixture of
             Gaussians, ``"quantile"`` quantiles; the last two are put into the bins.
@@ -121,7 +121,8 @@ class FusionConfig(Config):
             raise ConfigError("inputs is empty, wanted at least one survey")
         self.check_fields("bins", "hidden", "size", "attention_width", low=1, high=1_000_000)
         self.check_fields("attention_layers", low=1, high=1000)
-        self.check_fields("z_max", "target_fwhm", open=True)
+        self.check_fields("target_fwhm", open=True)
+        self.check_fields("z_max", low=1e-6)
         self.check_fields("ebv_scale", low=-LARGEST)
         check_range("dropout", self.dropout, 0.0, 0.95)
         check_range("components", self.components, 1, 1000)

@@ -81,7 +81,9 @@ def make_sampler(samples: Any, config: TrainConfig) -> Any:
     z, model = redshifts(samples), config.model
     inside = (z > 0) & (z < model.z_max)
     if not inside.any():
-        raise InputError(f"train has no object with 0 < z < {model.z_max:g}, which training takes")
+        raise InputError(
+            f"train has no object with 0 < z < z_max, which is {model.z_max:g}: nothing to train on"
+        )
     size = min(len(z), config.max_steps * config.batch_size)
     if config.sampler == "natural" and inside.all():
         return RowSampler(len(z), size, seed=config.seed)
