@@ -129,10 +129,11 @@ def test_retry_after_too_long_ends_it():
 
 
 def test_rate_is_kept():
+    start = time.monotonic()  # not the first request: a busy machine may take that late
     with FaultServer([{"json": 1}]) as server:
         _, stats = ask(server, *[{}] * 30, rate=20.0, concurrency=30)
-    at = sorted(request.at for request in server.requests)
-    assert at[-1] - at[0] >= 0.4  # 20 at once, ten more at 20 a second
+    last = max(request.at for request in server.requests)
+    assert last - start >= 0.4  # 20 at once, ten more at 20 a second
     assert stats.waited > 0
 
 
