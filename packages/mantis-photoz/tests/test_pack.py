@@ -85,6 +85,18 @@ def test_bad_input(sky, tmp_path):
     )
 
 
+def test_what_describes_the_data_has_checksums(sky, tmp_path):
+    """HDF5 reads some damaged files of its first format, and texts of any length, without end."""
+    pack(Cutouts.from_directory(sky[1], sky[0], SMALL), tmp_path / "a.h5")
+    assert (tmp_path / "a.h5").read_bytes()[8] == 3  # the version of the superblock
+    kinds = []
+    with h5py.File(tmp_path / "a.h5") as file:
+        file.visititems(lambda name, item: kinds.append(getattr(item, "dtype", None)))
+    texts = [found for kind in kinds if kind is not None and (found := h5py.check_string_dtype(kind))]
+    assert len(texts) == 1 + len(SMALL)
+    assert all(text.length and text.encoding == "utf-8" for text in texts)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from mantis_photoz.surveys import Survey
 from mantis_photoz.wcs import Tan
 
 SCHEMA = "mantis.cutouts/1"
+_FORMAT = ("v110", "v110")
+"""With checksums over what describes the data: a damaged file of the older one HDF5 may read for ever."""
 _FLOAT16_MAX = 65504.0
 
 
@@ -74,10 +77,13 @@ def pack(
         ) from error
     temporary, count = Path(name), len(data)
     try:
-        with h5py.File(temporary, "w") as file:
+        with h5py.File(temporary, "w", libver=_FORMAT) as file:
             _create(file, data, dtype)
+            notes = {survey: list[str]() for survey in data.surveys}
             for rows in track(blocks(count, batch_size), "packing", enabled=progress):
-                _write(file, data, rows, dtype)
+                _write(file, data, rows, dtype, notes)
+            for survey, texts in notes.items():
+                file.create_dataset(f"{survey}/notes", data=_fixed(texts))
         temporary.chmod(0o644)
         temporary.replace(target)
     except BaseException:
@@ -87,12 +93,10 @@ def pack(
 
 
 def _create(file: Any, data: Cutouts, dtype: str) -> None:
-    import h5py
-
     count = len(data)
     surveys = {name: survey.to_dict() for name, survey in data.surveys.items()}
     file.attrs["schema"], file.attrs["surveys"] = SCHEMA, json.dumps(surveys)
-    file.create_dataset("id", data=np.asarray(data.catalog.ids, dtype=object), dtype=h5py.string_dtype())
+    file.create_dataset("id", data=_fixed(data.catalog.ids))
     file.create_dataset("sky", data=np.stack([data.catalog.ra, data.catalog.dec], -1))
     file.create_dataset("ebv", data=data.ebv)
     if data.z is not None:
@@ -105,10 +109,18 @@ def _create(file: Any, data: Cutouts, dtype: str) -> None:
         group.create_dataset("present", (count,), bool)
         group.create_dataset("nan_fraction", (count,), "float32")
         group.create_dataset("flags", (count,), "int64")
-        group.create_dataset("notes", (count,), h5py.string_dtype())
 
 
-def _write(file: Any, data: Cutouts, rows: list[int], dtype: str) -> None:
+def _fixed(texts: Sequence[str]) -> NDArray[np.void]:
+    """Texts of one length in bytes; those of any length lie where HDF5 keeps no checksum."""
+    import h5py
+
+    encoded = [text.encode() for text in texts]
+    length = max(map(len, encoded), default=0)
+    return np.array(encoded, dtype=h5py.string_dtype(length=max(length, 1)))
+
+
+def _write(file: Any, data: Cutouts, rows: list[int], dtype: str, notes: dict[str, list[str]]) -> None:
     found = [data.read(row) for row in rows]
     where = slice(rows[0], rows[-1] + 1)
     for name in data.surveys:
@@ -123,7 +135,7 @@ def _write(file: Any, data: Cutouts, rows: list[int], dtype: str) -> None:
         group["wcs"][where] = np.array([reading.wcs.row() for reading in readings])
         for field in ("present", "nan_fraction", "flags"):
             group[field][where] = np.array([getattr(reading, field) for reading in readings])
-        group["notes"][where] = ["; ".join(reading.notes) for reading in readings]
+        notes[name] += ["; ".join(reading.notes) for reading in readings]
 
 
 class PackedCutouts:
