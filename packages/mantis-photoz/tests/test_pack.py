@@ -105,7 +105,15 @@ def test_what_describes_the_data_has_checksums(sky, tmp_path):
         (lambda f: f.attrs.__setitem__("schema", "x/1"), "schema is 'x/1', wanted"),
         (lambda f: f["ps1"].__delitem__("notes"), "is no packed file .* KeyError"),
         (lambda f: put(f["ps1"], "wcs", np.zeros((5, 3))), r"ps1/wcs has shape \(5, 3\), wanted \(5, 8\)"),
-        (lambda f: put(f["ps1"], "flags", np.full(5, b"x")), "ps1/flags is of .*, wanted numbers"),
+        (lambda f: put(f["ps1"], "flags", np.full(5, b"x")), "ps1/flags is of .*, wanted integers"),
+        (
+            lambda f: put(f["ps1"], "present", np.full(5, np.nan)),
+            "present is of .*, wanted true or false",
+        ),
+        (
+            lambda f: put(f["ps1"], "nan_fraction", np.zeros(5, int)),
+            "nan_fraction is of .*, wanted float",
+        ),
     ],
 )
 def test_a_damaged_file_is_named(sky, tmp_path, change, words):

@@ -26,6 +26,7 @@ from mantis_photoz.wcs import Tan
 SCHEMA = "mantis.cutouts/1"
 _FORMAT = ("v110", "v110")
 """With checksums over what describes the data: a damaged file of the older one HDF5 may read for ever."""
+_KINDS = {"present": ("biu", "true or false"), "flags": ("iu", "integers")}
 _FLOAT16_MAX = 65504.0
 
 
@@ -42,7 +43,7 @@ def pack(
 
     Args:
         data: what is to be packed; memory is bounded by a batch.
-        out: ``.h5`` file.
+        out: ``.h5`` file, in the format of HDF5 1.10 and later, whose checksums tell damage.
         dtype: ``"float32"`` gives back what was read, bit for bit; ``"float16"`` keeps three digits (values
             beyond its range are an error).
         batch_size: objects at a time.
@@ -174,8 +175,9 @@ class PackedCutouts:
                 array, wanted = group[field], shapes.get(field, (count,))
                 if array.shape != wanted:
                     raise ValueError(f"{name}/{field} has shape {array.shape}, wanted {wanted}")
-                if field != "notes" and array.dtype.kind not in "biuf":
-                    raise ValueError(f"{name}/{field} is of {array.dtype}, wanted numbers")
+                kinds, words = _KINDS.get(field, ("f", "floating-point numbers"))
+                if field != "notes" and array.dtype.kind not in kinds:
+                    raise ValueError(f"{name}/{field} is of {array.dtype}, wanted {words}")
 
     @property
     def checksum(self) -> str:
