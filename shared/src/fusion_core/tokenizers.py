@@ -44,9 +44,8 @@ def _check(found: Any) -> None:
     if (largest := max((value for value in ids if isinstance(value, int)), default=0)) > _LARGEST_ID:
         raise ValueError(f"it gives a token the id {largest}, wanted at most {_LARGEST_ID}")
     if prefix := found["model"].get("continuing_subword_prefix"):
-        for merge in (
-            found["model"].get("merges") or ()
-        ):  # the library cuts as many bytes off, whatever they are
+        for merge in found["model"].get("merges") or ():
+            # The library cuts as many bytes off the second token, whatever they are, or ends the process.
             second = merge.split(" ")[-1] if isinstance(merge, str) else merge[1]
             if not second.startswith(prefix):
                 raise ValueError(f"its merges lead to {second!r}, which does not start with {prefix!r}")

@@ -71,7 +71,7 @@ class FusionConfig(Config):
         solver: ``"exact"``, ``"grid"`` (the paper's) or ``"newton"`` (cheapest, no guarantee).
         certify: report whether the global minimum is proven, row by row.
         alpha_range: (low, high) of alpha, 0 <= low < high.
-        step: spacing of the grid, 1 to 65,536 of them in (high - low).
+        step: spacing of the grid; high - low holds it 1 to 65,536 times.
         per_expert_range: one range per expert, for ``strategy="single"``.
         kl_temperature: divides all logits while alpha is sought, > 0.
         max_kl: greatest KL(fused, large) in nats at any step, >= 0; None sets no bound.
