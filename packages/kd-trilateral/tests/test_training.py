@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 import kd_trilateral as kdt
-from fusion_core.errors import ConfigError, DataError, FusionWarning, InputError, ShapeError, StoreError
+from fusion_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FusionWarning,
+    InputError,
+    ShapeError,
+    StoreError,
+)
 from kd_trilateral import report
 from kd_trilateral.comparing import compare, method
 from kd_trilateral.evaluation import auc, evaluate
@@ -133,6 +141,17 @@ def test_run_directory_is_guarded(tmp_path, data):
     assert metrics == json.loads(json.dumps(again.metrics))
     with pytest.raises(DataError, match="no run directory"):
         load_run(tmp_path)
+
+
+def test_a_bare_tensor_in_place_of_the_state_is_damage(tmp_path, data, recwarn):
+    x, y, zt = data
+    settings = {"epochs": 1, "batch_size": 32, **FAST}
+    fit(student(), (x, y), teacher=zt, out=tmp_path / "r", **settings)
+    torch.save(torch.ones(2, 2), tmp_path / "r" / "optimizer.pt")
+    recwarn.clear()
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be read"):
+        fit(student(), (x, y), teacher=zt, out=tmp_path / "r", resume=True, **settings)
+    assert not recwarn.list  # PyTorch warns where a tensor is asked for a name
 
 
 def test_teacher_as_module_tensor_and_cache_agree(tmp_path, data):

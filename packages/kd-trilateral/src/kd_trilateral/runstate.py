@@ -166,7 +166,8 @@ class RunDirectory:
         if not (self.path / STATE).exists():
             return None
         with reading(self.path / STATE, error=CheckpointError), plain_tensors():
-            state: dict[str, Any] = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+            loaded = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = dict(loaded)  # a bare tensor would take names for indices
             was = dict(json.loads(state["fingerprint"]))
         for name, value in json.loads(json.dumps(self.fingerprint)).items():
             if was.get(name) != value:
