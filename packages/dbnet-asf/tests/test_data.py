@@ -416,6 +416,13 @@ def test_own_photographs(tmp_path):
         render(0, 0, 96, photos=tmp_path / "empty")
 
 
+@pytest.mark.parametrize("size", [(9000, 1), (1, 9000), (9000, 4)])
+def test_a_thin_photograph_is_a_background_too(tmp_path, size):
+    Image.new("RGB", size, (250, 10, 10)).save(tmp_path / "thin.png")
+    images = [render(0, index, 96, photos=tmp_path).image for index in range(12)]  # most have a photograph
+    assert all(image.shape == (96, 96, 3) for image in images)
+
+
 def test_rendered_data_sets():
     data = datasets.rendered(3, seed=4, size=96)
     assert len(list(data)) == len(data) == 3

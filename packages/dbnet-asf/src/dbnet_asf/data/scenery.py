@@ -57,9 +57,12 @@ def photographs(split: Split) -> list[Path]:
 def _photograph(path: Path) -> Picture:
     """A photograph as RGB, its long side at most 1280."""
     image = read_image(path)
-    scale = 1280 / max(image.shape[:2])
+    height, width = image.shape[:2]
+    scale = 1280 / max(height, width)
     if scale < 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        thin = min(height, width) * scale < 1  # a row of pixels keeps its one
+        size = (max(round(width * scale), 1), max(round(height * scale), 1)) if thin else None
+        image = cv2.resize(image, size, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     return np.ascontiguousarray(image)
 
 
