@@ -361,9 +361,8 @@ def pair(memes: Sequence[Meme], debates: Iterable[Debate] | None) -> list[tuple[
 
 
 def line(record: Mapping[str, Any]) -> str:
-    """One line of a JSON Lines file, strict JSON with its newline; half a surrogate pair is escaped."""
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-    return text.encode(errors="backslashreplace").decode()
+    """One line of a JSON Lines file, strict JSON with its newline."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def save_memes(path: str | os.PathLike[str], memes: Iterable[Meme]) -> None:
