@@ -182,6 +182,13 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert torch.equal(whole.loss.tbar, again.loss.tbar)
     for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+    from kd_trilateral.integrations.transformers import STATE_FILE
+
+    torch.save(torch.ones(2, 2), tmp_path / "a" / "checkpoint-5" / STATE_FILE)
+    with pytest.raises(CheckpointError, match=f"{STATE_FILE} is damaged"):
+        trainer(tmp_path / "d", options=options).train(
+            resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5")
+        )
     (tmp_path / "a" / "checkpoint-5" / "ratio.safetensors").unlink()
     broken = trainer(tmp_path / "c", options=options)
     with pytest.raises(CheckpointError, match=r"ratio\.safetensors"):

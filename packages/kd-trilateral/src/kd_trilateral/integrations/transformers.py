@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusion_core.checkpoint import atomic_write, load_strict, load_tensors, save_tensors
-from fusion_core.errors import CheckpointError, ConfigError, DataError, FusionWarning, require_extra
+from fusion_core.checkpoint import atomic_write, load_strict, load_tensors, plain_tensors, save_tensors
+from fusion_core.errors import CheckpointError, ConfigError, DataError, FusionWarning, reading, require_extra
 from fusion_core.modules import logits_of
 from kd_trilateral.bilevel import Bilevel
 from kd_trilateral.classmean import ClassMeanState
@@ -293,9 +293,9 @@ class TrilateralTrainer(Trainer):
                 raise CheckpointError(
                     f"{path / STATE_FILE} is missing; this run cannot be resumed from {path}"
                 )
-            self.engine.load_state_dict(
-                torch.load(path / STATE_FILE, map_location=self.args.device, weights_only=True)
-            )
+            with reading(path / STATE_FILE, "is damaged", CheckpointError), plain_tensors():
+                state = torch.load(path / STATE_FILE, map_location=self.args.device, weights_only=True)
+                self.engine.load_state_dict(dict(state))  # a bare tensor would take names for indices
         if hasattr(self.alpha_trace, "load") and (path / TRACE_FILE).is_file():
             kept = self.alpha_trace.capacity
             self.alpha_trace = self.alpha_trace.load(path / TRACE_FILE, kept)
